@@ -1,0 +1,79 @@
+"""Every exception that jaxllama raises on purpose.
+
+    JaxLlamaError
+    ├── ConfigError (ValueError)         config.json is unsupported or contradicts itself
+    ├── CheckpointError                  a checkpoint is missing, incomplete, damaged or of another model
+    ├── ConversionError                  a source checkpoint cannot be converted
+    ├── TokenizerError                   tokenizer files are missing, damaged or do not fit the model
+    ├── ChatTemplateError (ValueError)   a chat template is missing, refuses the messages or exceeds its bounds
+    ├── RequestError (ValueError)        a prompt or a sampling parameter is out of range; `param` names it
+    │   └── ContextLengthError           the prompt does not fit the context
+    ├── EngineError                      the engine cannot run the request
+    │   ├── QueueFullError               too many requests or tokens wait
+    │   ├── EngineStoppedError           the engine drains, has stopped or has failed
+    │   └── NonFiniteLogitsError         the model produced NaN or infinity for this request
+    └── MissingExtraError (ImportError)  an optional dependency is not installed
+"""
+
+
+class JaxLlamaError(Exception):
+    """Base of all of them."""
+
+
+class ConfigError(JaxLlamaError, ValueError):
+    """config.json is unsupported or contradicts itself."""
+
+
+class CheckpointError(JaxLlamaError):
+    """A checkpoint is missing, incomplete, damaged or of another model."""
+
+
+class ConversionError(JaxLlamaError):
+    """A source checkpoint cannot be converted."""
+
+
+class TokenizerError(JaxLlamaError):
+    """Tokenizer files are missing, damaged or do not fit the model."""
+
+
+class ChatTemplateError(JaxLlamaError, ValueError):
+    """A chat template is missing, refuses the messages or exceeds its bounds."""
+
+
+class RequestError(JaxLlamaError, ValueError):
+    """A prompt or a sampling parameter is out of range.
+
+    `param` is the name of the field (`"top_p"`), for callers that report it separately from the message.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthError(RequestError):
+    """The prompt does not fit the context."""
+
+
+class EngineError(JaxLlamaError):
+    """The engine cannot run the request."""
+
+
+class QueueFullError(EngineError):
+    """Too many requests or tokens wait."""
+
+
+class EngineStoppedError(EngineError):
+    """The engine drains, has stopped or has failed."""
+
+
+class NonFiniteLogitsError(EngineError):
+    """The model produced NaN or infinity for this request."""
+
+
+class MissingExtraError(JaxLlamaError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, extra: str, package: str) -> None:
+        super().__init__(f"{package} is not installed. Install it with: pip install 'jaxllama[{extra}]'")
+        self.extra = extra

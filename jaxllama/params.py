@@ -1,0 +1,89 @@
+"""The one table of the model's tensors: the model, converter, loader, sharding and planner all read it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxllama.config import LlamaConfig
+
+type Params = dict[str, Any]
+"""`{"embed_tokens", "layers": [{"q_proj", …}, …], "norm", "lm_head"?}`: plain dicts and lists, so that `jax.jit`
+flattens them in C++. One leaf per tensor and layer, in the layout of Hugging Face (`[out, in]`)."""
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One tensor.
+
+    `path` leads to it in the `Params` tree, `axes` are the logical names of its dimensions (see `mesh.py`), `hf_name`
+    is its name in a Hugging Face checkpoint. Values and layout are the same in both: nothing is folded or permuted.
+    """
+
+    path: tuple[str | int, ...]
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    hf_name: str
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def name(self) -> str:
+        """The path joined by dots, e.g. `layers.3.q_proj`."""
+        return ".".join(map(str, self.path))
+
+
+def param_specs(config: LlamaConfig) -> tuple[ParamSpec, ...]:
+    """Every tensor of the model, once, in the order of the forward pass."""
+    c = config
+    embed = ParamSpec(("embed_tokens",), (c.vocab_size, c.hidden_size), ("vocab", "embed"), "model.embed_tokens.weight")
+    layers = [spec for layer in range(c.num_layers) for spec in _layer_specs(c, layer)]
+    norm = ParamSpec(("norm",), (c.hidden_size,), ("embed",), "model.norm.weight")
+    head = ParamSpec(("lm_head",), (c.vocab_size, c.hidden_size), ("vocab", "embed"), "lm_head.weight")
+    return (embed, *layers, norm) if c.tie_word_embeddings else (embed, *layers, norm, head)
+
+
+def _layer_specs(c: LlamaConfig, layer: int) -> Iterator[ParamSpec]:
+    def spec(name: str, module: str, shape: tuple[int, ...], axes: tuple[str, ...], kind: str = "weight") -> ParamSpec:
+        return ParamSpec(("layers", layer, name), shape, axes, f"model.layers.{layer}.{module}.{kind}")
+
+    heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    projections = (
+        ("q_proj", "self_attn", (heads, c.hidden_size), ("heads", "embed"), c.attention_bias),
+        ("k_proj", "self_attn", (kv_heads, c.hidden_size), ("kv_heads", "embed"), c.attention_bias),
+        ("v_proj", "self_attn", (kv_heads, c.hidden_size), ("kv_heads", "embed"), c.attention_bias),
+        ("o_proj", "self_attn", (c.hidden_size, heads), ("embed", "heads"), c.attention_bias),
+        ("gate_proj", "mlp", (c.intermediate_size, c.hidden_size), ("ffn", "embed"), c.mlp_bias),
+        ("up_proj", "mlp", (c.intermediate_size, c.hidden_size), ("ffn", "embed"), c.mlp_bias),
+        ("down_proj", "mlp", (c.hidden_size, c.intermediate_size), ("embed", "ffn"), c.mlp_bias),
+    )
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        yield spec(norm, norm, (c.hidden_size,), ("embed",))
+    for name, block, shape, axes, has_bias in projections:
+        yield spec(name, f"{block}.{name}", shape, axes)
+        if has_bias:
+            yield spec(f"{name}_bias", f"{block}.{name}", shape[:1], axes[:1], "bias")
+
+
+def build_params(config: LlamaConfig, leaf: Callable[[ParamSpec], Any]) -> Params:
+    """The `Params` tree with `leaf(spec)` for every tensor."""
+    params: Params = {"layers": [{} for _ in range(config.num_layers)]}
+    for spec in param_specs(config):
+        node: Any = params
+        for key in spec.path[:-1]:
+            node = node[key]
+        node[spec.path[-1]] = leaf(spec)
+    return params
+
+
+def get_param(params: Mapping[str, Any], spec: ParamSpec) -> Any:
+    """The leaf that `spec` describes."""
+    node: Any = params
+    for key in spec.path:
+        node = node[key]
+    return node
