@@ -1,1 +1,39 @@
-"""Llama-family inference on JAX."""
+"""Llama-family inference on JAX: load a converted checkpoint, generate, stream, chat, read logits.
+
+>>> llama = jaxllama.load("models/smollm2")
+>>> llama.generate("Once upon a time", jaxllama.SamplingParams(max_tokens=32)).text
+"""
+
+from jaxllama.checkpoint import Checkpoint
+from jaxllama.config import LlamaConfig, RopeScaling
+from jaxllama.engine.engine import Engine, EngineOptions, EngineStats
+from jaxllama.engine.request import EngineRequest, TokenLogprob, TokenOutput
+from jaxllama.llama import Completion, CompletionDelta, Llama, load
+from jaxllama.mesh import make_mesh
+from jaxllama.sampling import SamplingParams
+from jaxllama.text.chat import ChatTemplate
+from jaxllama.text.output import OutputAssembler
+from jaxllama.text.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChatTemplate",
+    "Checkpoint",
+    "Completion",
+    "CompletionDelta",
+    "Engine",
+    "EngineOptions",
+    "EngineRequest",
+    "EngineStats",
+    "Llama",
+    "LlamaConfig",
+    "OutputAssembler",
+    "RopeScaling",
+    "SamplingParams",
+    "TokenLogprob",
+    "TokenOutput",
+    "Tokenizer",
+    "load",
+    "make_mesh",
+]

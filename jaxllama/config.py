@@ -43,7 +43,9 @@ class RopeScaling:
             raise ConfigError(f"config.json: rope_scaling must be an object or null, got {scaling!r}")
         rope_type = scaling.get("rope_type", scaling.get("type", "default"))
         if rope_type not in _ROPE_TYPES:
-            raise ConfigError(f"config.json: rope type {rope_type!r} is not supported; supported: {', '.join(_ROPE_TYPES)}")
+            raise ConfigError(
+                f"config.json: rope type {rope_type!r} is not supported; supported: {', '.join(_ROPE_TYPES)}"
+            )
         theta = scaling.get("rope_theta", hf.get("rope_theta", 10_000.0))
         if rope_type == "default":
             return cls(theta=_positive("rope_theta", theta))
@@ -52,7 +54,9 @@ class RopeScaling:
             return cls(theta=_positive("rope_theta", theta), rope_type="linear", factor=factor)
         low, high = (_positive(f"rope_scaling.{k}", scaling.get(k)) for k in ("low_freq_factor", "high_freq_factor"))
         if high <= low:
-            raise ConfigError(f"config.json: rope_scaling.high_freq_factor must exceed low_freq_factor, got {high} and {low}")
+            raise ConfigError(
+                f"config.json: rope_scaling.high_freq_factor must exceed low_freq_factor, got {high} and {low}"
+            )
         original = scaling.get("original_max_position_embeddings")
         return cls(
             theta=_positive("rope_theta", theta),
@@ -141,7 +145,9 @@ class LlamaConfig:
             tie_word_embeddings=_boolean(hf, "tie_word_embeddings"),
             attention_bias=_boolean(hf, "attention_bias"),
             mlp_bias=_boolean(hf, "mlp_bias"),
-            bos_token_id=_token_ids(hf, "bos_token_id", size["vocab_size"])[0] if hf.get("bos_token_id") is not None else None,
+            bos_token_id=_token_ids(hf, "bos_token_id", size["vocab_size"])[0]
+            if hf.get("bos_token_id") is not None
+            else None,
             eos_token_ids=_token_ids(hf, "eos_token_id", size["vocab_size"]),
         )
 
@@ -151,14 +157,18 @@ def _check_architecture(hf: Mapping[str, Any]) -> None:
     model_type = hf.get("model_type")
     if model_type not in (None, "llama") or any(name != "LlamaForCausalLM" for name in architectures):
         named = ", ".join(map(str, architectures)) or model_type
-        raise ConfigError(f"config.json: architecture {named} is not supported; expected LlamaForCausalLM (model_type 'llama')")
+        raise ConfigError(
+            f"config.json: architecture {named} is not supported; expected LlamaForCausalLM (model_type 'llama')"
+        )
     if model_type is None and not architectures:
         raise ConfigError("config.json: neither model_type nor architectures is given; expected model_type 'llama'")
     if hf.get("auto_map"):
         raise ConfigError("config.json: auto_map asks to run code from the model; that is never done")
     if hf.get("quantization_config"):
         method = hf["quantization_config"].get("quant_method", "unnamed")
-        raise ConfigError(f"config.json: quantization {method!r} is not supported; convert from the unquantised weights")
+        raise ConfigError(
+            f"config.json: quantization {method!r} is not supported; convert from the unquantised weights"
+        )
     activation = hf.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ConfigError(f"config.json: hidden_act {activation!r} is not supported; expected 'silu'")

@@ -1,18 +1,18 @@
 """Every exception that jaxllama raises on purpose.
 
-    JaxLlamaError
-    ├── ConfigError (ValueError)         config.json is unsupported or contradicts itself
-    ├── CheckpointError                  a checkpoint is missing, incomplete, damaged or of another model
-    ├── ConversionError                  a source checkpoint cannot be converted
-    ├── TokenizerError                   tokenizer files are missing, damaged or do not fit the model
-    ├── ChatTemplateError (ValueError)   a chat template is missing, refuses the messages or exceeds its bounds
-    ├── RequestError (ValueError)        a prompt or a sampling parameter is out of range; `param` names it
-    │   └── ContextLengthError           the prompt does not fit the context
-    ├── EngineError                      the engine cannot run the request
-    │   ├── QueueFullError               too many requests or tokens wait
-    │   ├── EngineStoppedError           the engine drains, has stopped or has failed
-    │   └── NonFiniteLogitsError         the model produced NaN or infinity for this request
-    └── MissingExtraError (ImportError)  an optional dependency is not installed
+JaxLlamaError
+├── ConfigError (ValueError)         config.json is unsupported or contradicts itself
+├── CheckpointError                  a checkpoint is missing, incomplete, damaged or of another model
+├── ConversionError                  a source checkpoint cannot be converted
+├── TokenizerError                   tokenizer files are missing, damaged or do not fit the model
+├── ChatTemplateError (ValueError)   a chat template is missing, refuses the messages or exceeds its bounds
+├── RequestError (ValueError)        a prompt or a sampling parameter is out of range; `param` names it
+│   └── ContextLengthError           the prompt does not fit the context
+├── EngineError                      the engine cannot run the request
+│   ├── QueueFullError               too many requests or tokens wait
+│   ├── EngineStoppedError           the engine drains, has stopped or has failed
+│   └── NonFiniteLogitsError         the model produced NaN or infinity for this request
+└── MissingExtraError (ImportError)  an optional dependency is not installed
 """
 
 

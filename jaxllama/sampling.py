@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxllama.errors import RequestError
 
@@ -15,6 +19,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_TOP_K = 1000
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 1_000_000
+_DRAW_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,17 @@ class SamplingParams:
         for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
             for token_id in ids:
                 if not 0 <= token_id < vocab_size:
-                    raise RequestError(f"{name}: token id {token_id} is outside the vocabulary (0 to {vocab_size - 1})", name)
+                    raise RequestError(
+                        f"{name}: token id {token_id} is outside the vocabulary (0 to {vocab_size - 1})", name
+                    )
 
 
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not (low < value if open_low else low <= value) or not value <= high:
-        raise RequestError(f"{name} must be a number {'above' if open_low else 'from'} {low} to {high}, got {value!r}", name)
+        raise RequestError(
+            f"{name} must be a number {'above' if open_low else 'from'} {low} to {high}, got {value!r}", name
+        )
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:
@@ -109,3 +118,223 @@ def _logit_bias(bias: Any) -> dict[int, float]:
         _integer("logit_bias", token_id, 0, 2**31 - 1)
         _number(f"logit_bias[{token_id}]", value, -100, 100)
     return dict(bias)
+
+
+class SamplingArrays(NamedTuple):
+    """What the device needs of every row's `SamplingParams`: always arrays, so that no value recompiles anything.
+
+    `stop_ids` is padded with -1. `logit_bias` is dense: adding it is elementwise over a sharded vocabulary, a scatter of
+    ids is not. `num_logprobs` is -1 where none are asked for.
+    """
+
+    temperature: Float[Array, " rows"]
+    top_p: Float[Array, " rows"]
+    min_p: Float[Array, " rows"]
+    top_k: Int[Array, " rows"]
+    presence_penalty: Float[Array, " rows"]
+    frequency_penalty: Float[Array, " rows"]
+    repetition_penalty: Float[Array, " rows"]
+    seed: UInt32[Array, "rows 2"]
+    stop_ids: Int[Array, "rows max_stop_ids"]
+    logit_bias: Float[Array, "rows vocab"]
+    num_logprobs: Int[Array, " rows"]
+
+
+def apply_penalties(
+    logits: Float[Array, "rows vocab"],
+    sampling: SamplingArrays,
+    generated_counts: Int[Array, "rows vocab"],
+    prompt_mask: Bool[Array, "rows vocab"],
+) -> Float[Array, "rows vocab"]:
+    """Repetition penalty over prompt and output, then frequency and presence penalties over the output.
+
+    A row whose penalties are neutral keeps its logits bit for bit.
+
+    Source: Keskar et al. 2019, arXiv:1909.05858; OpenAI's API reference for the other two.
+    """
+    generated = generated_counts > 0
+    repetition = jnp.where(prompt_mask | generated, sampling.repetition_penalty[:, None], 1.0)
+    logits = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = logits - sampling.frequency_penalty[:, None] * generated_counts.astype(logits.dtype)
+    return logits - sampling.presence_penalty[:, None] * generated.astype(logits.dtype)
+
+
+def suppress_stop_ids(
+    logits: Float[Array, "rows vocab"], stop_ids: Int[Array, "rows max_stop_ids"], suppress: Bool[Array, " rows"]
+) -> Float[Array, "rows vocab"]:
+    """Minus infinity at the stop ids of the rows that may not stop yet."""
+    ids = jnp.where(suppress[:, None] & (stop_ids >= 0), stop_ids, logits.shape[1])
+    return logits.at[jnp.arange(logits.shape[0])[:, None], ids].set(-jnp.inf, mode="drop")
+
+
+def keep_top_k(logits: Float[Array, "rows vocab"], top_k: Int[Array, " rows"]) -> Float[Array, "rows vocab"]:
+    """Masks what is below the `top_k`-th largest logit; ties with it stay. 0 or less keeps everything.
+
+    Source: Fan et al. 2018, arXiv:1805.04833, section 5.4.
+    """
+    is_off = (top_k <= 0) | (top_k >= logits.shape[1])
+    threshold = _largest_threshold(logits, lambda kept: jnp.sum(kept, axis=1) >= top_k)
+    return jnp.where(is_off[:, None] | (logits >= threshold), logits, -jnp.inf)
+
+
+def keep_top_p(logits: Float[Array, "rows vocab"], top_p: Float[Array, " rows"]) -> Float[Array, "rows vocab"]:
+    """Masks what is outside the smallest set of likeliest tokens whose probability reaches `top_p`; ties stay.
+
+    The likeliest token always survives. Expects logits already divided by the temperature.
+
+    Source: Holtzman et al. 2020, arXiv:1904.09751, section 3.1.
+    """
+    weights = jnp.exp(logits - logits.max(axis=1, keepdims=True))
+    enough = top_p * weights.sum(axis=1)
+    threshold = _largest_threshold(logits, lambda kept: jnp.sum(jnp.where(kept, weights, 0), axis=1) >= enough)
+    return jnp.where((top_p >= 1)[:, None] | (logits >= threshold), logits, -jnp.inf)
+
+
+def keep_min_p(logits: Float[Array, "rows vocab"], min_p: Float[Array, " rows"]) -> Float[Array, "rows vocab"]:
+    """Masks tokens less than `min_p` times as likely as the likeliest one.
+
+    Source: Nguyen et al. 2024, arXiv:2407.01082.
+    """
+    threshold = logits.max(axis=1) + jnp.log(min_p)
+    # At min_p = 1 rounding must not cost the likeliest token its place.
+    threshold = jnp.minimum(threshold, logits.max(axis=1))
+    return jnp.where(logits >= threshold[:, None], logits, -jnp.inf)
+
+
+def _largest_threshold(logits: Float[Array, "rows vocab"], is_enough: Any) -> Float[Array, "rows 1"]:
+    """The largest logit t of each row for which `is_enough(logits >= t)`, by bisection on the bits of float32.
+
+    32 passes over the vocabulary, each a reduction: no sort, and nothing is gathered when the vocabulary is sharded.
+    """
+    keys = _ordered_bits(logits)
+
+    def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2 + (high - low) % 2
+        enough = is_enough(keys >= middle[:, None])
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+
+    start = (jnp.zeros(logits.shape[0], jnp.uint32), keys.max(axis=1))
+    low, _ = jax.lax.fori_loop(0, 32, halve, start)
+    # The threshold need not be a logit of the row: round it up to the next one that is kept.
+    return jnp.min(jnp.where(keys >= low[:, None], logits, jnp.inf), axis=1, keepdims=True)
+
+
+def _ordered_bits(x: Float[Array, "rows vocab"]) -> UInt32[Array, "rows vocab"]:
+    """Unsigned integers in the order of the floats."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def argmax(logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
+    """The first of the largest; two plain reductions, which XLA vectorises where it does not `jnp.argmax`."""
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    is_largest = logits == logits.max(axis=1, keepdims=True)
+    return jnp.min(jnp.where(is_largest, ids, logits.shape[1] - 1), axis=1)
+
+
+def draw(
+    logits: Float[Array, "rows vocab"], seed: UInt32[Array, "rows 2"], positions: Int[Array, " rows"]
+) -> Int[Array, " rows"]:
+    """Draws a token of each row from softmax(logits), by `fold_in(key(seed), position)` alone.
+
+    Two uniforms: one chooses a block of 128 tokens by its mass, the other a token in it. So probabilities down to
+    2^-48 can be drawn with 24-bit uniforms, and only block masses leave a device when the vocabulary is sharded.
+    """
+    rows, vocab = logits.shape
+    weights = jnp.exp(logits - logits.max(axis=1, keepdims=True))
+    weights = jnp.pad(weights, ((0, 0), (0, -vocab % _DRAW_BLOCK))).reshape(rows, -1, _DRAW_BLOCK)
+    uniforms = jax.vmap(_uniforms)(seed, positions)
+    block = _choose(weights.sum(axis=2), uniforms[:, 0])
+    within = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
+    return block * _DRAW_BLOCK + _choose(within, uniforms[:, 1])
+
+
+def _uniforms(seed: UInt32[Array, " 2"], position: Int[Array, ""]) -> Float[Array, " 2"]:
+    key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+    return jax.random.uniform(jax.random.fold_in(key, position), (2,))
+
+
+def _choose(weights: Float[Array, "rows n"], uniform: Float[Array, " rows"]) -> Int[Array, " rows"]:
+    """The index where the cumulated weights pass `uniform` of their total; never one of weight 0."""
+    cumulated = jnp.cumsum(weights, axis=1)
+    target = uniform * cumulated[:, -1]
+    return jnp.sum(cumulated <= target[:, None], axis=1, dtype=jnp.int32)
+
+
+class Sampled(NamedTuple):
+    """`tokens` [rows]; `is_finite` [rows] is false where the logits hold NaN or +infinity."""
+
+    tokens: Int[Array, " rows"]
+    is_finite: Bool[Array, " rows"]
+
+
+def sample(
+    logits: Float[Array, "rows vocab"],
+    sampling: SamplingArrays,
+    *,
+    generated_counts: Int[Array, "rows vocab"],
+    prompt_mask: Bool[Array, "rows vocab"],
+    suppress_stops: Bool[Array, " rows"],
+    positions: Int[Array, " rows"],
+    active: Bool[Array, " rows"],
+) -> Sampled:
+    """One token a row: logit bias, penalties, min_tokens, temperature, top-k, top-p, min-p, draw; greedy at temperature 0.
+
+    Work that no active row asks for is skipped, and a row that does not ask for it is not changed by it in any bit.
+    `positions` are those of the tokens being drawn.
+    """
+    is_finite = jnp.isfinite(logits.max(axis=1)) & jnp.isfinite(logits.min(axis=1))
+    s = sampling
+    penalised = active & ((s.presence_penalty != 0) | (s.frequency_penalty != 0) | (s.repetition_penalty != 1))
+    biased = active & jnp.any(s.logit_bias != 0, axis=1)
+    suppressed = active & suppress_stops
+    logits = _when(biased, lambda x: x + s.logit_bias, logits)
+    logits = _when(penalised, lambda x: apply_penalties(x, s, generated_counts, prompt_mask), logits)
+    logits = _when(suppressed, lambda x: suppress_stop_ids(x, s.stop_ids, suppress_stops), logits)
+    drawn_rows = active & (s.temperature > 0)
+    tokens = jax.lax.cond(
+        jnp.any(drawn_rows),
+        lambda x: jnp.where(s.temperature > 0, _filter_and_draw(x, s, positions, drawn_rows), argmax(x)),
+        argmax,
+        logits,
+    )
+    return Sampled(tokens, is_finite)
+
+
+def _filter_and_draw(
+    logits: Float[Array, "rows vocab"], s: SamplingArrays, positions: Int[Array, " rows"], rows: Bool[Array, " rows"]
+) -> Int[Array, " rows"]:
+    logits = logits / jnp.where(s.temperature > 0, s.temperature, 1.0)[:, None]
+    logits = _when(rows & (s.top_k > 0), lambda x: keep_top_k(x, s.top_k), logits)
+    logits = _when(rows & (s.top_p < 1), lambda x: keep_top_p(x, s.top_p), logits)
+    logits = _when(rows & (s.min_p > 0), lambda x: keep_min_p(x, s.min_p), logits)
+    return draw(logits, s.seed, positions)
+
+
+def _when(rows: Bool[Array, " rows"], apply: Any, logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
+    return jax.lax.cond(jnp.any(rows), apply, lambda x: x, logits)
+
+
+class TopLogprobs(NamedTuple):
+    """Log-probabilities of the raw logits at temperature 1: of the chosen token, and the likeliest tokens with theirs."""
+
+    chosen: Float[Array, " rows"]
+    ids: Int[Array, "rows 20"]
+    values: Float[Array, "rows 20"]
+
+
+def top_logprobs(
+    logits: Float[Array, "rows vocab"], tokens: Int[Array, " rows"], wanted: Bool[Array, ""]
+) -> TopLogprobs:
+    """Log-probabilities before any bias, penalty, temperature or filter; zeros where none are `wanted`."""
+    rows, width = logits.shape[0], min(MAX_TOP_LOGPROBS, logits.shape[1])
+
+    def compute(x: jax.Array) -> TopLogprobs:
+        normaliser = jax.nn.logsumexp(x, axis=1, keepdims=True)
+        values, ids = jax.lax.top_k(x, width)
+        chosen = jnp.take_along_axis(x, tokens[:, None], axis=1) - normaliser
+        return TopLogprobs(chosen[:, 0], ids.astype(jnp.int32), values - normaliser)
+
+    nothing = TopLogprobs(jnp.zeros(rows), jnp.zeros((rows, width), jnp.int32), jnp.zeros((rows, width)))
+    return jax.lax.cond(wanted, compute, lambda _: nothing, logits)

@@ -1,0 +1,96 @@
+"""`jaxllama convert SRC DST`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+from jaxllama.errors import JaxLlamaError
+
+_GB = 1e9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `jaxllama convert` to a (sub)parser."""
+    parser.add_argument("src", metavar="SRC", help="a folder of safetensors with config.json, or a GGUF file")
+    parser.add_argument("dst", metavar="DST", help="the checkpoint folder to make")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="dtype of the stored weights (default: float32 if every matrix of SRC is float32, else bfloat16)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace DST if it is a jaxllama checkpoint")
+    parser.add_argument("--verify", action="store_true", help="read everything back and compare its sha256")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the conversion and reports on standard error. Returns 0, 1 (writing failed) or 2 (bad input)."""
+    # Here, so that `jaxllama --help` works without the convert extra and does not wait for jax.
+    from jaxllama_convert.staging import OutputError
+    from jaxllama_convert.write import convert
+
+    try:
+        with _progress() as progress:
+            report = convert(
+                args.src, args.dst, dtype=args.dtype, force=args.force, verify=args.verify, progress=progress
+            )
+    except KeyboardInterrupt:
+        _say("interrupted; run the same command again to resume")
+        return 130
+    except JaxLlamaError as error:
+        _say(f"error: {_one_line(error)}")
+        return 1 if isinstance(error, OutputError) else 2
+    for warning in report.warnings:
+        _say(f"warning: {_one_line(warning)}")
+    resumed = f" ({report.num_resumed} tensors were there already)" if report.num_resumed else ""
+    _say(
+        f"wrote {report.path}: {report.num_params:,} parameters, {report.num_bytes:,} bytes of {report.dtype}{resumed} "
+        f"in {report.seconds:.1f} s; peak RAM {report.peak_ram_bytes / _GB:.2f} GB"
+    )
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"jaxllama convert: {text}", file=sys.stderr)
+
+
+def _one_line(text: object) -> str:
+    # Names come from the model: no control characters into the terminal.
+    return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on a terminal, a line every tenth of the bytes elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines()
+        return
+    columns = (
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[name]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("convert", total=None, name="checking")
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, name=name)
+
+
+class _Lines:
+    """Prints progress as few lines."""
+
+    def __init__(self) -> None:
+        self._last_tenth = 0
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        tenth = 10 * done // total
+        if tenth > self._last_tenth and total > _GB:
+            self._last_tenth = tenth
+            _say(f"{done / _GB:.1f} of {total / _GB:.1f} GB")

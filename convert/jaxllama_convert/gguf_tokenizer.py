@@ -1,0 +1,222 @@
+"""Makes tokenizer files of a GGUF file's metadata.
+
+Byte-level BPE (`gpt2`) becomes a tokenizer.json; SentencePiece (`llama`) becomes a tokenizer.model.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+from jaxllama.errors import ConversionError
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+# What splits text before the merges, by `tokenizer.ggml.pre`.
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
+    "smollm": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ],
+    "llama-bpe": [
+        {"type": "Split", "pattern": {"Regex": _LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ],
+}
+_PRE_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
+# llama.cpp adds BOS to these unless the metadata says otherwise.
+_ADDS_BOS = {"smollm": False, "llama-bpe": True}
+
+
+def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, where: str) -> tuple[dict[str, bytes], list[str]]:
+    """The tokenizer files and chat template, and warnings. No files if the GGUF has no tokenizer.
+
+    Raises: ConversionError for a tokenizer that is damaged or cannot be reproduced.
+    """
+    model = metadata.get("tokenizer.ggml.model")
+    if model is None:
+        return {}, [f"{where}: has no tokenizer; the checkpoint will take token ids only"]
+    vocabulary = _Vocabulary(metadata, vocab_size, where)
+    if model == "gpt2":
+        pre = _PRE_ALIASES.get(metadata.get("tokenizer.ggml.pre", ""), metadata.get("tokenizer.ggml.pre"))
+        if pre not in _PRE_TOKENIZERS:
+            raise ConversionError(
+                f"{where}: pre-tokenizer {pre!r} is not supported; supported: {', '.join(_PRE_TOKENIZERS)}. "
+                "Convert from the safetensors of this model instead"
+            )
+        add_bos = metadata.get("tokenizer.ggml.add_bos_token", _ADDS_BOS[pre])
+        files = {"tokenizer.json": _byte_level_json(vocabulary, pre, add_bos)}
+    elif model == "llama":
+        add_bos = metadata.get("tokenizer.ggml.add_bos_token", True)
+        files = {"tokenizer.model": _sentencepiece_model(vocabulary)}
+    else:
+        raise ConversionError(f"{where}: tokenizer model {model!r} is not supported; supported: gpt2, llama")
+    template = metadata.get("tokenizer.chat_template")
+    files["tokenizer_config.json"] = _tokenizer_config(vocabulary, model, bool(add_bos))
+    if template is not None:
+        if not isinstance(template, str):
+            raise ConversionError(f"{where}: tokenizer.chat_template must be text")
+        files["chat_template.jinja"] = template.encode("utf-8")
+    return files, []
+
+
+class _Vocabulary:
+    """The checked token lists of the metadata."""
+
+    def __init__(self, metadata: Mapping[str, Any], vocab_size: int, where: str) -> None:
+        self.metadata = metadata
+        self.where = where
+        self.tokens: list[str] = self._strings("tokens")
+        self.types: list[int] = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(self.tokens)
+        if not all(type(kind) is int and _NORMAL <= kind <= _BYTE for kind in self.types):
+            raise ConversionError(f"{where}: tokenizer.ggml.token_type must be numbers from {_NORMAL} to {_BYTE}")
+        if len(self.types) != len(self.tokens):
+            raise ConversionError(f"{where}: {len(self.types)} token types for {len(self.tokens)} tokens")
+        if len(self.tokens) > vocab_size:
+            raise ConversionError(f"{where}: {len(self.tokens)} tokens, but the embedding has {vocab_size} rows")
+        if len(set(self.tokens)) != len(self.tokens):
+            seen: set[str] = set()
+            twice = next(token for token in self.tokens if token in seen or seen.add(token))  # type: ignore[func-returns-value]
+            raise ConversionError(f"{where}: token {twice!r} appears twice in the vocabulary")
+
+    def special(self, name: str) -> int | None:
+        value = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if value is not None and (type(value) is not int or not 0 <= value < len(self.tokens)):
+            raise ConversionError(
+                f"{self.where}: {name}_token_id {value!r} is not in the vocabulary of {len(self.tokens)}"
+            )
+        return value
+
+    def merges(self) -> list[list[str]]:
+        known = set(self.tokens)
+        merges = [merge.split(" ") for merge in self._strings("merges")]
+        for merge in merges:
+            if len(merge) != 2 or not {*merge, "".join(merge)} <= known:
+                raise ConversionError(f"{self.where}: merge {' '.join(merge)!r} is not of two known tokens")
+        return merges
+
+    def scores(self) -> list[float]:
+        scores = self.metadata.get("tokenizer.ggml.scores")
+        if (
+            not isinstance(scores, list)
+            or len(scores) != len(self.tokens)
+            or not all(isinstance(score, float) for score in scores)
+        ):
+            raise ConversionError(
+                f"{self.where}: tokenizer.ggml.scores must have a number for each of {len(self.tokens)} tokens"
+            )
+        return scores
+
+    def _strings(self, name: str) -> list[str]:
+        value = self.metadata.get(f"tokenizer.ggml.{name}")
+        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+            raise ConversionError(f"{self.where}: tokenizer.ggml.{name} must be a list of texts")
+        return value
+
+
+def _byte_level_json(vocabulary: _Vocabulary, pre: str, add_bos: bool) -> bytes:
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    added = [
+        {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        | {"special": kind in (_CONTROL, _UNKNOWN)}
+        for i, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+        if kind in (_CONTROL, _UNKNOWN, _USER_DEFINED)
+    ]
+    bos = vocabulary.special("bos")
+    processors = [byte_level]
+    if add_bos and bos is not None:
+        processors.append(_prepend(vocabulary.tokens[bos], bos))
+    value = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS[pre]},
+        "post_processor": {"type": "Sequence", "processors": processors},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            # Llama 3 takes a word that is a token as it is, whatever the merges say.
+            "ignore_merges": pre == "llama-bpe",
+            "vocab": {token: i for i, token in enumerate(vocabulary.tokens)},
+            "merges": vocabulary.merges(),
+        },
+    }
+    return json.dumps(value, ensure_ascii=False).encode("utf-8")
+
+
+def _prepend(token: str, token_id: int) -> dict[str, Any]:
+    def sequence(name: str, type_id: int) -> list[dict[str, Any]]:
+        return [{"SpecialToken": {"id": token, "type_id": type_id}}, {"Sequence": {"id": name, "type_id": type_id}}]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": sequence("A", 0),
+        "pair": sequence("A", 0) + sequence("B", 1),
+        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
+    }
+
+
+def _tokenizer_config(vocabulary: _Vocabulary, model: str, add_bos: bool) -> bytes:
+    value: dict[str, Any] = {
+        "add_bos_token": add_bos,
+        "add_eos_token": bool(vocabulary.metadata.get("tokenizer.ggml.add_eos_token", False)),
+        "clean_up_tokenization_spaces": False,
+        # The generic class: the named ones change the pre-tokenizer behind our back.
+        "tokenizer_class": "PreTrainedTokenizerFast" if model == "gpt2" else "LlamaTokenizer",
+    }
+    for name, key in (("bos", "bos_token"), ("eos", "eos_token"), ("unknown", "unk_token"), ("padding", "pad_token")):
+        token_id = vocabulary.special(name)
+        value[key] = None if token_id is None else vocabulary.tokens[token_id]
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def _sentencepiece_model(vocabulary: _Vocabulary) -> bytes:
+    """A serialised SentencePiece ModelProto (BPE with byte fallback) of the vocabulary.
+
+    Source: sentencepiece_model.proto of google/sentencepiece; the token types of GGUF are its piece types.
+    """
+    pieces = zip(vocabulary.tokens, vocabulary.scores(), vocabulary.types, strict=True)
+    body = b"".join(
+        _field(1, _field(1, token.encode("utf-8")) + b"\x15" + struct.pack("<f", score) + _field(3, kind))
+        for token, score, kind in pieces
+    )
+    has_bytes = _BYTE in vocabulary.types
+    bpe = 2
+    trainer = _field(3, bpe) + _field(4, len(vocabulary.tokens)) + _field(35, int(has_bytes))
+    for number, name, default in ((40, "unknown", 0), (41, "bos", -1), (42, "eos", -1), (43, "padding", -1)):
+        token_id = vocabulary.special(name)
+        trainer += _field(number, default if token_id is None else token_id)
+    add_prefix = vocabulary.metadata.get("tokenizer.ggml.add_space_prefix", True)
+    collapse = vocabulary.metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)
+    normalizer = (
+        _field(1, b"identity") + _field(3, int(bool(add_prefix))) + _field(4, int(bool(collapse))) + _field(5, 1)
+    )
+    return body + _field(2, trainer) + _field(3, normalizer)
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    """One field of a protocol buffer: a varint or a length-delimited value."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value & 0xFFFF_FFFF_FFFF_FFFF)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    data = bytearray()
+    while value > 0x7F:
+        data.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes(data) + bytes([value])

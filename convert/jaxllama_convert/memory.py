@@ -1,0 +1,21 @@
+"""How much memory this process has used at most."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from pathlib import Path
+
+
+def peak_ram_bytes() -> int:
+    """The largest resident set of this process so far, in bytes.
+
+    Linux keeps getrusage's figure across exec, so a small process started by a large one looks large: the kernel's
+    per-program high-water mark is preferred.
+    """
+    status = Path("/proc/self/status")
+    if status.exists() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(match[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,141 @@
+"""Where a conversion lives until it is complete, so that a kill at any moment costs nothing but time.
+
+.NAME.partial/       beside DST
+    lock             held by the process that writes
+    partial.json     which source and dtype this is; another one starts over
+    journal.jsonl    one line per tensor that is safely on disk, with the hashes of its files
+    checkpoint/      becomes DST by one rename, when its manifest is written
+    old/             the checkpoint that --force replaces, until then
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jaxllama.checkpoint import FORMAT, MANIFEST, FileRecord
+from jaxllama.errors import ConversionError
+
+_PARTIAL_FORMAT = "jaxllama-partial"
+
+
+class OutputError(ConversionError):
+    """The checkpoint cannot be written, through no fault of the source: disk full, no permission, in use."""
+
+
+class Staging:
+    """The partial folder of one destination, locked. Make one with `open_staging`."""
+
+    def __init__(self, root: Path, destination: Path) -> None:
+        self.root = root
+        self.destination = destination
+        self.checkpoint = root / "checkpoint"
+        self._old = root / "old"
+        self._journal = root / "journal.jsonl"
+
+    def begin(self, identity: Mapping[str, Any]) -> dict[str, dict[str, FileRecord]]:
+        """Starts or resumes; returns the files of every tensor that is already written, by the tensor's name."""
+        marker = self.root / "partial.json"
+        wanted = json.dumps({"format": _PARTIAL_FORMAT, **identity}, sort_keys=True)
+        if not marker.exists() or marker.read_text() != wanted:
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
+            self._journal.unlink(missing_ok=True)
+            marker.write_text(wanted)
+        self.checkpoint.mkdir(exist_ok=True)
+        (self.checkpoint / MANIFEST).unlink(missing_ok=True)
+        return self._read_journal()
+
+    def record(self, name: str, files: Mapping[str, FileRecord]) -> None:
+        """Notes that a tensor's files are on disk."""
+        line = json.dumps({"name": name, "files": {key: asdict(value) for key, value in files.items()}})
+        with self._journal.open("a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self) -> None:
+        """Puts the complete checkpoint in its place and removes the partial folder."""
+        if self.destination.exists():
+            os.rename(self.destination, self._old)
+        os.rename(self.checkpoint, self.destination)
+        shutil.rmtree(self.root)
+
+    def recover(self) -> None:
+        """Undoes a `finish` that was killed between its renames; cleans up after one killed behind them."""
+        if self._old.exists():
+            if not self.destination.exists():
+                os.rename(self._old, self.destination)
+            else:
+                shutil.rmtree(self._old)
+
+    def _read_journal(self) -> dict[str, dict[str, FileRecord]]:
+        done = {}
+        for line in self._journal.read_text().splitlines() if self._journal.exists() else ():
+            # The last line is torn if the process was killed while it wrote it.
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                done[entry["name"]] = {name: FileRecord(**record) for name, record in entry["files"].items()}
+        return done
+
+
+@contextlib.contextmanager
+def open_staging(destination: Path, *, force: bool) -> Iterator[Staging]:
+    """Locks the partial folder of `destination`, after checking that the destination may be written.
+
+    The folder stays when the body fails, for the next run to resume; it goes if nothing was begun.
+
+    Raises: ConversionError when the destination exists and may not be replaced; OutputError when it is in use.
+    """
+    root = destination.parent / f".{destination.name}.partial"
+    if root.is_dir() and any(root.iterdir()) and not (root / "lock").exists():
+        raise ConversionError(f"{root}: is in the way and not the converter's; move it")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    root.mkdir(exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(f"{destination}: another conversion is writing it") from None
+        staging = Staging(root, destination)
+        try:
+            staging.recover()
+            _check_destination(destination, force)
+            yield staging
+        finally:
+            # A finished conversion has removed the folder; one that never began leaves nothing worth keeping.
+            if root.exists() and not (root / "partial.json").exists() and not (root / "old").exists():
+                shutil.rmtree(root, ignore_errors=True)
+
+
+def _check_destination(destination: Path, force: bool) -> None:
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise ConversionError(f"{destination}: exists and is not a folder")
+    if os.path.ismount(destination):
+        raise ConversionError(
+            f"{destination}: is a mount point, which cannot be replaced in one step; give a folder inside it"
+        )
+    if not any(destination.iterdir()):
+        return
+    if not _is_checkpoint(destination):
+        raise ConversionError(
+            f"{destination}: exists, is not empty and is not a jaxllama checkpoint; choose another folder"
+        )
+    if not force:
+        raise ConversionError(f"{destination}: exists; give --force to replace it")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    try:
+        value = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and value.get("format") == FORMAT

@@ -1,0 +1,283 @@
+"""The conversion itself: check everything, then stream the tensors one by one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jaxllama.checkpoint import (
+    DTYPES,
+    MANIFEST,
+    Checkpoint,
+    FileRecord,
+    Manifest,
+    ParamsWriter,
+    hash_file,
+    orbax_version,
+    read_configs,
+)
+from jaxllama.config import LlamaConfig
+from jaxllama.errors import CheckpointError, ConversionError
+from jaxllama.params import ParamSpec
+from jaxllama_convert.mapping import match_tensors
+from jaxllama_convert.memory import peak_ram_bytes
+from jaxllama_convert.source import Source, SourceTensor, open_source
+from jaxllama_convert.staging import OutputError, Staging, open_staging
+from jaxllama_convert.verify import check_chat_template, check_tokenizer
+
+type Progress = Callable[[int, int, str], None]
+"""Called with bytes written, bytes in all, and the tensor's name."""
+
+type Pairs = Sequence[tuple[ParamSpec, SourceTensor]]
+
+_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+# Elements converted at a time: what is in memory beyond the tensors themselves is a few times 16 MB.
+_SLICE_ELEMENTS = 4 * 2**20
+# Metadata and rounding of the file system, beyond the tensors.
+_SPARE_DISK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did.
+
+    `num_bytes` counts the tensors as written, `num_resumed` those that a former run had written.
+    """
+
+    path: Path
+    dtype: str
+    num_params: int
+    num_bytes: int
+    num_resumed: int
+    seconds: float
+    peak_ram_bytes: int
+    warnings: tuple[str, ...]
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    force: bool = False,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Converts a folder of safetensors or a GGUF file to a checkpoint that `jaxllama.load` reads.
+
+    `dtype` None keeps float32 if every matrix of the source is float32 and means bfloat16 otherwise. At most two
+    tensors are in memory. Nothing appears at `dst` before it is complete; a killed conversion resumes when it is
+    started again. `force` replaces an existing checkpoint, which stays until the new one is complete. `verify` hashes
+    the files again afterwards.
+
+    Raises: ConversionError or ConfigError for the source or the destination, OutputError when writing fails.
+    """
+    started = time.monotonic()
+    if dtype is not None and dtype not in DTYPES:
+        raise ConversionError(f"dtype {dtype!r} is not supported, expected one of {', '.join(DTYPES)}")
+    source_path, destination = Path(src).expanduser(), Path(os.path.realpath(Path(dst).expanduser()))
+    if source_path.resolve().is_relative_to(destination):
+        raise ConversionError(f"{destination}: holds the source; choose another folder")
+    source = open_source(source_path)
+    try:
+        config = LlamaConfig.from_hf(source.config)
+        pairs = match_tensors(config, source.tensors, source.name)
+        dtype = dtype or _default_dtype(pairs)
+        with open_staging(destination, force=force) as staging:
+            job = _Job(source, config, pairs, dtype, staging, progress or (lambda done, total, name: None))
+            warnings = job.run()
+    except OSError as error:
+        raise OutputError(
+            f"{error.filename or destination}: cannot be written ({error.strerror or error}). "
+            "Run the same command again to resume"
+        ) from error
+    finally:
+        source.close()
+    if verify:
+        _verify(destination)
+    num_bytes = config.num_params * _DTYPES[dtype].itemsize
+    seconds = time.monotonic() - started
+    return ConversionReport(
+        destination, dtype, config.num_params, num_bytes, job.num_resumed, seconds, peak_ram_bytes(), warnings
+    )
+
+
+def _verify(path: Path) -> None:
+    try:
+        Checkpoint.open(path).verify()
+    except CheckpointError as error:
+        raise OutputError(f"the checkpoint reads back wrong: {error}") from None
+
+
+class _Job:
+    def __init__(
+        self, source: Source, config: LlamaConfig, pairs: Pairs, dtype: str, staging: Staging, progress: Progress
+    ) -> None:
+        self.source = source
+        self.config = config
+        self.pairs = pairs
+        self.dtype = dtype
+        self.staging = staging
+        self.progress = progress
+        self.num_resumed = 0
+
+    def run(self) -> tuple[str, ...]:
+        """Writes everything and puts it in place. Returns the warnings."""
+        warnings = [*self.source.warnings, *_precision_warnings(self.pairs, self.dtype)]
+        done = self.staging.begin(self._identity())
+        folder = self.staging.checkpoint
+        for name, data in self.source.sidecars.items():
+            (folder / name).write_bytes(data)
+        read_configs(folder)
+        check_tokenizer(folder, self.config.vocab_size)
+        warnings += check_chat_template(folder)
+        writer = ParamsWriter(folder, self.config, self.dtype)
+        files = self._write_tensors(writer, done)
+        source_hashes = {file.name: FileRecord(file.size, file.sha256()) for file in self.source.files}
+        self._commit(writer)
+        self._write_manifest(files, source_hashes)
+        self.staging.finish()
+        return tuple(warnings)
+
+    def _write_tensors(
+        self, writer: ParamsWriter, done: Mapping[str, Mapping[str, FileRecord]]
+    ) -> dict[str, FileRecord]:
+        files: dict[str, FileRecord] = {}
+        todo = []
+        for spec, tensor in self.pairs:
+            if writer.is_staged(spec, staged := done.get(spec.name, {})):
+                files.update(staged)
+            else:
+                todo.append((spec, tensor))
+        self.num_resumed = len(self.pairs) - len(todo)
+        itemsize = _DTYPES[self.dtype].itemsize
+        total = sum(spec.size for spec, _ in self.pairs) * itemsize
+        written = total - sum(spec.size for spec, _ in todo) * itemsize
+        _check_space(self.staging.root, total - written)
+        for spec, array in _read_ahead(todo, _DTYPES[self.dtype]):
+            self.progress(written, total, spec.name)
+            records = writer.write(spec, array)
+            self.staging.record(spec.name, records)
+            files.update(records)
+            written += array.nbytes
+        self.progress(total, total, "")
+        return files
+
+    def _commit(self, writer: ParamsWriter) -> None:
+        try:
+            writer.commit()
+        except (ValueError, RuntimeError) as error:
+            raise OutputError(f"{self.staging.checkpoint}: Orbax cannot write its metadata ({error})") from error
+
+    def _write_manifest(self, files: dict[str, FileRecord], source_hashes: Mapping[str, FileRecord]) -> None:
+        folder = self.staging.checkpoint
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if path.is_file() and name not in files:
+                files[name] = hash_file(path)
+        source = {
+            "kind": self.source.kind,
+            "name": self.source.name,
+            "files": {name: {"size": r.size, "sha256": r.sha256} for name, r in source_hashes.items()},
+        }
+        text = Manifest(self.dtype, source, files, _versions()).to_json()
+        # A manifest is there whole or not at all.
+        partial = folder / f"{MANIFEST}.partial"
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(partial, folder / MANIFEST)
+
+    def _identity(self) -> dict[str, object]:
+        files = [[file.name, file.size, file.mtime_ns] for file in self.source.files]
+        sidecars = {name: hashlib.sha256(data).hexdigest() for name, data in self.source.sidecars.items()}
+        return {"dtype": self.dtype, "files": files, "sidecars": sidecars, "versions": _versions()}
+
+
+def _read_ahead(pairs: Pairs, dtype: np.dtype) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+    """Every tensor in turn, the next one being read while the caller writes: two in memory, never three."""
+    with ThreadPoolExecutor(1) as reader:
+        future = reader.submit(_read_tensor, pairs[0][1], dtype) if pairs else None
+        for index, (spec, _) in enumerate(pairs):
+            assert future is not None
+            array = future.result()
+            future = reader.submit(_read_tensor, pairs[index + 1][1], dtype) if index + 1 < len(pairs) else None
+            yield spec, array
+            del array
+
+
+def _read_tensor(tensor: SourceTensor, dtype: np.dtype) -> np.ndarray:
+    """The whole tensor in `dtype`, converted in slices.
+
+    Raises: ConversionError when it has a NaN, an infinity, or a value that `dtype` cannot hold.
+    """
+    array = np.empty(tensor.shape, dtype)
+    row_elements = array.size // array.shape[0]
+    step = max(1, _SLICE_ELEMENTS // (row_elements * tensor.row_multiple)) * tensor.row_multiple
+    for start in range(0, array.shape[0], step):
+        stop = min(start + step, array.shape[0])
+        rows = tensor.read_rows(start, stop)
+        with np.errstate(over="ignore", invalid="ignore"):
+            # float16 goes through float32, which holds it exactly, so that it is rounded once.
+            array[start:stop] = rows if rows.dtype == dtype else rows.astype(np.float32, copy=False).astype(dtype)
+        if bad := _num_non_finite(array[start:stop]):
+            raise ConversionError(
+                f"{tensor.file.path}: {tensor.name} has {bad} or more values that are NaN, "
+                f"infinite or beyond {dtype.name}"
+            )
+    return array
+
+
+def _num_non_finite(array: np.ndarray) -> int:
+    # By the exponent bits: ml_dtypes' isfinite is ten times slower.
+    if array.dtype == np.float32:
+        return int(np.count_nonzero((array.view(np.uint32) & 0x7F80_0000) == 0x7F80_0000))
+    return int(np.count_nonzero((array.view(np.uint16) & 0x7F80) == 0x7F80))
+
+
+def _default_dtype(pairs: Pairs) -> str:
+    return "float32" if all(t.dtype == "F32" for _, t in pairs if len(t.shape) > 1) else "bfloat16"
+
+
+def _precision_warnings(pairs: Pairs, dtype: str) -> list[str]:
+    narrowed = [tensor.dtype for spec, tensor in pairs if len(spec.shape) > 1 and tensor.dtype in ("F16", "F32")]
+    if dtype != "bfloat16" or not narrowed:
+        return []
+    return [
+        f"{len(narrowed)} matrices are {' and '.join(sorted(set(narrowed)))}; bfloat16 keeps 8 bits of their mantissa"
+    ]
+
+
+def _check_space(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes + _SPARE_DISK_BYTES:
+        raise OutputError(
+            f"{folder.parent}: {num_bytes + _SPARE_DISK_BYTES:,} bytes are needed, {free:,} are free. "
+            "Free some and run the same command again"
+        )
+
+
+def _versions() -> dict[str, str]:
+    try:
+        jaxllama = version("jaxllama")
+    except PackageNotFoundError:
+        jaxllama = "unknown"
+    return {
+        "jaxllama": jaxllama,
+        "jax": jax.__version__,
+        "orbax-checkpoint": orbax_version(),
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,328 @@
+"""Prefill and decode: pure functions over the weights and a `DecodeState`, jitted with the state donated.
+
+A prompt's last token is not prefilled: it is the first input of `decode_steps`, so that every token is sampled in one
+place and a prefill never needs the head.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxllama.cache import KV_POOL_AXES, KVPool, kv_pool_shape, write_pages, write_tokens
+from jaxllama.config import LlamaConfig
+from jaxllama.mesh import partition_spec
+from jaxllama.model import Llama
+from jaxllama.params import Params
+from jaxllama.sampling import (
+    MAX_STOP_TOKEN_IDS,
+    SamplingArrays,
+    SamplingParams,
+    sample,
+    top_logprobs,
+)
+
+MAX_STEPS = 32
+MAX_EOS_IDS = 16
+NOT_FINITE = -2
+"""Stands in `StepOutput.tokens` for a row whose logits were not finite."""
+
+
+class DecodeState(NamedTuple):
+    """Everything that decoding changes, for a fixed number of rows. Every field is always an array of one shape.
+
+    `lengths` counts the tokens of a row whose keys and values are written; `last_token` is the next to go in.
+    `remaining` is the budget, `min_remaining` how many more tokens must come before a stop id may.
+    """
+
+    pool: KVPool
+    page_table: Int[Array, "rows max_pages"]
+    lengths: Int[Array, " rows"]
+    last_token: Int[Array, " rows"]
+    remaining: Int[Array, " rows"]
+    min_remaining: Int[Array, " rows"]
+    active: Bool[Array, " rows"]
+    generated_counts: Int[Array, "rows vocab"]
+    prompt_mask: Bool[Array, "rows vocab"]
+    sampling: SamplingArrays
+
+
+class RowState(NamedTuple):
+    """One row as the host makes it (NumPy), for `insert`. Fields as in `DecodeState`, without the row dimension."""
+
+    length: int
+    last_token: int
+    remaining: int
+    min_remaining: int
+    generated_counts: np.ndarray
+    prompt_mask: np.ndarray
+    sampling: SamplingArrays
+
+
+class StepOutput(NamedTuple):
+    """What `decode_steps` produced: `tokens[:num_steps]`, -1 where a row was not active, `NOT_FINITE` where it failed."""
+
+    tokens: Int[Array, "steps rows"]
+    num_steps: Int[Array, ""]
+    logprobs: Float[Array, "steps rows"]
+    top_ids: Int[Array, "steps rows 20"]
+    top_logprobs: Float[Array, "steps rows 20"]
+
+
+_STATE_AXES = DecodeState(
+    pool=KV_POOL_AXES,  # type: ignore[arg-type]
+    page_table=("rows", None),  # type: ignore[arg-type]
+    lengths=("rows",),  # type: ignore[arg-type]
+    last_token=("rows",),  # type: ignore[arg-type]
+    remaining=("rows",),  # type: ignore[arg-type]
+    min_remaining=("rows",),  # type: ignore[arg-type]
+    active=("rows",),  # type: ignore[arg-type]
+    generated_counts=("rows", "vocab"),  # type: ignore[arg-type]
+    prompt_mask=("rows", "vocab"),  # type: ignore[arg-type]
+    sampling=SamplingArrays(*[("rows",)] * 7, ("rows", None), ("rows", None), ("rows", "vocab"), ("rows",)),  # type: ignore[arg-type]
+)
+
+
+def state_shapes(
+    config: LlamaConfig, *, num_rows: int, num_pages: int, page_size: int, max_context: int, dtype: Any
+) -> DecodeState:
+    """The shapes and dtypes of a `DecodeState`; `num_pages` counts page 0, which no row is given."""
+    f32, i32 = jnp.float32, jnp.int32
+
+    def rows(dtype: Any, *rest: int) -> Any:
+        return jax.ShapeDtypeStruct((num_rows, *rest), dtype)
+
+    return DecodeState(
+        pool=jax.ShapeDtypeStruct(kv_pool_shape(config, num_pages, page_size), dtype),
+        page_table=rows(i32, -(-max_context // page_size)),
+        lengths=rows(i32),
+        last_token=rows(i32),
+        remaining=rows(i32),
+        min_remaining=rows(i32),
+        active=rows(jnp.bool_),
+        generated_counts=rows(i32, config.vocab_size),
+        prompt_mask=rows(jnp.bool_, config.vocab_size),
+        sampling=SamplingArrays(
+            *[rows(f32)] * 3,
+            rows(i32),
+            *[rows(f32)] * 3,
+            rows(jnp.uint32, 2),
+            rows(i32, MAX_STOP_TOKEN_IDS + MAX_EOS_IDS),
+            rows(f32, config.vocab_size),
+            rows(i32),
+        ),
+    )
+
+
+def state_shardings(config: LlamaConfig, mesh: Mesh, num_rows: int) -> DecodeState:
+    """Rows over `data`, KV heads over `kv`, vocabulary over `kv` and `rep`."""
+    return jax.tree.map(
+        lambda axes: NamedSharding(mesh, partition_spec(axes, config, mesh, num_rows=num_rows)),
+        _STATE_AXES,
+        is_leaf=lambda x: type(x) is tuple,
+    )
+
+
+def make_state(shapes: DecodeState, shardings: DecodeState) -> DecodeState:
+    """An empty state, made on the devices that hold it."""
+    zeros = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), out_shardings=shardings)
+    return zeros()
+
+
+def row_state(
+    config: LlamaConfig,
+    params: SamplingParams,
+    *,
+    prompt: list[int],
+    generated: list[int],
+    remaining: int,
+    seed: int,
+) -> RowState:
+    """The row that continues `prompt + generated` (`generated` is not empty after a preemption).
+
+    `remaining` is the number of tokens still to come at most. Its last token is the row's next input.
+    """
+    vocab = config.vocab_size
+    prompt_mask = np.zeros(vocab, np.bool_)
+    prompt_mask[prompt] = True
+    counts = np.bincount(np.asarray(generated, np.int64), minlength=vocab).astype(np.int32)
+    bias = np.zeros(vocab, np.float32)
+    bias[list(params.logit_bias)] = list(params.logit_bias.values())
+    stops = [*params.stop_token_ids, *(() if params.ignore_eos else config.eos_token_ids)]
+    stop_ids = np.full(MAX_STOP_TOKEN_IDS + MAX_EOS_IDS, -1, np.int32)
+    stop_ids[: len(stops)] = stops
+    f32 = np.float32
+    sampling = SamplingArrays(
+        temperature=f32(params.temperature),
+        top_p=f32(params.top_p),
+        min_p=f32(params.min_p),
+        top_k=np.int32(params.top_k),
+        presence_penalty=f32(params.presence_penalty),
+        frequency_penalty=f32(params.frequency_penalty),
+        repetition_penalty=f32(params.repetition_penalty),
+        seed=np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32),
+        stop_ids=stop_ids,
+        logit_bias=bias,
+        num_logprobs=np.int32(-1 if params.logprobs is None else params.logprobs),
+    )
+    ids = prompt + generated
+    return RowState(
+        length=len(ids) - 1,
+        last_token=ids[-1],
+        remaining=remaining,
+        min_remaining=max(0, params.min_tokens - len(generated)),
+        generated_counts=counts,
+        prompt_mask=prompt_mask,
+        sampling=sampling,
+    )
+
+
+@partial(jax.jit, donate_argnames="state")
+def insert(state: DecodeState, row: Int[Array, ""], new: RowState) -> DecodeState:
+    """Puts a row in place and makes it active. Its pages must be written (`prefill`) before the next `decode_steps`."""
+
+    def put(array: jax.Array, value: Any) -> jax.Array:
+        return array.at[row].set(jnp.asarray(value, array.dtype))
+
+    return state._replace(
+        lengths=put(state.lengths, new.length),
+        last_token=put(state.last_token, new.last_token),
+        remaining=put(state.remaining, new.remaining),
+        min_remaining=put(state.min_remaining, new.min_remaining),
+        active=put(state.active, True),
+        generated_counts=put(state.generated_counts, new.generated_counts),
+        prompt_mask=put(state.prompt_mask, new.prompt_mask),
+        sampling=jax.tree.map(put, state.sampling, new.sampling),
+    )
+
+
+@partial(jax.jit, donate_argnames="pool", static_argnames="config")
+def prefill(
+    config: LlamaConfig,
+    params: Params,
+    pool: KVPool,
+    tokens: Int[Array, " chunk"],
+    page_table: Int[Array, " max_pages"],
+    start: Int[Array, ""],
+    num_tokens: Int[Array, ""],
+) -> KVPool:
+    """Writes the keys and values of one chunk of one row's prompt and returns the pool.
+
+    `tokens[:num_tokens]` stand at positions `start …`; the rest is padding. `start` and the chunk's size are multiples
+    of the page size.
+    """
+    return _forward_chunk(config, params, pool, tokens, page_table, start, num_tokens)[1]
+
+
+@partial(jax.jit, donate_argnames="pool", static_argnames="config")
+def prefill_logits(
+    config: LlamaConfig,
+    params: Params,
+    pool: KVPool,
+    tokens: Int[Array, " chunk"],
+    page_table: Int[Array, " max_pages"],
+    start: Int[Array, ""],
+    num_tokens: Int[Array, ""],
+) -> tuple[Float[Array, "chunk vocab"], KVPool]:
+    """`prefill` that also returns the logits of every position of the chunk."""
+    hidden, pool = _forward_chunk(config, params, pool, tokens, page_table, start, num_tokens)
+    return Llama(config, params).logits(hidden), pool
+
+
+def _forward_chunk(
+    config: LlamaConfig, params: Params, pool: KVPool, tokens: Array, page_table: Array, start: Array, num_tokens: Array
+) -> tuple[Float[Array, "chunk embed"], KVPool]:
+    positions = (start + jnp.arange(tokens.shape[0]))[None]
+
+    def write(pool: KVPool, kv: Array, pages: Array) -> KVPool:
+        return write_pages(pool, kv[0], pages[0], start, num_tokens)
+
+    hidden, pool = Llama(config, params)(tokens[None], positions, pool, page_table[None], write)
+    return hidden[0], pool
+
+
+@partial(jax.jit, donate_argnames="state", static_argnames=("config", "num_rows"))
+def decode_steps(
+    config: LlamaConfig,
+    params: Params,
+    state: DecodeState,
+    max_steps: Int[Array, ""],
+    keep: Bool[Array, " rows"],
+    *,
+    num_rows: int,
+) -> tuple[DecodeState, StepOutput]:
+    """Decodes up to `max_steps` (≤ `MAX_STEPS`) tokens for the first `num_rows` rows, sampling included.
+
+    Stops early when no row is active. Rows that `keep` denies become inactive first. Rows end on the device, by stop id
+    or budget. Pages for `max_steps` more tokens must be in the page table.
+    """
+    state = state._replace(active=state.active & keep)
+    model = Llama(config, params)
+    num_top = min(20, config.vocab_size)
+    out = StepOutput(
+        tokens=jnp.full((MAX_STEPS, num_rows), -1, jnp.int32),
+        num_steps=jnp.int32(0),
+        logprobs=jnp.zeros((MAX_STEPS, num_rows)),
+        top_ids=jnp.zeros((MAX_STEPS, num_rows, num_top), jnp.int32),
+        top_logprobs=jnp.zeros((MAX_STEPS, num_rows, num_top)),
+    )
+
+    def unfinished(carry: tuple[DecodeState, StepOutput]) -> jax.Array:
+        state, out = carry
+        return (out.num_steps < max_steps) & jnp.any(state.active[:num_rows])
+
+    def step(carry: tuple[DecodeState, StepOutput]) -> tuple[DecodeState, StepOutput]:
+        return _decode_step(config, model, *carry, num_rows=num_rows)
+
+    return jax.lax.while_loop(unfinished, step, (state, out))
+
+
+def _decode_step(
+    config: LlamaConfig, model: Llama, state: DecodeState, out: StepOutput, *, num_rows: int
+) -> tuple[DecodeState, StepOutput]:
+    some = slice(0, num_rows)
+    active, positions = state.active[some], state.lengths[some]
+    sampling = jax.tree.map(lambda x: x[some], state.sampling)
+
+    def write(pool: KVPool, kv: Array, pages: Array) -> KVPool:
+        return write_tokens(pool, kv[:, 0], pages, positions, active)
+
+    hidden, pool = model(state.last_token[some, None], positions[:, None], state.pool, state.page_table[some], write)
+    logits = model.logits(hidden[:, 0])
+    tokens, is_finite = sample(
+        logits,
+        sampling,
+        generated_counts=state.generated_counts[some],
+        prompt_mask=state.prompt_mask[some],
+        suppress_stops=state.min_remaining[some] > 0,
+        positions=positions + 1,
+        active=active,
+    )
+    logprobs = top_logprobs(logits, tokens, jnp.any(active & (sampling.num_logprobs >= 0)))
+    is_stop = jnp.any(tokens[:, None] == sampling.stop_ids, axis=1)
+    ends = is_stop | (state.remaining[some] <= 1) | ~is_finite
+    emitted = active & is_finite
+    step = out.num_steps
+    out = StepOutput(
+        tokens=out.tokens.at[step].set(jnp.where(active, jnp.where(is_finite, tokens, NOT_FINITE), -1)),
+        num_steps=step + 1,
+        logprobs=out.logprobs.at[step].set(logprobs.chosen),
+        top_ids=out.top_ids.at[step].set(logprobs.ids),
+        top_logprobs=out.top_logprobs.at[step].set(logprobs.values),
+    )
+    state = state._replace(
+        pool=pool,
+        lengths=state.lengths.at[some].add(active),
+        last_token=state.last_token.at[some].set(jnp.where(emitted, tokens, state.last_token[some])),
+        remaining=state.remaining.at[some].add(-emitted.astype(jnp.int32)),
+        min_remaining=state.min_remaining.at[some].add(-(emitted & (state.min_remaining[some] > 0)).astype(jnp.int32)),
+        active=state.active.at[some].set(active & ~ends),
+        generated_counts=state.generated_counts.at[jnp.arange(num_rows), tokens].add(emitted.astype(jnp.int32)),
+    )
+    return state, out

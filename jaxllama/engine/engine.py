@@ -1,0 +1,496 @@
+"""Continuous batching: one thread owns the device, and every request passes through it."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxllama.cache import kv_bytes_per_token
+from jaxllama.config import LlamaConfig
+from jaxllama.decode import (
+    MAX_STEPS,
+    NOT_FINITE,
+    DecodeState,
+    StepOutput,
+    decode_steps,
+    insert,
+    make_state,
+    prefill,
+    row_state,
+    state_shapes,
+    state_shardings,
+)
+from jaxllama.engine.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
+from jaxllama.engine.scheduler import Chunk, Scheduler
+from jaxllama.errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineStoppedError,
+    NonFiniteLogitsError,
+    QueueFullError,
+    RequestError,
+)
+from jaxllama.params import Params
+from jaxllama.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How much the engine may hold and how it divides its work.
+
+    `max_context` None is the model's own. `num_pages` None holds `max_rows` rows of 2,048 tokens each, and at least one
+    whole context. `chunk_sizes` are the prefill programs, in tokens, multiples of `page_size`. A dispatch runs as many
+    steps as take about `dispatch_s` seconds, at most 32: longer is less host work, shorter a smoother stream. With work
+    pending and no step finished for `stall_timeout_s`, `Engine.health` says so.
+    """
+
+    max_rows: int = 16
+    max_context: int | None = None
+    page_size: int = 16
+    num_pages: int | None = None
+    max_queue: int = 256
+    chunk_sizes: tuple[int, ...] = (32, 128, 512)
+    dispatch_s: float = 0.05
+    stall_timeout_s: float = 15.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "page_size", "max_queue"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.chunk_sizes or any(size < 1 or size % self.page_size for size in self.chunk_sizes):
+            raise ConfigError(f"chunk_sizes must be multiples of page_size ({self.page_size}), got {self.chunk_sizes}")
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """The engine's load at one moment."""
+
+    num_running: int
+    num_waiting: int
+    num_pages_used: int
+    num_pages: int
+    ready: bool
+
+
+@dataclass(frozen=True)
+class _Dispatch:
+    """A launched `decode_steps` whose output is not read yet. `rows` is who held which row when it was launched."""
+
+    output: StepOutput
+    rows: dict[int, EngineRequest]
+    max_steps: int
+    wants_logprobs: bool
+    launched: float
+
+
+class Engine:
+    """Runs requests together on one model. Start-up is lazy; `warm_up` compiles everything beforehand.
+
+    `submit`, `EngineRequest.cancel`, `stats`, `health`, `drain` and `close` may be called from any thread.
+    """
+
+    def __init__(self, config: LlamaConfig, params: Params, mesh: Mesh, options: EngineOptions) -> None:
+        self.config = config
+        self.options = options
+        self.max_context = min(options.max_context or config.max_position_embeddings, config.max_position_embeddings)
+        # XLA multiplies one row by another path, with other bits, than two or more: a row must not notice its batch.
+        self._num_rows = max(2, options.max_rows) if mesh.shape["data"] == 1 else _round_up(options.max_rows, mesh)
+        self._row_buckets = _row_buckets(self._num_rows) if mesh.shape["data"] == 1 else (self._num_rows,)
+        context_pages = -(-self.max_context // options.page_size)
+        default_pages = 1 + max(context_pages, self._num_rows * min(context_pages, 2048 // options.page_size))
+        num_pages = options.num_pages or default_pages
+        if num_pages <= context_pages:
+            raise ConfigError(
+                f"num_pages ({num_pages}) cannot hold one context of {self.max_context} tokens, which needs "
+                f"{context_pages + 1} pages of {options.page_size}. Lower max_context or raise num_pages"
+            )
+        self._params = params
+        self._dtype = params["norm"].dtype
+        self._table_width = context_pages + max(options.chunk_sizes) // options.page_size
+        self._shapes = state_shapes(
+            config,
+            num_rows=self._num_rows,
+            num_pages=num_pages,
+            page_size=options.page_size,
+            max_context=self._table_width * options.page_size,
+            dtype=self._dtype,
+        )
+        self._shardings = state_shardings(config, mesh, self._num_rows)
+        self._state: DecodeState | None = None
+        self._page_table = np.zeros((self._num_rows, self._table_width), np.int32)
+        self._scheduler = Scheduler(
+            num_rows=self._num_rows if options.max_rows > 1 else 1,
+            num_pages=num_pages,
+            page_size=options.page_size,
+            chunk_sizes=options.chunk_sizes,
+        )
+        self._in_flight: deque[_Dispatch] = deque()
+        self._step_s = 0.02
+        self._inbox: deque[EngineRequest] = deque()
+        self._arrivals = itertools.count()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._is_accepting = True
+        self._is_closing = False
+        self._failure: Exception | None = None
+        self._is_warm = False
+        self._last_progress = time.monotonic()
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV pool, over all devices."""
+        return (
+            int(np.prod(self._shapes.pool.shape[:2]))
+            // self.config.num_layers
+            * kv_bytes_per_token(self.config, self._dtype)
+        )
+
+    # What callers use
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        on_output: Callable[[TokenOutput], None],
+        *,
+        priority: int = 0,
+    ) -> EngineRequest:
+        """Queues a request. `on_output` runs on the engine's thread and must return at once.
+
+        `max_tokens` None or past the context ends the output at the context.
+
+        Raises: RequestError or ContextLengthError for a prompt or parameters that cannot run, QueueFullError,
+        EngineStoppedError.
+        """
+        request = self._make_request(prompt_ids, params, on_output, priority)
+        with self._changed:
+            if self._failure is not None:
+                raise EngineStoppedError(f"the engine has failed: {self._failure}")
+            if not self._is_accepting:
+                raise EngineStoppedError("the engine is stopping and takes no new requests")
+            if len(self._inbox) + len(self._scheduler.waiting) >= self.options.max_queue:
+                raise QueueFullError(f"{self.options.max_queue} requests wait already. Try again later")
+            request.arrival = next(self._arrivals)
+            self._inbox.append(request)
+            self._start()
+            self._changed.notify_all()
+        return request
+
+    def warm_up(self, on_progress: Callable[[int, int, str], None] = lambda done, total, name: None) -> None:
+        """Compiles every program that requests may need. `on_progress` gets (done, total, what comes next).
+
+        Call it before the first `submit`.
+        """
+        state = self._get_state()
+        programs = [f"prefill of {size} tokens" for size in self.options.chunk_sizes]
+        programs += [f"decode of {rows} rows" for rows in self._row_buckets]
+        for done, name in enumerate(programs):
+            on_progress(done, len(programs), name)
+            if done < len(self.options.chunk_sizes):
+                self._prefill(
+                    Chunk(self._make_request([0], SamplingParams(), print, 0), 0, 0, self.options.chunk_sizes[done])
+                )
+                continue
+            state = self._get_state()
+            state = insert(
+                state, 0, row_state(self.config, SamplingParams(), prompt=[0], generated=[], remaining=1, seed=0)
+            )
+            rows = self._row_buckets[done - len(self.options.chunk_sizes)]
+            nobody = np.zeros(self._num_rows, np.bool_)
+            state, _ = decode_steps(self.config, self._params, state, np.int32(1), nobody, num_rows=rows)
+            self._state = jax.block_until_ready(state)
+        on_progress(len(programs), len(programs), "ready")
+        self._is_warm = True
+
+    def stats(self) -> EngineStats:
+        """The load now."""
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=sum(request is not None for request in scheduler.rows),
+            num_waiting=len(scheduler.waiting) + len(self._inbox),
+            num_pages_used=scheduler.pages.num_used,
+            num_pages=scheduler.pages.num_pages - 1,
+            ready=self._is_warm and self.health() is None and self._is_accepting,
+        )
+
+    def health(self) -> str | None:
+        """None if all is well, else what is wrong."""
+        if self._failure is not None:
+            return f"the engine has failed: {type(self._failure).__name__}"
+        idle_s = time.monotonic() - self._last_progress
+        if self._scheduler.has_work and idle_s > self.options.stall_timeout_s:
+            return f"no step has finished for {idle_s:.0f} s"
+        return None
+
+    def drain(self, timeout_s: float) -> bool:
+        """Takes no new requests and waits for those accepted. False if `timeout_s` passes first."""
+        with self._changed:
+            self._is_accepting = False
+            return self._changed.wait_for(lambda: not self._inbox and not self._scheduler.has_work, timeout_s)
+
+    def close(self) -> None:
+        """Cancels what runs and ends the thread. May be called twice."""
+        with self._changed:
+            self._is_accepting = False
+            self._is_closing = True
+            self._changed.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        atexit.unregister(self.close)
+
+    # The engine's thread
+
+    def _make_request(
+        self, prompt_ids: Sequence[int], params: SamplingParams, on_output: Callable[[TokenOutput], None], priority: int
+    ) -> EngineRequest:
+        prompt = [int(token_id) for token_id in prompt_ids]
+        if not prompt:
+            raise RequestError("the prompt is empty; it needs at least one token", "prompt")
+        if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
+            raise RequestError(f"the prompt has token ids outside 0 to {self.config.vocab_size - 1}", "prompt")
+        if len(prompt) >= self.max_context:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt)} tokens; this model's context is {self.max_context}, which must hold at "
+                "least one more",
+                "prompt",
+            )
+        params.validate_vocab(self.config.vocab_size)
+        room = self.max_context - len(prompt)
+        return EngineRequest(
+            prompt=prompt,
+            params=params,
+            on_output=on_output,
+            budget=room if params.max_tokens is None else min(room, params.max_tokens),
+            stop_ids=frozenset(params.stop_token_ids)
+            | (frozenset() if params.ignore_eos else frozenset(self.config.eos_token_ids)),
+            priority=priority,
+            arrival=0,
+            wake=self._wake,
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+        )
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="jaxllama-engine", daemon=True)
+            atexit.register(self.close)
+            self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._turn()
+        except Exception as error:
+            with self._changed:
+                self._failure = error
+        finally:
+            self._end_all()
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            if not self._scheduler.has_work and not self._in_flight:
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._inbox or self._is_closing)
+                self._last_progress = time.monotonic()
+            while self._inbox:
+                self._scheduler.enqueue(self._inbox.popleft())
+            return not self._is_closing
+
+    def _turn(self) -> None:
+        """Drops what was cancelled, prefills a little, launches a dispatch, and reads the one before it."""
+        for request in [*self._scheduler.waiting, *(r for r in self._scheduler.rows if r is not None)]:
+            if request.is_cancelled:
+                self._finish(request, "cancelled")
+            elif request.budget == 0:
+                self._finish(request, "length")
+        self._scheduler.admit()
+        self._prefill_some()
+        launched = self._launch()
+        while len(self._in_flight) > (1 if launched else 0):
+            self._read(self._in_flight.popleft())
+
+    def _prefill_some(self) -> None:
+        """At most one largest chunk's worth of tokens, so that running streams wait no longer than that."""
+        tokens_left = max(self.options.chunk_sizes)
+        for request in self._scheduler.prefilling:
+            for chunk in self._scheduler.chunks(request):
+                if chunk.size > tokens_left:
+                    return
+                tokens_left -= chunk.size
+                self._prefill(chunk)
+                request.num_prefilled += chunk.num_tokens
+            self._activate(request)
+
+    def _prefill(self, chunk: Chunk) -> None:
+        request, state = chunk.request, self._get_state()
+        tokens = np.zeros(chunk.size, np.int32)
+        ids = (request.prompt + request.generated)[chunk.start : chunk.start + chunk.num_tokens]
+        tokens[: len(ids)] = ids[: chunk.num_tokens]
+        table = np.zeros(self._table_width, np.int32)
+        table[: len(request.pages)] = request.pages
+        start, num_tokens = np.int32(chunk.start), np.int32(chunk.num_tokens)
+        pool = prefill(self.config, self._params, state.pool, tokens, table, start, num_tokens)
+        self._state = state._replace(pool=pool)
+
+    def _activate(self, request: EngineRequest) -> None:
+        new = row_state(
+            self.config,
+            request.params,
+            prompt=request.prompt,
+            generated=request.generated,
+            remaining=request.budget - len(request.generated),
+            seed=request.seed,
+        )
+        assert request.row is not None
+        self._state = insert(self._get_state(), np.int32(request.row), new)
+        request.is_running = True
+
+    def _launch(self) -> bool:
+        max_steps = min(MAX_STEPS, max(1, round(self.options.dispatch_s / self._step_s)))
+        if not self._make_room(max_steps):
+            return False
+        running = self._scheduler.running
+        if not running or all(self._is_spent(request) for request in running):
+            return False
+        table = np.zeros_like(self._page_table)
+        keep = np.zeros(self._num_rows, np.bool_)
+        rows: dict[int, EngineRequest] = {}
+        for request in running:
+            assert request.row is not None
+            table[request.row, : len(request.pages)] = request.pages
+            keep[request.row] = True
+            rows[request.row] = request
+        state = self._get_state()
+        if not np.array_equal(table, self._page_table):
+            self._page_table = table
+            state = state._replace(page_table=jax.device_put(table, self._shardings.page_table))
+        bucket = next(size for size in self._row_buckets if size > max(rows))
+        self._state, output = decode_steps(self.config, self._params, state, np.int32(max_steps), keep, num_rows=bucket)
+        wants_logprobs = any(request.params.logprobs is not None for request in running)
+        output.tokens.copy_to_host_async()
+        self._in_flight.append(_Dispatch(output, rows, max_steps, wants_logprobs, time.monotonic()))
+        return True
+
+    def _steps_in_flight(self, request: EngineRequest) -> int:
+        return sum(
+            d.max_steps for d in self._in_flight if request.row is not None and d.rows.get(request.row) is request
+        )
+
+    def _is_spent(self, request: EngineRequest) -> bool:
+        """Whether what is in flight uses up the request's budget, so that another dispatch would find it inactive."""
+        return len(request.generated) + self._steps_in_flight(request) >= request.budget
+
+    def _make_room(self, max_steps: int) -> bool:
+        """Takes the pages that `max_steps` more steps need. False if what is in flight must be read first."""
+        for request in sorted(self._scheduler.running, key=lambda r: r.order):
+            while request.is_running:
+                steps = min(self._steps_in_flight(request) + max_steps, request.budget - len(request.generated))
+                if self._scheduler.grow(request, len(request.prompt) + len(request.generated) + steps):
+                    break
+                if self._in_flight:
+                    return False
+                self._scheduler.set_aside(self._scheduler.youngest())
+        return True
+
+    def _read(self, dispatch: _Dispatch) -> None:
+        num_steps = int(dispatch.output.num_steps)
+        tokens = np.asarray(dispatch.output.tokens)
+        now = time.monotonic()
+        if num_steps:
+            took_s = (now - max(dispatch.launched, self._last_progress)) / num_steps
+            self._step_s = 0.5 * self._step_s + 0.5 * max(took_s, 1e-4)
+        self._last_progress = now
+        logprobs = _read_logprobs(dispatch.output) if dispatch.wants_logprobs else None
+        for row, request in dispatch.rows.items():
+            if not request.is_finished:
+                self._deliver(request, row, tokens[:num_steps, row], logprobs)
+
+    def _deliver(self, request: EngineRequest, row: int, tokens: np.ndarray, logprobs: Any) -> None:
+        new: list[int] = []
+        entries: list[TokenLogprob] = []
+        for step, token in enumerate(tokens.tolist()):
+            if token == NOT_FINITE:
+                error = NonFiniteLogitsError("the model produced NaN or infinity for this request")
+                self._finish(request, "error", tuple(new), tuple(entries), error=error)
+                return
+            if token < 0:
+                break
+            new.append(token)
+            request.generated.append(token)
+            if request.params.logprobs is not None:
+                entries.append(_token_logprob(token, request.params.logprobs, step, row, logprobs))
+            if token in request.stop_ids:
+                self._finish(request, "stop", tuple(new), tuple(entries), stop_token_id=token)
+                return
+            if len(request.generated) >= request.budget:
+                self._finish(request, "length", tuple(new), tuple(entries))
+                return
+        if new:
+            request.on_output(TokenOutput(tuple(new), tuple(entries)))
+
+    def _finish(
+        self,
+        request: EngineRequest,
+        reason: FinishReason,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+        *,
+        stop_token_id: int | None = None,
+        error: Exception | None = None,
+    ) -> None:
+        with self._changed:
+            self._scheduler.remove(request)
+            self._changed.notify_all()
+        request.on_output(TokenOutput(token_ids, logprobs, reason, stop_token_id, error))
+
+    def _end_all(self) -> None:
+        """Every request that is left gets its one last output."""
+        with self._changed:
+            left = [*self._inbox, *self._scheduler.waiting, *(r for r in self._scheduler.rows if r is not None)]
+            self._inbox.clear()
+            self._in_flight.clear()
+        for request in left:
+            if self._failure is None:
+                self._finish(request, "cancelled")
+            else:
+                error = EngineStoppedError(f"the engine has failed: {self._failure}")
+                error.__cause__ = self._failure
+                self._finish(request, "error", error=error)
+
+    def _get_state(self) -> DecodeState:
+        if self._state is None:
+            self._state = make_state(self._shapes, self._shardings)
+        return self._state
+
+
+def _row_buckets(num_rows: int) -> tuple[int, ...]:
+    """Numbers of rows that decode programs are made for: few rows should not pay for many, nor compile for each."""
+    return tuple(sorted({2, max(2, num_rows // 4), num_rows}))
+
+
+def _round_up(num_rows: int, mesh: Mesh) -> int:
+    return -(-num_rows // mesh.shape["data"]) * mesh.shape["data"]
+
+
+def _read_logprobs(output: StepOutput) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.asarray(output.logprobs), np.asarray(output.top_ids), np.asarray(output.top_logprobs)
+
+
+def _token_logprob(token: int, count: int, step: int, row: int, logprobs: tuple[np.ndarray, ...]) -> TokenLogprob:
+    chosen, ids, values = logprobs
+    top = zip(ids[step, row, :count].tolist(), values[step, row, :count].tolist(), strict=True)
+    return TokenLogprob(token, float(chosen[step, row]), tuple(top))

@@ -1,0 +1,74 @@
+"""What goes into the engine and what comes out of it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxllama.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's log-probability, with the likeliest tokens at its place (id, log-probability), best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """New tokens of one request. The last output of a request, and no other, has a `finish_reason`.
+
+    `token_ids` include the stop token; `stop_token_id` is its id if one ended the request. `error` is set exactly when
+    `finish_reason` is "error".
+    """
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class EngineRequest:
+    """One accepted request. Callers read `id` and `seed` and call `cancel`; the rest belongs to the engine's thread."""
+
+    prompt: list[int]
+    params: SamplingParams
+    on_output: Callable[[TokenOutput], None]
+    budget: int
+    stop_ids: frozenset[int]
+    priority: int
+    arrival: int
+    wake: Callable[[], None]
+    id: str = field(default_factory=lambda: f"req-{secrets.token_hex(8)}")
+    seed: int = 0
+    generated: list[int] = field(default_factory=list)
+    row: int | None = None
+    pages: list[int] = field(default_factory=list)
+    num_prefilled: int = 0
+    is_running: bool = False
+    is_finished: bool = False
+    is_cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Ends the request at the next dispatch with finish_reason "cancelled". Does nothing if it has ended."""
+        self.is_cancelled = True
+        self.wake()
+
+    @property
+    def num_to_prefill(self) -> int:
+        """Tokens whose keys and values must be in the cache before decoding: all but the last."""
+        return len(self.prompt) + len(self.generated) - 1
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Lower goes first: priority, then arrival."""
+        return (self.priority, self.arrival)

@@ -1,0 +1,358 @@
+"""`Llama`: a loaded model with its tokenizer and engine, for notebooks, the command line and the server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, overload
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxllama.cache import KV_POOL_AXES, kv_pool_shape
+from jaxllama.checkpoint import Checkpoint, restore_params
+from jaxllama.config import LlamaConfig
+from jaxllama.decode import prefill_logits
+from jaxllama.engine.engine import Engine, EngineOptions
+from jaxllama.engine.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
+from jaxllama.errors import ChatTemplateError, ConfigError, ContextLengthError, QueueFullError, RequestError
+from jaxllama.mesh import make_mesh, param_shardings, partition_spec
+from jaxllama.params import Params
+from jaxllama.sampling import SamplingParams
+from jaxllama.text.chat import ChatTemplate, load_chat_template
+from jaxllama.text.output import OutputAssembler
+from jaxllama.text.tokenizer import Tokenizer, load_tokenizer
+
+type Prompt = str | Sequence[int]
+
+_LOGITS_CHUNK = 128
+_PROMPT_TAIL = 16
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished output.
+
+    `token_ids` include the stop token, `text` does not. `logprobs` are one a token if `SamplingParams.logprobs` asked.
+    `reasoning` is what a reasoning model thinks before its answer (`chat` alone separates it). `stop_reason` is the stop
+    string or id that ended it, if one did; `seed` repeats it.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: FinishReason
+    prompt_token_ids: tuple[int, ...]
+    reasoning: str = ""
+    stop_reason: str | int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class CompletionDelta:
+    """The next piece of an output: all `text` joined is `Completion.text`. The last has a `finish_reason`."""
+
+    text: str
+    reasoning: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason | None
+
+
+def load(
+    path: str | os.PathLike[str],
+    mesh: Mesh | None = None,
+    *,
+    dtype: Any = None,
+    options: EngineOptions | None = None,
+) -> Llama:
+    """Loads a converted checkpoint onto `mesh` (None: all devices, tensor-parallel), as `dtype` (None: as stored).
+
+    Raises: CheckpointError, TokenizerError or ConfigError, saying what is wrong with which file.
+    """
+    checkpoint = Checkpoint.open(path)
+    config = checkpoint.config
+    mesh = make_mesh(config) if mesh is None else mesh
+    dtype = jnp.dtype(checkpoint.dtype if dtype is None else dtype)
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise ConfigError(f"dtype must be bfloat16 or float32, got {dtype}")
+    has_tokenizer = any((checkpoint.path / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    tokenizer = load_tokenizer(checkpoint.path, config.vocab_size) if has_tokenizer else None
+    chat_template = None
+    if has_tokenizer:
+        with contextlib.suppress(ChatTemplateError):
+            chat_template = load_chat_template(checkpoint.path)
+    params = restore_params(checkpoint, dtype, param_shardings(config, mesh))
+    return Llama(
+        config,
+        params,
+        mesh,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        checkpoint=checkpoint,
+        options=options or EngineOptions(),
+    )
+
+
+class Llama:
+    """A model that generates. Threads may share it; its engine runs their requests together.
+
+    `tokenizer` and `chat_template` are None where the checkpoint has none: prompts must then be token ids.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        params: Params,
+        mesh: Mesh,
+        *,
+        tokenizer: Tokenizer | None = None,
+        chat_template: ChatTemplate | None = None,
+        checkpoint: Checkpoint | None = None,
+        options: EngineOptions | None = None,
+    ) -> None:
+        self.config = config
+        self.params = params
+        self.mesh = mesh
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.checkpoint = checkpoint
+        self.engine = Engine(config, params, mesh, options or EngineOptions())
+
+    @property
+    def max_context(self) -> int:
+        """The most tokens that a prompt and its output may have together."""
+        return self.engine.max_context
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancels what runs and ends the engine's thread."""
+        self.engine.close()
+
+    @overload
+    def generate(self, prompts: str | Sequence[int], params: SamplingParams | None = None) -> Completion: ...
+    @overload
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]: ...
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+    ) -> Completion | list[Completion]:
+        """Completes one prompt (text or token ids), or many, which run together.
+
+        A text is encoded as the tokenizer does by itself (BOS included, if it adds one).
+
+        Raises: RequestError for a prompt or parameters that cannot run; NonFiniteLogitsError.
+        """
+        if _is_one(prompts):
+            return self._run([self._encode(prompts)], params or SamplingParams())[0]  # type: ignore[arg-type]
+        return self._run([self._encode(prompt) for prompt in prompts], params or SamplingParams())  # type: ignore[arg-type]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[CompletionDelta]:
+        """Completes one prompt piece by piece. Leaving the loop early cancels the request.
+
+        Raises: as `generate`.
+        """
+        return self._stream(_Output(self, self._encode(prompt), params or SamplingParams()))
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> Completion:
+        """Answers messages (`{"role": …, "content": …}`) through the model's chat template.
+
+        Raises: ChatTemplateError if there is no template or it refuses the messages; else as `generate`.
+        """
+        if self.chat_template is None or self.tokenizer is None:
+            raise ChatTemplateError("this checkpoint has no chat template; use generate with a prompt of your own")
+        rendered = self.chat_template.render(messages)
+        output = _Output(
+            self,
+            self.tokenizer.encode_rendered(rendered),
+            params or SamplingParams(),
+            is_chat=True,
+            starts_in_reasoning=rendered.starts_in_reasoning,
+        )
+        for _ in self._stream(output):
+            pass
+        return output.completion()
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Scores of every next token after each of `ids`: float32 `[len(ids), vocab_size]`.
+
+        Raises: RequestError for ids outside the vocabulary, ContextLengthError for more than the context.
+        """
+        tokens = np.asarray(ids, np.int32)
+        vocab, context = self.config.vocab_size, self.config.max_position_embeddings
+        if tokens.ndim != 1 or not tokens.size or tokens.min() < 0 or tokens.max() >= vocab:
+            raise RequestError(f"ids must be a non-empty list of token ids from 0 to {vocab - 1}", "ids")
+        if len(tokens) > context:
+            raise ContextLengthError(f"{len(tokens)} ids exceed the context of {context}", "ids")
+        page_size = self.engine.options.page_size
+        chunk = -(-_LOGITS_CHUNK // page_size) * page_size
+        # Powers of two, so that a loop over texts of all lengths compiles a few programs only.
+        num_chunks = 1 << (-(-len(tokens) // chunk) - 1).bit_length()
+        num_pages = num_chunks * chunk // page_size
+        pool = jnp.zeros(
+            kv_pool_shape(self.config, num_pages, page_size),
+            self.params["norm"].dtype,
+            device=NamedSharding(self.mesh, partition_spec(KV_POOL_AXES, self.config, self.mesh)),
+        )
+        table = np.arange(num_pages, dtype=np.int32)
+        rows = []
+        for start in range(0, len(tokens), chunk):
+            part = tokens[start : start + chunk]
+            padded = np.pad(part, (0, chunk - len(part)))
+            at = (np.int32(start), np.int32(len(part)))
+            scores, pool = prefill_logits(self.config, self.params, pool, padded, table, *at)
+            rows.append(np.asarray(scores[: len(part)]))
+        return np.concatenate(rows)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return [int(token_id) for token_id in prompt]
+        if self.tokenizer is None:
+            raise RequestError("this checkpoint has no tokenizer: give the prompt as token ids", "prompt")
+        return self.tokenizer.encode(prompt)
+
+    def _run(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
+        outputs = [_Output(self, prompt, params) for prompt in prompts]
+        inbox: queue.SimpleQueue[tuple[_Output, TokenOutput]] = queue.SimpleQueue()
+        not_started = list(reversed(outputs))
+        num_left = len(outputs)
+        try:
+            while num_left:
+                with contextlib.suppress(QueueFullError):
+                    while not_started:
+                        not_started[-1].start(inbox)
+                        not_started.pop()
+                output, tokens = inbox.get()
+                output.add(tokens)
+                num_left -= tokens.finish_reason is not None
+        finally:
+            for output in outputs:
+                output.cancel()
+        return [output.completion() for output in outputs]
+
+    def _stream(self, output: _Output) -> Iterator[CompletionDelta]:
+        inbox: queue.SimpleQueue[tuple[_Output, TokenOutput]] = queue.SimpleQueue()
+        output.start(inbox)
+        try:
+            while not output.is_finished:
+                _, tokens = inbox.get()
+                delta = output.add(tokens)
+                if delta.token_ids or delta.text or delta.reasoning or delta.finish_reason:
+                    yield delta
+        finally:
+            output.cancel()
+
+
+class _Output:
+    """One output as it grows: tokens from the engine, text through the assembler, stop strings."""
+
+    def __init__(
+        self,
+        llama: Llama,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        is_chat: bool = False,
+        starts_in_reasoning: bool | None = None,
+    ) -> None:
+        self._llama = llama
+        self._prompt = prompt
+        self._params = params
+        self._request: EngineRequest | None = None
+        self._assembler: OutputAssembler | None = None
+        if llama.tokenizer is not None:
+            self._assembler = OutputAssembler(
+                llama.tokenizer,
+                stop=params.stop,
+                include_stop=params.include_stop_str_in_output,
+                starts_in_reasoning=starts_in_reasoning,
+                prompt_tail=() if is_chat else prompt[-_PROMPT_TAIL:],
+            )
+        elif params.stop:
+            raise RequestError("this checkpoint has no tokenizer: stop strings cannot be found", "stop")
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._stop_reason: str | int | None = None
+        self._finish_reason: FinishReason | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more will come."""
+        return self._finish_reason is not None
+
+    def start(self, inbox: queue.SimpleQueue[tuple[_Output, TokenOutput]]) -> None:
+        """Submits the request, whose outputs then arrive in `inbox`."""
+        self._request = self._llama.engine.submit(self._prompt, self._params, lambda tokens: inbox.put((self, tokens)))
+
+    def cancel(self) -> None:
+        """Ends the request if it still runs."""
+        if self._request is not None:
+            self._request.cancel()
+
+    def add(self, output: TokenOutput) -> CompletionDelta:
+        """Takes in what the engine produced. Tokens after a stop string are dropped.
+
+        Raises: the engine's error, if that is how the request ended.
+        """
+        if output.error is not None:
+            raise output.error
+        if self.is_finished:
+            return CompletionDelta("", "", (), (), None)
+        text, reasoning, num_taken = "", "", 0
+        for token_id in output.token_ids:
+            is_stop = output.stop_token_id is not None and num_taken == len(output.token_ids) - 1
+            num_taken += 1
+            if self._assembler is not None:
+                delta = self._assembler.push([token_id], stop_token_id=token_id if is_stop else None)
+                text, reasoning = text + delta.content, reasoning + delta.reasoning
+                if self._set_matched(delta.matched_stop):
+                    break
+        if self._finish_reason is None and output.finish_reason is not None:
+            self._finish_reason, self._stop_reason = output.finish_reason, output.stop_token_id
+            if self._assembler is not None:
+                delta = self._assembler.flush()
+                text, reasoning = text + delta.content, reasoning + delta.reasoning
+                self._set_matched(delta.matched_stop)
+        new_ids, new_logprobs = output.token_ids[:num_taken], output.logprobs[:num_taken]
+        self._text.append(text)
+        self._reasoning.append(reasoning)
+        self._token_ids += new_ids
+        self._logprobs += new_logprobs
+        return CompletionDelta(text, reasoning, new_ids, new_logprobs, self._finish_reason)
+
+    def completion(self) -> Completion:
+        """The whole output, once finished."""
+        assert self._finish_reason is not None and self._request is not None
+        return Completion(
+            text="".join(self._text),
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs) if self._params.logprobs is not None else None,
+            finish_reason=self._finish_reason,
+            prompt_token_ids=tuple(self._prompt),
+            reasoning="".join(self._reasoning),
+            stop_reason=self._stop_reason,
+            seed=self._request.seed,
+        )
+
+    def _set_matched(self, stop: str | None) -> bool:
+        if stop is None:
+            return False
+        self._stop_reason, self._finish_reason = stop, "stop"
+        self.cancel()
+        return True
+
+
+def _is_one(prompts: Any) -> bool:
+    return isinstance(prompts, str) or (
+        len(prompts) > 0 and not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0
+    )

@@ -1,0 +1,186 @@
+"""Chat templates: from messages to the text a model was trained on."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxllama.errors import ChatTemplateError
+from jaxllama.text.backend import named_token, tokenizer_config
+from jaxllama.text.reasoning import CLOSE_TAG, OPEN_TAG
+from jaxllama.text.sandbox import TemplateEnvironment
+from jaxllama.text.specials import RenderedChat, Spellings, StandIns
+from jaxllama.text.tokenizer import special_spellings
+
+__all__ = ["ChatTemplate", "RenderedChat", "load_chat_template"]
+
+_MAX_TEMPLATE_CHARS = 1_000_000
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class ChatTemplate:
+    """A model's chat template, and what it needs to know of the tokenizer.
+
+    `spellings` are the special tokens' (`Tokenizer.special_tokens`), `named_tokens` the variables such as `bos_token`.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        spellings: Iterable[str],
+        named_tokens: Mapping[str, str] | None = None,
+        timeout_s: float = 5.0,
+        max_chars: int = 8_000_000,
+    ) -> None:
+        """Raises: ChatTemplateError if the template does not compile."""
+        if len(source) > _MAX_TEMPLATE_CHARS:
+            raise ChatTemplateError(f"The chat template has {len(source)} characters, more than {_MAX_TEMPLATE_CHARS}.")
+        self.source = source
+        self._spellings = Spellings(spellings)
+        self._named_tokens = dict(named_tokens or {})
+        self._environment = TemplateEnvironment(timeout_s=timeout_s, max_chars=max_chars)
+        try:
+            self._template = self._environment.from_string(source)
+        except Exception as error:
+            raise ChatTemplateError(f"The chat template does not compile: {_message(error)}") from None
+        self.has_reasoning = CLOSE_TAG in source or CLOSE_TAG in self._spellings.all
+        """Whether replies may hold `<think>` … `</think>`: the template or the tokenizer knows the tags."""
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> RenderedChat:
+        """The prompt for `messages`.
+
+        A system (or developer) message moves to the front. Content is a text, or a list of text parts, which are
+        joined; None only where the assistant calls tools. `reasoning_content` is dropped. Special tokens that message
+        texts spell stay ordinary text.
+
+        Raises: ChatTemplateError if the messages are malformed, or the template refuses them or exceeds its bounds.
+        """
+        plain = _in_order([_plain_message(message, i) for i, message in enumerate(messages)])
+        try:
+            stand_ins = StandIns(self._spellings, [self.source, *_texts(self._named_tokens), *_texts(plain)])
+            variables = {
+                **self._named_tokens,
+                "messages": [_protect(message, stand_ins) for message in plain],
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+            }
+            protected = self._environment.render_bounded(self._template, variables)
+        except Exception as error:
+            raise ChatTemplateError(f"The chat template refuses these messages: {_message(error)}") from None
+        return RenderedChat(
+            text=stand_ins.restore(protected),
+            protected_text=protected,
+            protected_spellings=self._spellings.all,
+            stand_ins=stand_ins,
+            starts_in_reasoning=protected.rstrip().endswith(OPEN_TAG) if self.has_reasoning else None,
+        )
+
+    @functools.cached_property
+    def opens_reasoning(self) -> bool:
+        """Whether the prompt for a reply ends inside `<think>`, as that of R1."""
+        try:
+            return bool(self.render([{"role": "user", "content": "Hello"}]).starts_in_reasoning)
+        except ChatTemplateError:
+            return False
+
+
+def load_chat_template(folder: Path) -> ChatTemplate:
+    """The template of chat_template.jinja, or else of tokenizer_config.json; of several the one named "default".
+
+    Raises: ChatTemplateError if there is none, or it is damaged. TokenizerError if the tokenizer's files are.
+    """
+    folder = Path(folder)
+    config = tokenizer_config(folder)
+    source = _find_source(folder, config)
+    named = {name: token for name in _NAMED_TOKENS if (token := named_token(config, name)) is not None}
+    try:
+        return ChatTemplate(source, spellings=special_spellings(folder), named_tokens=named)
+    except ChatTemplateError as error:
+        raise ChatTemplateError(f"{folder}: {error}") from None
+
+
+def _find_source(folder: Path, config: Mapping[str, Any]) -> str:
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ChatTemplateError(f"{path}: cannot be read: {error}") from None
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
+    if not isinstance(source, str):
+        raise ChatTemplateError(f"{folder}: no chat_template.jinja, and no chat_template in tokenizer_config.json.")
+    return source
+
+
+def _plain_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """A checked copy of a message, its content one text."""
+    where = f"messages[{index}]"
+    if not isinstance(message, Mapping):
+        raise ChatTemplateError(f"{where} must be an object, got {type(message).__name__}.")
+    role = message.get("role")
+    if role not in _ROLES:
+        raise ChatTemplateError(f"{where}.role must be one of {', '.join(_ROLES)}; got {role!r}.")
+    content = message.get("content")
+    if isinstance(content, list | tuple):
+        for part in content:
+            if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+                raise ChatTemplateError(f'{where}.content: every part must be {{"type": "text", "text": …}}.')
+        content = "".join(part["text"] for part in content)
+    if (content is None and not message.get("tool_calls")) or (content is not None and not isinstance(content, str)):
+        raise ChatTemplateError(f"{where}.content must be a text or a list of text parts.")
+    others = {key: value for key, value in message.items() if key not in ("role", "content", "reasoning_content")}
+    return {"role": "system" if role == "developer" else role, "content": content, **others}
+
+
+def _in_order(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with the system message first."""
+    if not messages:
+        raise ChatTemplateError("messages is empty: at least one is needed.")
+    system = [message for message in messages if message["role"] == "system"]
+    if len(system) > 1:
+        raise ChatTemplateError(f"messages holds {len(system)} system or developer messages: at most one is possible.")
+    return system + [message for message in messages if message["role"] != "system"]
+
+
+def _protect(message: Mapping[str, Any], stand_ins: StandIns) -> dict[str, Any]:
+    # The role is one of ours, and templates build special tokens from it: `'<|' + role + '|>'`.
+    return {key: value if key == "role" else _protect_value(value, stand_ins) for key, value in message.items()}
+
+
+def _protect_value(value: Any, stand_ins: StandIns) -> Any:
+    if isinstance(value, str):
+        return stand_ins.protect(value)
+    if isinstance(value, Mapping):
+        return {_protect_value(key, stand_ins): _protect_value(inner, stand_ins) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_protect_value(inner, stand_ins) for inner in value]
+    return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a nested value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(key)
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _message(error: BaseException) -> str:
+    """One line about an error of Jinja's, with the line of the template where it is known."""
+    line = getattr(error, "lineno", None)
+    text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
+    return text[:500] + (f" (line {line})" if line else "")

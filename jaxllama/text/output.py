@@ -1,0 +1,142 @@
+"""From a request's output tokens to its text: decoding, reasoning, stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxllama.text.reasoning import CLOSE_TAG, OPEN_TAG, Part, ReasoningSplitter
+from jaxllama.text.stops import StopMatcher
+from jaxllama.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """What a few tokens add to the output. `matched_stop` is the stop string that ends it here, if one does."""
+
+    content: str = ""
+    reasoning: str = ""
+    matched_stop: str | None = None
+    num_reasoning_tokens: int = 0
+
+
+class OutputAssembler:
+    """Turns the tokens of one output into content and reasoning, as they come.
+
+    `starts_in_reasoning` is `RenderedChat.starts_in_reasoning`: None leaves `<think>` tags in the content. Where the
+    tags are single tokens only those count, and a reply may spell them; else the text of the tags counts.
+    `stop` ends the content, with `stop_in_reasoning` the reasoning too. `num_reasoning_tokens` counts the tokens of the
+    reasoning and its tags.
+
+    Special tokens never show (see `Tokenizer.decode`). The deltas joined are the same however the tokens are pushed.
+    After `prompt_tail`, the last ids of the prompt, the text continues the prompt's (see `Tokenizer.decoder`).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        starts_in_reasoning: bool | None = None,
+        stop_in_reasoning: bool = False,
+        prompt_tail: Sequence[int] = (),
+    ) -> None:
+        self._decoder = tokenizer.decoder(prompt_tail=prompt_tail)
+        tags = (tokenizer.special_tokens.get(OPEN_TAG), tokenizer.special_tokens.get(CLOSE_TAG))
+        self._open_id, self._close_id = tags if None not in tags else (None, None)
+        self._splitter = None
+        if starts_in_reasoning is not None:
+            self._splitter = ReasoningSplitter(starts_in_reasoning, tags_in_text=self._open_id is None)
+        self._content_stops = StopMatcher(stop, include_stop)
+        self._reasoning_stops = StopMatcher(stop if stop_in_reasoning else (), include_stop)
+        self._include_stop = include_stop
+        self._num_undecided = 0
+        self._clear()
+        self._matched: str | None = None
+        self._is_told = False
+
+    def push(self, token_ids: Sequence[int], *, stop_token_id: int | None = None) -> TextDelta:
+        """Adds tokens. `stop_token_id` says that the last is a stop token: it has no text, unless stops are included.
+
+        After a stop string has matched, which one delta tells, deltas are empty.
+        """
+        shown = token_ids if stop_token_id is None or self._include_stop else token_ids[:-1]
+        for token_id in shown:
+            if self._matched is not None:
+                break
+            self._push_one(token_id)
+        return self._take()
+
+    def flush(self) -> TextDelta:
+        """The end of the output: releases what was held back. May still find a stop string that was undecided."""
+        if self._matched is None:
+            self._add_text(self._decoder.flush())
+            if self._splitter is not None:
+                self._add_parts(self._splitter.flush())
+            for stops in (self._reasoning_stops, self._content_stops):
+                self._flush_stops(stops)
+        return self._take()
+
+    def _push_one(self, token_id: int) -> None:
+        if self._splitter is None:
+            self._add_text(self._decoder.push((token_id,)))
+            return
+        was_inside = self._splitter.is_inside
+        if self._open_id is not None and token_id in (self._open_id, self._close_id):
+            self._add_text(self._decoder.flush())
+            self._add_parts(self._splitter.open_tag() if token_id == self._open_id else self._splitter.close_tag())
+        else:
+            self._add_text(self._decoder.push((token_id,)))
+        self._count(was_inside)
+
+    def _count(self, was_inside: bool) -> None:
+        """Counts this token as reasoning; tokens that may yet open it are counted once they do."""
+        assert self._splitter is not None
+        if was_inside:
+            self._num_reasoning_tokens += 1
+        elif self._splitter.is_undecided:
+            self._num_undecided += 1
+        else:
+            self._num_reasoning_tokens += self._num_undecided + 1 if self._splitter.is_inside else 0
+            self._num_undecided = 0
+
+    def _add_text(self, text: str) -> None:
+        if self._splitter is None:
+            self._add_parts([("content", text)])
+        else:
+            self._add_parts(self._splitter.push(text))
+
+    def _add_parts(self, parts: Sequence[Part]) -> None:
+        for kind, text in parts:
+            if self._matched is not None:
+                return
+            # A stop string does not reach across the other kind of text.
+            other = self._content_stops if kind == "reasoning" else self._reasoning_stops
+            self._flush_stops(other)
+            stops = self._reasoning_stops if kind == "reasoning" else self._content_stops
+            if self._matched is None:
+                emitted, self._matched = stops.push(text)
+                self._emit(stops, emitted)
+
+    def _flush_stops(self, stops: StopMatcher) -> None:
+        if self._matched is None:
+            self._emit(stops, stops.flush())
+            self._matched = stops.matched
+
+    def _emit(self, stops: StopMatcher, text: str) -> None:
+        if stops is self._content_stops:
+            self._content += text
+        else:
+            self._reasoning += text
+
+    def _clear(self) -> None:
+        self._content = self._reasoning = ""
+        self._num_reasoning_tokens = 0
+
+    def _take(self) -> TextDelta:
+        matched = None if self._is_told else self._matched
+        self._is_told = self._matched is not None
+        delta = TextDelta(self._content, self._reasoning, matched, self._num_reasoning_tokens)
+        self._clear()
+        return delta

@@ -1,0 +1,149 @@
+"""`make_app`: the routes, and the middleware around all of them."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from jaxllama_serving.auth import KeyRing
+from jaxllama_serving.chat import RESPONSE_HEADERS, chat_completions, log_failure
+from jaxllama_serving.config import ServerConfig
+from jaxllama_serving.errors import ApiError, from_exception, from_http_status
+from jaxllama_serving.page import add_page
+from jaxllama_serving.service import SERVICE, Service
+from jaxllama_serving.status import health, model, models, ready
+from jaxllama_serving.wire import SECURITY_HEADERS, error_response, new_request_id
+
+if TYPE_CHECKING:
+    from jaxllama import Llama
+
+logger = logging.getLogger("jaxllama.serving")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+PREFIXES = ("/v1", "/v1/openai")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def make_app(llama: Llama | None, config: ServerConfig) -> web.Application:
+    """Returns the application. With `llama` None it answers 503 until `app[SERVICE].set_llama` is called.
+
+    Must be called inside a running event loop. Serve it with `wire.Listener`, which adds the limits on connections
+    and cancels the handlers of clients that have gone.
+    """
+    open_resources: set[web.AbstractResource] = set()
+    app = web.Application(
+        middlewares=[_edge(config), _authenticate(KeyRing(config.api_keys), open_resources)],
+        client_max_size=config.max_body_bytes,
+    )
+    service = Service(llama, config)
+    app[SERVICE] = service
+    app.on_cleanup.append(service.close)
+    for prefix in PREFIXES:
+        app.router.add_post(f"{prefix}/chat/completions", chat_completions)
+        app.router.add_get(f"{prefix}/models", models)
+        app.router.add_get(f"{prefix}/models/{{id:.+}}", model)
+    for prefix in ("", *PREFIXES):
+        for name, handler in (("health", health), ("ready", ready)):
+            route = app.router.add_get(f"{prefix}/{name}", handler)
+            if not prefix and route.resource is not None:
+                open_resources.add(route.resource)
+    open_resources |= add_page(app)
+    return app
+
+
+def _authenticate(keys: KeyRing, open_resources: set[web.AbstractResource]) -> Callable[..., Awaitable[web.StreamResponse]]:
+    @web.middleware
+    async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
+        # By the resource that was matched, never by the path: the router alone knows what a path means, and a route
+        # that nobody thought of, or none at all, stays closed.
+        if request.match_info.route.resource not in open_resources:
+            keys.check(request.headers.get("Authorization"))
+        return await handler(request)
+
+    return authenticate
+
+
+def _edge(config: ServerConfig) -> Callable[..., Awaitable[web.StreamResponse]]:
+    @web.middleware
+    async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Gives every request its id, every response its headers, every error its envelope, and logs one line."""
+        given = request.headers.get("X-Request-Id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else new_request_id()
+        headers = {**SECURITY_HEADERS, **_cors_headers(request, config), "X-Request-Id": request_id}
+        request["request_id"], request[RESPONSE_HEADERS] = request_id, headers
+        started, outcome = time.perf_counter(), "gone"
+        try:
+            response = await _respond(request, handler, request_id)
+            if not response.prepared:
+                response.headers.update(headers)
+            outcome = str(response.status)
+            return response
+        finally:
+            _log(request, request_id, outcome, time.perf_counter() - started)
+
+    return edge
+
+
+async def _respond(request: web.Request, handler: Handler, request_id: str) -> web.StreamResponse:
+    if _is_preflight(request):
+        return web.Response(status=204)
+    try:
+        return await handler(request)
+    except ApiError as error:
+        return error_response(error, request_id)
+    except web.HTTPException as error:
+        return error_response(from_http_status(error.status, error.headers), request_id)
+    except ConnectionError:
+        raise
+    except Exception as error:
+        log_failure(request_id, error)
+        return error_response(from_exception(error, request_id), request_id)
+
+
+def _cors_headers(request: web.Request, config: ServerConfig) -> dict[str, str]:
+    if not config.cors_origins:
+        return {}
+    headers = {"Vary": "Origin"}
+    origin = request.headers.get("Origin")
+    if origin in config.cors_origins:
+        headers["Access-Control-Allow-Origin"] = origin
+        headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
+        headers["Cross-Origin-Resource-Policy"] = "cross-origin"
+        if request.method == "OPTIONS":
+            headers["Access-Control-Allow-Methods"] = "GET, POST"
+            headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, X-Request-Id"
+            headers["Access-Control-Max-Age"] = "600"
+    return headers
+
+
+def _is_preflight(request: web.Request) -> bool:
+    return (
+        request.method == "OPTIONS"
+        and "Access-Control-Request-Method" in request.headers
+        and "Access-Control-Allow-Origin" in request[RESPONSE_HEADERS]
+    )
+
+
+def _log(request: web.Request, request_id: str, outcome: str, seconds: float) -> None:
+    # The route's pattern, not the path, and the method only if known: what a client chose may hold anything.
+    resource = request.match_info.route.resource
+    route = resource.canonical if resource is not None else "unmatched"
+    method = request.method if request.method in ("GET", "HEAD", "POST", "OPTIONS") else "OTHER"
+    prompt_tokens, completion_tokens = request["usage"]() if "usage" in request else (0, 0)
+    level = logging.DEBUG if route in ("/health", "/ready") else logging.INFO
+    logger.log(
+        level,
+        "%s %s %s %s %.0f ms prompt=%d completion=%d",
+        request_id,
+        method,
+        route,
+        outcome,
+        seconds * 1e3,
+        prompt_tokens,
+        completion_tokens,
+    )

@@ -1,0 +1,163 @@
+"""`jaxllama serve`: flags to one frozen config. Imports no HTTP library until it runs."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxllama.errors import (
+    CheckpointError,
+    ConfigError,
+    JaxLlamaError,
+    MissingExtraError,
+    RequestError,
+    TokenizerError,
+)
+from jaxllama_serving.config import ServerConfig, ServerConfigError
+
+if TYPE_CHECKING:
+    from jaxllama import Llama
+
+KEYS_VARIABLE = "JAXLLAMA_API_KEYS"
+BAD_INPUT = (ServerConfigError, CheckpointError, ConfigError, TokenizerError, RequestError, MissingExtraError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `serve`, in groups."""
+    parser.add_argument("checkpoint", type=Path, help="folder written by `jaxllama convert`")
+    _add_network(parser.add_argument_group("network"))
+    _add_model(parser.add_argument_group("model and engine"))
+    _add_behaviour(parser.add_argument_group("API behaviour"))
+    _add_access(parser.add_argument_group("access"))
+    _add_limits(parser.add_argument_group("limits and timeouts (seconds)"))
+
+
+def _add_network(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)")
+    group.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--served-model-name", nargs="+", metavar="NAME", help="names clients may ask for (default: the folder's name)"
+    )
+    group.add_argument("--dtype", choices=("bfloat16", "float32"), help="of weights and cache (default: the checkpoint's)")
+    group.add_argument("--max-rows", type=int, default=16, help="sequences decoded together (default: %(default)s)")
+    group.add_argument("--max-context", type=int, help="longest prompt and completion together (default: the model's)")
+    group.add_argument("--max-queue", type=int, default=256, help="requests that may wait (default: %(default)s)")
+
+
+def _add_behaviour(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--generation-config",
+        choices=("none", "auto"),
+        default="none",
+        help="auto: sampling defaults from the checkpoint's generation_config.json (default: %(default)s)",
+    )
+    group.add_argument("--strict-length", action="store_true", help="refuse prompt + max_tokens beyond the context")
+    group.add_argument("--lenient", action="store_true", help="ignore unknown parameters, with a warning header")
+    group.add_argument("--stop-in-reasoning", action="store_true", help="let stop strings end the reasoning too")
+    group.add_argument("--max-n", type=int, default=16, help="most choices a request may ask for (default: %(default)s)")
+    group.add_argument("--price-input", type=float, metavar="USD", help="per million prompt tokens, for estimated_cost")
+    group.add_argument("--price-output", type=float, metavar="USD", help="per million completion tokens")
+
+
+def _add_access(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--api-key-file", type=Path, help=f"one key a line; {KEYS_VARIABLE} (comma separated) adds more (default: no key)"
+    )
+    group.add_argument(
+        "--cors-origin", action="append", default=[], metavar="ORIGIN", help="may be repeated (default: none)"
+    )
+    group.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: %(default)s)"
+    )
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    defaults = ServerConfig(("default",))
+    for flag, kind, text in (
+        ("--request-timeout", float, "for a whole request"),
+        ("--drain-timeout", float, "for running requests after SIGTERM"),
+        ("--header-timeout", float, "for a request's head"),
+        ("--body-timeout", float, "for a request's body"),
+        ("--write-timeout", float, "for a stream's reader to take anything"),
+        ("--idle-timeout", float, "for a connection between requests"),
+        ("--max-body-bytes", int, "largest body"),
+        ("--max-connections", int, "open connections"),
+        ("--max-stream-tokens", int, "tokens a stream's reader may be behind"),
+    ):
+        default = getattr(defaults, _field(flag))
+        shown = "none" if default is None else f"{default:g}" if kind is float else str(default)
+        group.add_argument(flag, type=kind, default=default, help=f"{text} (default: {shown})")
+
+
+def _field(flag: str) -> str:
+    name = flag.removeprefix("--").replace("-", "_")
+    return f"{name}_s" if name.endswith("_timeout") else name
+
+
+def make_config(args: argparse.Namespace, environment: str | None) -> ServerConfig:
+    """Returns the config that the parsed flags, and the key variable's value, ask for.
+
+    Raises: ServerConfigError.
+    """
+    from jaxllama_serving.auth import read_keys
+
+    return ServerConfig(
+        model_names=tuple(args.served_model_name or (args.checkpoint.resolve().name,)),
+        host=args.host,
+        port=args.port,
+        api_keys=read_keys(args.api_key_file, environment),
+        cors_origins=tuple(args.cors_origin),
+        price_input=args.price_input,
+        price_output=args.price_output,
+        generation_config=args.generation_config,
+        strict_length=args.strict_length,
+        lenient=args.lenient,
+        stop_in_reasoning=args.stop_in_reasoning,
+        max_n=args.max_n,
+        max_body_bytes=args.max_body_bytes,
+        max_connections=args.max_connections,
+        max_stream_tokens=args.max_stream_tokens,
+        header_timeout_s=args.header_timeout,
+        body_timeout_s=args.body_timeout,
+        write_timeout_s=args.write_timeout,
+        idle_timeout_s=args.idle_timeout,
+        request_timeout_s=args.request_timeout,
+        drain_timeout_s=args.drain_timeout,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until a signal. Returns 0 after a drain, 1 on a failure and 2 on bad input, with one line that says why."""
+    started = time.perf_counter()
+    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        config = make_config(args, os.environ.get(KEYS_VARIABLE))
+        try:
+            from jaxllama_serving.server import serve
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("serve", error.name or "aiohttp") from None
+        return serve(config, lambda: _load(args), started=started)
+    except BAD_INPUT as error:
+        return _fail(str(error), 2)
+    except (JaxLlamaError, OSError) as error:
+        return _fail(f"{type(error).__name__}: {error}", 1)
+
+
+def _load(args: argparse.Namespace) -> Llama:
+    import jaxllama
+
+    options = jaxllama.EngineOptions(max_rows=args.max_rows, max_context=args.max_context, max_queue=args.max_queue)
+    return jaxllama.load(args.checkpoint, dtype=args.dtype, options=options)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"jaxllama serve: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,154 @@
+"""`serve`: one process from an open port to a drained exit."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from jaxllama_serving.app import make_app
+from jaxllama_serving.config import ServerConfig
+from jaxllama_serving.prepare import generation_defaults
+from jaxllama_serving.service import SERVICE, Service
+from jaxllama_serving.wire import Listener, bind
+
+if TYPE_CHECKING:
+    from jaxllama import Llama
+
+logger = logging.getLogger("jaxllama.serving")
+
+CLOSE_TIMEOUT_S = 10.0
+
+
+def serve(config: ServerConfig, load: Callable[[], Llama], *, started: float | None = None) -> int:
+    """Listens, loads the model, answers until a signal, drains, and returns the exit code.
+
+    The port opens before the model loads, so that `/health` and `/ready` tell what goes on; a port that is taken
+    fails at once. The first SIGTERM or SIGINT drains; a second ends the process at once with code 1. `started` is
+    the `time.perf_counter()` from which "Ready in" counts.
+
+    Raises: ServerConfigError if the port cannot be bound; whatever `load` raises.
+    """
+    started = time.perf_counter() if started is None else started
+    sock = bind(config.host, config.port)
+    with sock, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_serve(config, load, sock, started))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+async def _serve(config: ServerConfig, load: Callable[[], Llama], sock: socket.socket, started: float) -> int:
+    app = make_app(None, config)
+    service, listener = app[SERVICE], Listener(app, config)
+    stop = _catch_signals(service)
+    await listener.start(sock)
+    address = _url(sock)
+    print(f"Loading the model. {address}/health answers already.", flush=True)
+    loading = _load_in_thread(load)
+    await asyncio.wait([loading, stop], return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        # A load cannot be interrupted, and a thread inside XLA must not meet the interpreter's end.
+        print("Stopped while loading.", flush=True)
+        _exit_now(0)
+    try:
+        llama = loading.result()
+        if config.generation_config == "auto":
+            generation_defaults(llama.checkpoint.generation_config)
+        service.set_llama(llama)
+        _announce(config, address, time.perf_counter() - started)
+        await stop
+        ended = await service.drain(config.drain_timeout_s)
+        if ended:
+            print(f"Ended {ended} requests at the drain timeout of {config.drain_timeout_s:g} s.", flush=True)
+    finally:
+        await listener.close()
+    await _close(llama)
+    print("Stopped.", flush=True)
+    return 0
+
+
+def _catch_signals(service: Service) -> asyncio.Future[None]:
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[None] = loop.create_future()
+
+    def on_signal() -> None:
+        if stop.done():
+            print("Second signal: stopping at once.", flush=True)
+            _exit_now(1)
+        print("Draining: running requests finish, new ones are refused. Signal again to stop at once.", flush=True)
+        service.draining = True
+        stop.set_result(None)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    return stop
+
+
+def _load_in_thread(load: Callable[[], Llama]) -> asyncio.Future[Llama]:
+    loop = asyncio.get_running_loop()
+    loaded: asyncio.Future[Llama] = loop.create_future()
+
+    def settle(result: Llama | None, error: BaseException | None) -> None:
+        if not loaded.done():
+            if error is not None:
+                loaded.set_exception(error)
+            elif result is not None:
+                loaded.set_result(result)
+
+    def run() -> None:
+        try:
+            result = load()
+        except BaseException as error:
+            loop.call_soon_threadsafe(settle, None, error)
+        else:
+            loop.call_soon_threadsafe(settle, result, None)
+
+    threading.Thread(target=run, name="jaxllama-load", daemon=True).start()
+    return loaded
+
+
+async def _close(llama: Llama) -> None:
+    closing = asyncio.get_running_loop().run_in_executor(None, llama.close)
+    done, _ = await asyncio.wait([closing], timeout=CLOSE_TIMEOUT_S)
+    if not done:
+        logger.error("the engine did not stop within %g s", CLOSE_TIMEOUT_S)
+        _exit_now(0)
+    closing.result()
+
+
+def _exit_now(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _url(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "localhost"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _announce(config: ServerConfig, address: str, seconds: float) -> None:
+    key = ' \\\n  -H "Authorization: Bearer $JAXLLAMA_API_KEY"' if config.api_keys else ""
+    name = config.model_names[0]
+    print(f"Ready in {seconds:.1f} s: {address} (chat page), API at {address}/v1/openai, model {', '.join(config.model_names)}")
+    print("Try:")
+    print(
+        f'curl {address}/v1/openai/chat/completions -H "Content-Type: application/json"{key} -d '
+        f'\'{{"model":"{name}","messages":[{{"role":"user","content":"What is the capital of France?"}}]}}\'',
+        flush=True,
+    )

@@ -1,0 +1,128 @@
+"""What the routes share: the model once it is loaded, and whether requests are taken."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from jaxllama_serving.config import ServerConfig
+from jaxllama_serving.errors import unavailable
+from jaxllama_serving.generation import Generation
+
+if TYPE_CHECKING:
+    from jaxllama import Llama
+
+
+class Service:
+    """The state of one server: loading, then ready, then draining. Used on the event loop's thread only."""
+
+    def __init__(self, llama: Llama | None, config: ServerConfig) -> None:
+        self.config = config
+        self.draining = False
+        self.fingerprint = ""
+        self.started_at = int(time.time())
+        self._llama: Llama | None = None
+        self._generations: set[Generation] = set()
+        self._num_requests = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        # Two: tokenising releases the GIL, and a long prompt must not hold up every short one.
+        self._workers = ThreadPoolExecutor(2, thread_name_prefix="jaxllama-prepare")
+        if llama is not None:
+            self.set_llama(llama)
+
+    def set_llama(self, llama: Llama) -> None:
+        """Makes the server ready."""
+        self._llama = llama
+        self.fingerprint = fingerprint(llama)
+
+    @property
+    def max_context(self) -> int | None:
+        """The longest prompt and completion together, in tokens; None while the model loads."""
+        return self._llama.max_context if self._llama is not None else None
+
+    def not_ready_reason(self) -> str | None:
+        """Returns why a request would be refused now, or None."""
+        if self.draining:
+            return "The server is shutting down."
+        if self._llama is None:
+            return "The model is still loading."
+        return self.unhealthy_reason()
+
+    def unhealthy_reason(self) -> str | None:
+        """Returns why the process should be replaced, or None; a model that still loads is healthy."""
+        reason = self._llama.engine.health() if self._llama is not None else None
+        return f"The engine is not healthy: {reason}" if reason is not None else None
+
+    def ready_llama(self) -> Llama:
+        """Returns the model. Raises: ApiError, status 503, when requests are not taken."""
+        reason = self.not_ready_reason()
+        if reason is not None or self._llama is None:
+            raise unavailable(reason or "The model is still loading.")
+        return self._llama
+
+    async def in_worker[T](self, function: Callable[..., T], *args: Any) -> T:
+        """Runs `function` off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, function, *args)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Counts a request as running, so that draining waits for it."""
+        self._num_requests += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_requests -= 1
+            if self._num_requests == 0:
+                self._idle.set()
+
+    @contextmanager
+    def generating(self, generation: Generation) -> Iterator[Generation]:
+        """Holds a generation's rows, and keeps it where the end of draining finds it."""
+        with generation:
+            self._generations.add(generation)
+            try:
+                yield generation
+            finally:
+                self._generations.discard(generation)
+
+    async def drain(self, timeout_s: float) -> int:
+        """Refuses new requests and waits for the running ones; returns how many had to be ended at the deadline."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            ended = self._num_requests
+            for generation in tuple(self._generations):
+                generation.abort(unavailable("The server shut down before this request finished."))
+            await asyncio.wait([asyncio.ensure_future(self._idle.wait())], timeout=1.0)
+            return ended
+        return 0
+
+    async def close(self, app: web.Application) -> None:
+        """Lets go of the worker threads; aiohttp calls it at cleanup."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+
+SERVICE = web.AppKey("service", Service)
+
+
+def fingerprint(llama: Llama) -> str:
+    """Returns a short name for what decides the bits of an answer: this build, the checkpoint and the devices."""
+    try:
+        version = metadata.version("jaxllama")
+    except metadata.PackageNotFoundError:
+        version = "source"
+    parts = [version, repr(llama.checkpoint.manifest), repr(getattr(llama, "mesh", None))]
+    return "fp_" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]

@@ -1,0 +1,208 @@
+"""A model that says what a test scripts: the exact interface the server uses, with neither jax nor weights."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from jaxllama.errors import ChatTemplateError, ContextLengthError, EngineStoppedError, QueueFullError
+from jaxllama.sampling import SamplingParams
+from jaxllama.text.decoding import ByteDecoder
+
+EOS = 0
+THINK, END_THINK = 1, 2
+FIRST_WORD = 10
+
+
+@dataclass(frozen=True)
+class FakeOutput:
+    """`TokenOutput`, field for field."""
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[Any, ...] = ()
+    finish_reason: str | None = None
+    stop_token_id: int | None = None
+    error: Exception | None = None
+
+
+class FakeTokenizer:
+    """Every distinct piece of the script is one token; a prompt's characters are tokens too (their count is its length)."""
+
+    bos_token_id = None
+    eos_token_id = EOS
+    vocab_size = 1000
+
+    def __init__(self, *, tags: bool = False) -> None:
+        self.special_tokens = {"<eos>": EOS, **({"<think>": THINK, "</think>": END_THINK} if tags else {})}
+        self._pieces: list[bytes] = []
+
+    def ids_of(self, pieces: Sequence[str | bytes | int]) -> list[int]:
+        """Returns the ids of the pieces, adding those that are new; an int stands for itself."""
+        return [piece if isinstance(piece, int) else self._id_of(piece) for piece in pieces]
+
+    def _id_of(self, piece: str | bytes) -> int:
+        data = piece.encode() if isinstance(piece, str) else piece
+        if data not in self._pieces:
+            self._pieces.append(data)
+        return FIRST_WORD + self._pieces.index(data)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._pieces[token_id - FIRST_WORD] if token_id >= FIRST_WORD else b""
+
+    def decoder(self, *, skip_special: bool = True, prompt_tail: Sequence[int] = ()) -> ByteDecoder:
+        return ByteDecoder(self.token_bytes)
+
+    def encode_rendered(self, rendered: Any) -> list[int]:
+        return [5] * len(rendered.text)
+
+
+@dataclass
+class FakeTemplate:
+    """Renders role and content on a line each; remembers what it was given."""
+
+    starts_in_reasoning: bool | None = None
+    seen: list[list[dict[str, Any]]] = field(default_factory=list)
+    delay_s: float = 0.0
+
+    def render(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True) -> Any:
+        self.seen.append([dict(message) for message in messages])
+        time.sleep(self.delay_s)
+        text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        if "refuse me" in text:
+            raise ChatTemplateError("The chat template refuses these messages: roles must alternate")
+        return SimpleNamespace(text=text, starts_in_reasoning=self.starts_in_reasoning)
+
+
+class FakeRequest:
+    """One row, played by a thread of its own."""
+
+    def __init__(self, engine: FakeEngine, params: SamplingParams, on_output: Callable[[Any], None], index: int) -> None:
+        self.id, self.seed, self.index = f"row-{index}", params.seed, index
+        self.params, self._engine, self._on_output = params, engine, on_output
+        self.cancelled = threading.Event()
+        self.ended = threading.Event()
+        self.num_sent = 0
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+    def play(self) -> None:
+        engine = self._engine
+        try:
+            self._on_output(self._play(engine.script_of(self)))
+        finally:
+            self.ended.set()
+
+    def _play(self, script: list[int]) -> FakeOutput:
+        engine, budget = self._engine, self.params.max_tokens
+        self.cancelled.wait(engine.first_delay_s)
+        while True:
+            if self.cancelled.is_set():
+                return FakeOutput(finish_reason="cancelled")
+            if engine.fail_after is not None and self.num_sent >= engine.fail_after:
+                return FakeOutput(finish_reason="error", error=engine.failure)
+            if budget is not None and self.num_sent >= budget:
+                return FakeOutput(finish_reason="length")
+            batch = tuple(script[self.num_sent : self.num_sent + engine.batch])
+            if budget is not None:
+                batch = batch[: budget - self.num_sent]
+            self.num_sent += len(batch)
+            stops = {EOS, *self.params.stop_token_ids} if not self.params.ignore_eos else set()
+            for n, token_id in enumerate(batch):
+                if token_id in stops:
+                    return FakeOutput(batch[: n + 1], finish_reason="stop", stop_token_id=token_id)
+            if self.num_sent >= len(script) and not engine.repeats:
+                return FakeOutput(batch, finish_reason="length")
+            if self.num_sent >= len(script):
+                script = script * 2
+            self._on_output(FakeOutput(batch))
+            self.cancelled.wait(engine.delay_s)
+
+
+@dataclass
+class FakeEngine:
+    """Plays `script` (or one of `scripts`, by row) to every request, `batch` tokens at a time."""
+
+    script: list[int] = field(default_factory=list)
+    scripts: list[list[int]] | None = None
+    batch: int = 1
+    delay_s: float = 0.0
+    first_delay_s: float = 0.0
+    repeats: bool = False
+    fail_after: int | None = None
+    failure: Exception | None = None
+    max_queue: int | None = None
+    max_context: int = 4096
+    unhealthy: str | None = None
+    stopped: bool = False
+    rows: list[FakeRequest] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)
+
+    def submit(
+        self, prompt_ids: Sequence[int], params: SamplingParams, on_output: Callable[[Any], None], *, priority: int = 0
+    ) -> FakeRequest:
+        if self.stopped:
+            raise EngineStoppedError("the engine has stopped")
+        if len(prompt_ids) > self.max_context:
+            raise ContextLengthError(f"the prompt has {len(prompt_ids)} tokens", "prompt")
+        if self.max_queue is not None and self.num_running >= self.max_queue:
+            raise QueueFullError("256 requests wait already")
+        row = FakeRequest(self, params, on_output, len(self.rows))
+        self.rows.append(row)
+        self.prompts.append(list(prompt_ids))
+        threading.Thread(target=row.play, daemon=True).start()
+        return row
+
+    def script_of(self, row: FakeRequest) -> list[int]:
+        return self.scripts[row.index % len(self.scripts)] if self.scripts else self.script
+
+    @property
+    def num_running(self) -> int:
+        return sum(not row.ended.is_set() for row in self.rows)
+
+    def health(self) -> str | None:
+        return self.unhealthy
+
+    def drain(self, timeout_s: float) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.stopped = True
+        for row in self.rows:
+            row.cancel()
+
+
+class FakeLlama:
+    """`Llama` around a `FakeEngine` that says `pieces`, then stops at the end-of-sequence token."""
+
+    def __init__(
+        self,
+        pieces: Sequence[str | bytes | int] = ("Hello", " ", "world", "!"),
+        *,
+        starts_in_reasoning: bool | None = None,
+        generation_config: dict[str, Any] | None = None,
+        **engine: Any,
+    ) -> None:
+        self.tokenizer = FakeTokenizer(tags=starts_in_reasoning is not None)
+        ends = [] if engine.get("repeats") else [EOS]
+        self.engine = FakeEngine(script=[*self.tokenizer.ids_of(pieces), *ends], **engine)
+        self.chat_template: FakeTemplate | None = FakeTemplate(starts_in_reasoning)
+        self.max_context = self.engine.max_context
+        self.config = SimpleNamespace(vocab_size=self.tokenizer.vocab_size)
+        self.checkpoint = SimpleNamespace(
+            path=Path("/nowhere/fake"), generation_config=generation_config or {}, manifest={"files": {}}
+        )
+        self.closed = False
+
+    def set_scripts(self, *scripts: Sequence[str | bytes | int]) -> None:
+        """Gives each row its own pieces, in the order of submission."""
+        self.engine.scripts = [[*self.tokenizer.ids_of(pieces), EOS] for pieces in scripts]
+
+    def close(self) -> None:
+        self.engine.close()
+        self.closed = True
