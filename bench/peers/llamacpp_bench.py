@@ -3,8 +3,8 @@
     python bench/peers/llamacpp_bench.py --rows 1 16 --dtype bfloat16 --new-tokens 64 --prompt-tokens 32 --repeats 3
 
 Needs llama-cpp-python built on this machine for its own instruction set (CMAKE_ARGS="-DGGML_NATIVE=ON"); a prebuilt
-wheel stops at AVX2 and is no fair opponent. The model is the default GGUF, dequantised exactly and rounded to `--dtype`,
-in a temporary file. Greedy, rows as sequences of one batch. Prints one line of JSON with transformers_bench.py's keys.
+wheel stops at AVX2 and is no fair opponent. The model is the default GGUF, dequantised exactly, rounded to `--dtype`, in
+a temporary file. Greedy, rows as sequences of one batch. Prints one line of JSON with transformers_bench.py's keys.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class SentencePieceBackend:
         return ByteDecoder(
             lambda token_id: b"" if token_id in hidden else self.token_bytes(token_id),
             replace_each_byte=True,
-            strips_space=lambda token_id: token_id not in self._raw_byte_ids,
+            strips_space=lambda token_id: self._pieces[token_id].startswith("▁"),
             prompt_tail=prompt_tail,
         )
 

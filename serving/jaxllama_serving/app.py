@@ -56,7 +56,9 @@ def make_app(llama: Llama | None, config: ServerConfig) -> web.Application:
     return app
 
 
-def _authenticate(keys: KeyRing, open_resources: set[web.AbstractResource]) -> Callable[..., Awaitable[web.StreamResponse]]:
+def _authenticate(
+    keys: KeyRing, open_resources: set[web.AbstractResource]
+) -> Callable[..., Awaitable[web.StreamResponse]]:
     @web.middleware
     async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
         # By the resource that was matched, never by the path: the router alone knows what a path means, and a route

@@ -31,8 +31,8 @@ class KeyRing:
         if scheme.lower() != "bearer" or not key.strip():
             raise _refused("No API key was given. Send it as 'Authorization: Bearer KEY'.")
         digest = _digest(key.strip())
-        # A list, not a generator: every key is compared, whichever matches.
-        if not any([hmac.compare_digest(digest, known) for known in self._digests]):
+        # A sum, not `any`: every key is compared, whichever matches.
+        if not sum(hmac.compare_digest(digest, known) for known in self._digests):
             raise _refused("The API key is wrong.")
 
 
@@ -63,6 +63,8 @@ def read_keys(key_file: Path | None, environment: str | None) -> tuple[str, ...]
     if environment is not None:
         found = [key.strip() for key in environment.split(",") if key.strip()]
         if not found:
-            raise ServerConfigError("JAXLLAMA_API_KEYS is set but holds no key. Unset it, or give keys, comma separated.")
+            raise ServerConfigError(
+                "JAXLLAMA_API_KEYS is set but holds no key. Unset it, or give keys, comma separated."
+            )
         keys += found
     return tuple(keys)

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_network(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)")
+    group.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)"
+    )
     group.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
 
 
@@ -46,7 +48,9 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--served-model-name", nargs="+", metavar="NAME", help="names clients may ask for (default: the folder's name)"
     )
-    group.add_argument("--dtype", choices=("bfloat16", "float32"), help="of weights and cache (default: the checkpoint's)")
+    group.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="of weights and cache (default: the checkpoint's)"
+    )
     group.add_argument("--max-rows", type=int, default=16, help="sequences decoded together (default: %(default)s)")
     group.add_argument("--max-context", type=int, help="longest prompt and completion together (default: the model's)")
     group.add_argument("--max-queue", type=int, default=256, help="requests that may wait (default: %(default)s)")
@@ -62,14 +66,18 @@ def _add_behaviour(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--strict-length", action="store_true", help="refuse prompt + max_tokens beyond the context")
     group.add_argument("--lenient", action="store_true", help="ignore unknown parameters, with a warning header")
     group.add_argument("--stop-in-reasoning", action="store_true", help="let stop strings end the reasoning too")
-    group.add_argument("--max-n", type=int, default=16, help="most choices a request may ask for (default: %(default)s)")
+    group.add_argument(
+        "--max-n", type=int, default=16, help="most choices a request may ask for (default: %(default)s)"
+    )
     group.add_argument("--price-input", type=float, metavar="USD", help="per million prompt tokens, for estimated_cost")
     group.add_argument("--price-output", type=float, metavar="USD", help="per million completion tokens")
 
 
 def _add_access(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--api-key-file", type=Path, help=f"one key a line; {KEYS_VARIABLE} (comma separated) adds more (default: no key)"
+        "--api-key-file",
+        type=Path,
+        help=f"one key a line; {KEYS_VARIABLE} (comma separated) adds more (default: no key)",
     )
     group.add_argument(
         "--cors-origin", action="append", default=[], metavar="ORIGIN", help="may be repeated (default: none)"
@@ -135,7 +143,7 @@ def make_config(args: argparse.Namespace, environment: str | None) -> ServerConf
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until a signal. Returns 0 after a drain, 1 on a failure and 2 on bad input, with one line that says why."""
+    """Serves until a signal. Returns 0 after a drain, 1 on a failure and 2 on bad input; the last two say why."""
     started = time.perf_counter()
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:

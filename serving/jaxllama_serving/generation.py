@@ -28,7 +28,7 @@ class Update:
 
 @dataclass
 class Choice:
-    """One row's state. `num_tokens` counts the tokens up to its end, the stop token or the stop string's last included."""
+    """One row's state. `num_tokens` counts its tokens up to the end, a stop token or a stop string's last included."""
 
     index: int
     assembler: OutputAssembler

@@ -48,7 +48,9 @@ def _check_media_type(request: web.Request) -> None:
         raise _close(ApiError(415, "Compressed bodies are not accepted.", code="unsupported_media_type"))
     if request.content_type != "application/json" or "Content-Type" not in request.headers:
         raise ApiError(
-            415, "The body must be JSON. Send the header 'Content-Type: application/json'.", code="unsupported_media_type"
+            415,
+            "The body must be JSON. Send the header 'Content-Type: application/json'.",
+            code="unsupported_media_type",
         )
     if (request.charset or "utf-8").lower() not in ("utf-8", "utf8", "us-ascii"):
         raise ApiError(415, "The body must be UTF-8.", code="unsupported_media_type")

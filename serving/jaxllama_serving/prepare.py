@@ -72,7 +72,9 @@ def template_messages(request: ChatRequest) -> list[dict[str, Any]]:
     for i, message in enumerate(request.messages):
         if message.role in ("system", "developer"):
             if system:
-                raise invalid(f"messages[{i}] is a second system message, at most one is allowed", f"messages[{i}].role")
+                raise invalid(
+                    f"messages[{i}] is a second system message, at most one is allowed", f"messages[{i}].role"
+                )
             system.append({"role": "system", "content": message.text})
         elif message.role == "tool":
             rest.append({"role": "tool", "content": message.text, "tool_call_id": message.tool_call_id})
@@ -81,9 +83,7 @@ def template_messages(request: ChatRequest) -> list[dict[str, Any]]:
     return system + rest
 
 
-def sampling_params(
-    request: ChatRequest, config: ServerConfig, generation_config: Mapping[str, Any]
-) -> SamplingParams:
+def sampling_params(request: ChatRequest, config: ServerConfig, generation_config: Mapping[str, Any]) -> SamplingParams:
     """Returns the request's controls, defaults filled in: the checkpoint's own under `--generation-config auto`."""
     defaults = generation_defaults(generation_config) if config.generation_config == "auto" else {}
 

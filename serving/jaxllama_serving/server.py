@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxllama_serving.app import make_app
 from jaxllama_serving.config import ServerConfig
@@ -58,7 +58,8 @@ async def _serve(config: ServerConfig, load: Callable[[], Llama], sock: socket.s
     address = _url(sock)
     print(f"Loading the model. {address}/health answers already.", flush=True)
     loading = _load_in_thread(load)
-    await asyncio.wait([loading, stop], return_when=asyncio.FIRST_COMPLETED)
+    waits: list[asyncio.Future[Any]] = [loading, stop]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         # A load cannot be interrupted, and a thread inside XLA must not meet the interpreter's end.
         print("Stopped while loading.", flush=True)
@@ -145,7 +146,8 @@ def _url(sock: socket.socket) -> str:
 def _announce(config: ServerConfig, address: str, seconds: float) -> None:
     key = ' \\\n  -H "Authorization: Bearer $JAXLLAMA_API_KEY"' if config.api_keys else ""
     name = config.model_names[0]
-    print(f"Ready in {seconds:.1f} s: {address} (chat page), API at {address}/v1/openai, model {', '.join(config.model_names)}")
+    print(f"Ready in {seconds:.1f} s: {address} is the chat page, {address}/v1/openai the API.")
+    print(f"Models: {', '.join(config.model_names)}")
     print("Try:")
     print(
         f'curl {address}/v1/openai/chat/completions -H "Content-Type: application/json"{key} -d '

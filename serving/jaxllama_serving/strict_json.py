@@ -12,6 +12,7 @@ from jaxllama_serving.errors import ApiError, invalid, shorten
 MAX_DEPTH = 32
 MAX_INT_DIGITS = 40
 """Longer integers are refused unread: the conversion is quadratic, and no field takes one."""
+PREFIX_BYTES = 4096
 
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _AS_ROUND = bytes.maketrans(b"[]{}", b"()()")
@@ -52,15 +53,26 @@ def _bad_json(reason: str, param: str | None = None) -> ApiError:
 
 
 def _check_depth(body: bytes) -> None:
+    # The start first: what is nested too deep there need not be read to its end.
+    depth = 0
+    for bracket in _brackets(body[:PREFIX_BYTES]):
+        depth += 1 if bracket == ord("(") else -1
+        if depth > MAX_DEPTH:
+            raise _bad_json(f"it is nested deeper than {MAX_DEPTH} levels")
     # Whole-buffer operations instead of a loop over bytes: each `replace` peels one level of nesting off everything.
-    pieces = body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
-    brackets = b"".join(pieces[::2]).translate(_AS_ROUND, _NOT_BRACKETS)
+    brackets = _brackets(body)
     for _ in range(MAX_DEPTH):
         if not brackets:
             return
         brackets = brackets.replace(b"()", b"")
     if brackets:
         raise _bad_json(f"brackets do not match, or are nested deeper than {MAX_DEPTH} levels")
+
+
+def _brackets(body: bytes) -> bytes:
+    """The brackets outside strings, all made round."""
+    pieces = body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
+    return b"".join(pieces[::2]).translate(_AS_ROUND, _NOT_BRACKETS)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Connection(web.RequestHandler):
         if self._request_count > before:
             self._stop_deadline()
         elif self._head_deadline is None and self._waiter is not None and data:
-            # Idle, and no head is complete: these bytes begin one. (A waiter is what aiohttp sleeps on between requests.)
+            # Idle (aiohttp sleeps on a waiter between requests), and no head is complete: these bytes begin one.
             self._head_deadline = self._loop.call_later(self._config.header_timeout_s, self._head_too_slow)
 
     def _stop_deadline(self) -> None:

@@ -12,14 +12,14 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
+from jaxllama_convert import convert
+from jaxllama_convert.source import open_source
 from unit.convert.sources import BF16, GGUF_CONFIG, weights, write_gguf
 
 from jaxllama.checkpoint import Checkpoint
 from jaxllama.config import LlamaConfig, RopeScaling
 from jaxllama.errors import ConfigError, ConversionError, JaxLlamaError
 from jaxllama.params import param_specs
-from jaxllama_convert import convert
-from jaxllama_convert.source import open_source
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -91,7 +91,9 @@ def test_config_json_says_what_the_metadata_says(tmp_path: Path, tied: bool) -> 
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [9, 11]
 
 
-def _rope(tmp_path: Path, metadata: dict[str, Any], divisors: np.ndarray | None = None, head_dim: int = 64) -> RopeScaling:
+def _rope(
+    tmp_path: Path, metadata: dict[str, Any], divisors: np.ndarray | None = None, head_dim: int = 64
+) -> RopeScaling:
     config = GGUF_CONFIG | {"rope_theta": 500000.0, "head_dim": head_dim}
     extra = None if divisors is None else {"rope_freqs.weight": divisors.astype(np.float32)}
     write_gguf(tmp_path / "model.gguf", config, metadata=metadata, extra=extra)
@@ -150,9 +152,7 @@ def test_linear_scaling_is_read(tmp_path: Path) -> None:
         ({"tokenizer.ggml.eos_token_id": 96}, "eos_token_id"),
     ],
 )
-def test_what_would_change_the_model_is_refused_by_name(
-    tmp_path: Path, metadata: dict[str, Any], message: str
-) -> None:
+def test_what_would_change_the_model_is_refused_by_name(tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
     write_gguf(tmp_path / "model.gguf", metadata=metadata)
     with pytest.raises(ConfigError, match=message):
         convert(tmp_path / "model.gguf", tmp_path / "out")

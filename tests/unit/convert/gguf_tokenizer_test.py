@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
 import tokenizers
+from jaxllama_convert.gguf_tokenizer import tokenizer_files
 
 from jaxllama.errors import ConversionError
 from jaxllama.text.tokenizer import load_tokenizer
-from jaxllama_convert.gguf_tokenizer import tokenizer_files
 
 ASSETS = Path(__file__).parents[4] / "shared" / "assets"
 TEXTS = [
@@ -34,12 +35,12 @@ def _bytes_alphabet() -> list[str]:
     return sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 
 
-def _tiny_bpe(pre: str, **more: Any) -> dict[str, Any]:
+def _tiny_bpe(pre: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
     merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "1 2", "12 3"]
     tokens = ["<s>", "</s>", *_bytes_alphabet(), *("".join(merge.split()) for merge in merges), "<tool>"]
     types = [3, 3, *[1] * (len(tokens) - 3), 4]
     values = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types, "merges": merges}
-    values |= {"bos_token_id": 0, "eos_token_id": 1} | more
+    values |= {"bos_token_id": 0, "eos_token_id": 1} | dict(more or {})
     return {f"tokenizer.ggml.{key}": value for key, value in values.items()}
 
 
@@ -66,7 +67,11 @@ def test_llama_bpe_keeps_three_digits_and_adds_bos(tmp_path: Path) -> None:
 def test_control_tokens_are_special_and_user_defined_ones_are_not(tmp_path: Path) -> None:
     _write(tmp_path, _tiny_bpe("smollm"), 300)
     added = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
-    assert [(token["content"], token["special"]) for token in added] == [("<s>", True), ("</s>", True), ("<tool>", False)]
+    assert [(token["content"], token["special"]) for token in added] == [
+        ("<s>", True),
+        ("</s>", True),
+        ("<tool>", False),
+    ]
     tokenizer = load_tokenizer(tmp_path, 300)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
     assert not {0, 1} & set(tokenizer.encode("<s></s>"))
@@ -103,7 +108,7 @@ def test_without_a_tokenizer_there_is_a_warning() -> None:
 )
 def test_a_damaged_tokenizer_is_named(more: dict[str, Any], message: str) -> None:
     with pytest.raises(ConversionError, match=message):
-        tokenizer_files(_tiny_bpe("smollm", **more), 300, "model.gguf")
+        tokenizer_files(_tiny_bpe("smollm", more), 300, "model.gguf")
 
 
 def test_more_tokens_than_rows_are_refused() -> None:
@@ -165,7 +170,7 @@ def _asset(name: str) -> Path:
 def test_real_sentencepiece_models_survive_too(tmp_path: Path, name: str) -> None:
     folder = _asset("llama2-sp")
     original = sentencepiece.SentencePieceProcessor(model_file=str(folder / name))
-    vectors = (folder / "ggml-vocab-llama-spm.gguf.inp").read_text(encoding="utf-8", newline="")
+    vectors = (folder / "ggml-vocab-llama-spm.gguf.inp").read_bytes().decode()
     texts = vectors.split("\n__ggml_vocab_test__\n")
     _encodes_the_same(tmp_path, original, TEXTS + texts)
     if name == "tokenizer.model":

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jaxllama_convert import convert
+from jaxllama_convert.mapping import match_tensors
+from jaxllama_convert.source import open_source
 from safetensors.numpy import load_file, save_file
 from unit.convert.sources import BF16, CONFIG, raw_safetensors, weights, write_hf
 
 from jaxllama.config import LlamaConfig
 from jaxllama.errors import ConfigError, ConversionError
 from jaxllama.params import param_specs
-from jaxllama_convert import convert
-from jaxllama_convert.mapping import match_tensors
-from jaxllama_convert.source import open_source
 
 INDEX = "model.safetensors.index.json"
 
@@ -184,7 +184,13 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
     (moved if "model.norm.weight" in moved else doubled).pop("model.norm.weight")
     save_file(doubled, first)
     save_file(moved | {"lm_head.weight": np.zeros((70, 20), np.float32)}, second)
-    refuse(src, "'lm_head.weight' is in several files", "'stray' of", "is not in the index", "'model.norm.weight' is not in")
+    refuse(
+        src,
+        "'lm_head.weight' is in several files",
+        "'stray' of",
+        "is not in the index",
+        "'model.norm.weight' is not in",
+    )
 
 
 def test_a_single_file_beside_an_index_is_ambiguous(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class FakeOutput:
 
 
 class FakeTokenizer:
-    """Every distinct piece of the script is one token; a prompt's characters are tokens too (their count is its length)."""
+    """Every distinct piece of the script is one token; a prompt has one token for each character."""
 
     bos_token_id = None
     eos_token_id = EOS
@@ -81,7 +81,9 @@ class FakeTemplate:
 class FakeRequest:
     """One row, played by a thread of its own."""
 
-    def __init__(self, engine: FakeEngine, params: SamplingParams, on_output: Callable[[Any], None], index: int) -> None:
+    def __init__(
+        self, engine: FakeEngine, params: SamplingParams, on_output: Callable[[Any], None], index: int
+    ) -> None:
         self.id, self.seed, self.index = f"row-{index}", params.seed, index
         self.params, self._engine, self._on_output = params, engine, on_output
         self.cancelled = threading.Event()

