@@ -31,7 +31,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev $(ORACLE)/.done $(MODEL)/manifest.json $(GGUF)  ## Paired with transformers; prints a table, writes a plot
-	$(BIN)/python bench/decode.py $(MODEL) --gguf $(GGUF) --peer-python $(ORACLE)/bin/python
+	$(BIN)/python bench/speed.py $(MODEL) --gguf $(GGUF) --peer-python $(ORACLE)/bin/python
 
 oracle: $(ORACLE)/.done $(GGUF)  ## Makes tests/golden again, with transformers, in an environment of its own
 	$(ORACLE)/bin/python tests/oracle/make_tiny.py --out tests/golden

@@ -253,10 +253,13 @@ class _Staged:
 
 
 class _MoveStaged(ocp.type_handlers.TypeHandler):
-    """Orbax's view of a staged tensor: a `jax.Array` whose bytes already are as Orbax would write them."""
+    """Orbax's view of a staged tensor: an array whose bytes already are as Orbax would write them.
+
+    NumPy's, not JAX's: those cannot be restored without naming a sharding.
+    """
 
     def typestr(self) -> str:
-        return "jax.Array"
+        return "np.ndarray"
 
     async def metadata(self, infos: Any) -> Any:
         raise NotImplementedError

@@ -23,7 +23,7 @@ from jaxllama.errors import ChatTemplateError, ConfigError, ContextLengthError, 
 from jaxllama.mesh import make_mesh, param_shardings, partition_spec
 from jaxllama.params import Params
 from jaxllama.sampling import SamplingParams
-from jaxllama.text.chat import ChatTemplate, load_chat_template
+from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
 from jaxllama.text.output import OutputAssembler
 from jaxllama.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -72,7 +72,7 @@ def load(
 ) -> Llama:
     """Loads a converted checkpoint onto `mesh` (None: all devices, tensor-parallel), as `dtype` (None: as stored).
 
-    Raises: CheckpointError, TokenizerError or ConfigError, saying what is wrong with which file.
+    Raises: CheckpointError, TokenizerError, ChatTemplateError or ConfigError, saying what is wrong with which file.
     """
     checkpoint = Checkpoint.open(path)
     config = checkpoint.config
@@ -82,10 +82,8 @@ def load(
         raise ConfigError(f"dtype must be bfloat16 or float32, got {dtype}")
     has_tokenizer = any((checkpoint.path / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = load_tokenizer(checkpoint.path, config.vocab_size) if has_tokenizer else None
-    chat_template = None
-    if has_tokenizer:
-        with contextlib.suppress(ChatTemplateError):
-            chat_template = load_chat_template(checkpoint.path)
+    has_template = has_tokenizer and has_chat_template(checkpoint.path)
+    chat_template = load_chat_template(checkpoint.path) if has_template else None
     params = restore_params(checkpoint, dtype, param_shardings(config, mesh))
     return Llama(
         config,
@@ -141,19 +139,27 @@ class Llama:
     @overload
     def generate(self, prompts: str | Sequence[int], params: SamplingParams | None = None) -> Completion: ...
     @overload
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]: ...
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]: ...
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Completion | list[Completion]:
         """Completes one prompt (text or token ids), or many, which run together.
 
-        A text is encoded as the tokenizer does by itself (BOS included, if it adds one).
+        `params` are those of all prompts, or one for each. A text is encoded as the tokenizer does by itself (BOS
+        included, if it adds one).
 
         Raises: RequestError for a prompt or parameters that cannot run; NonFiniteLogitsError.
         """
-        if _is_one(prompts):
-            return self._run([self._encode(prompts)], params or SamplingParams())[0]  # type: ignore[arg-type]
-        return self._run([self._encode(prompt) for prompt in prompts], params or SamplingParams())  # type: ignore[arg-type]
+        is_one = _is_one(prompts)
+        ids = [self._encode(prompt) for prompt in ([prompts] if is_one else prompts)]  # type: ignore[arg-type, list-item]
+        params = SamplingParams() if params is None else params
+        each = [params] * len(ids) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(ids):
+            raise RequestError(f"params: {len(each)} for {len(ids)} prompts; give one for all, or one for each", "params")
+        completions = self._run([_Output(self, prompt, one) for prompt, one in zip(ids, each, strict=True)])
+        return completions[0] if is_one else completions
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[CompletionDelta]:
         """Completes one prompt piece by piece. Leaving the loop early cancels the request.
@@ -219,8 +225,7 @@ class Llama:
             raise RequestError("this checkpoint has no tokenizer: give the prompt as token ids", "prompt")
         return self.tokenizer.encode(prompt)
 
-    def _run(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
-        outputs = [_Output(self, prompt, params) for prompt in prompts]
+    def _run(self, outputs: list[_Output]) -> list[Completion]:
         inbox: queue.SimpleQueue[tuple[_Output, TokenOutput]] = queue.SimpleQueue()
         not_started = list(reversed(outputs))
         num_left = len(outputs)

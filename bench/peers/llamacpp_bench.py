@@ -3,8 +3,8 @@
     python bench/peers/llamacpp_bench.py --rows 1 16 --dtype bfloat16 --new-tokens 64 --prompt-tokens 32 --repeats 3
 
 Needs llama-cpp-python built on this machine for its own instruction set (CMAKE_ARGS="-DGGML_NATIVE=ON"); a prebuilt
-wheel stops at AVX2 and is no fair opponent. The model is the default GGUF, dequantised exactly, rounded to `--dtype`, in
-a temporary file. Greedy, rows as sequences of one batch. Prints one line of JSON with transformers_bench.py's keys.
+wheel stops at AVX2 and is no fair opponent. The model is the default GGUF, dequantised exactly, rounded to `--dtype`,
+in a temporary file. Greedy, rows as sequences of one batch. Prints one line of JSON with transformers_bench.py's keys.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import importlib.metadata
 import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ import gguf
 import llama_cpp
 import numpy as np
 from gguf.quants import dequantize, quantize
-from transformers_bench import default_gguf
+from transformers_bench import default_gguf, summary
 
 TYPES = {"bfloat16": gguf.GGMLQuantizationType.BF16, "float32": gguf.GGMLQuantizationType.F32}
 
@@ -119,10 +118,10 @@ def bench(model: Model, args: argparse.Namespace) -> dict[str, Any]:
         time_decode(model, rows, args.prompt_tokens, 2)
         seconds = [time_decode(model, rows, args.prompt_tokens, args.new_tokens) for _ in range(args.repeats)]
         runs = [round(rows * args.new_tokens / s, 2) for s in seconds]
-        decode.append({"rows": rows, "mode": "batch", "tok_s": statistics.median(runs), "runs": {"batch": runs}})
+        decode.append({"rows": rows, "mode": "batch", **summary(runs), "runs": {"batch": runs}})
     time_prefill(model, 512)
     runs = [round(512 / time_prefill(model, 512), 2) for _ in range(args.repeats)]
-    return {"decode": decode, "prefill": {"tokens": 512, "tok_s": statistics.median(runs), "runs": runs}}
+    return {"decode": decode, "prefill": {"tokens": 512, **summary(runs), "runs": runs}}
 
 
 def parse_args() -> argparse.Namespace:

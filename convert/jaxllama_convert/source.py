@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxllama.errors import ConversionError
+from jaxllama.errors import ConversionError, MissingExtraError
 
 MAX_JSON_BYTES = 256 * 2**20
 _GAP_BLOCK_BYTES = 8 * 2**20
@@ -158,7 +158,6 @@ def open_source(path: Path) -> Source:
 
     Raises: ConversionError naming the file, the tensor and the reason; ConfigError for an unsupported model.
     """
-    from jaxllama_convert.gguf_source import open_gguf
     from jaxllama_convert.safetensors_source import open_safetensors
 
     if not path.exists():
@@ -166,10 +165,10 @@ def open_source(path: Path) -> Source:
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1 and not any(path.glob("*.safetensors")):
-            return open_gguf(ggufs[0])
+            return _open_gguf(ggufs[0])
         return open_safetensors(path)
     if path.suffix == ".gguf":
-        return open_gguf(path)
+        return _open_gguf(path)
     if path.suffix == ".safetensors":
         raise ConversionError(f"{path}: give the folder that holds it and config.json: {path.parent}")
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
@@ -201,6 +200,16 @@ def parse_json(data: bytes, where: str) -> Any:
         raise ConversionError(f"{where}: nested too deeply") from None
     except ValueError as error:
         raise ConversionError(f"{where}: not valid JSON ({error})") from None
+
+
+def _open_gguf(path: Path) -> Source:
+    try:
+        from jaxllama_convert.gguf_source import open_gguf
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise MissingExtraError("convert", "gguf") from None
+    return open_gguf(path)
 
 
 def _dequantize(rows: np.ndarray, dtype: str) -> np.ndarray:

@@ -39,15 +39,15 @@ class Staging:
         self.checkpoint = root / "checkpoint"
         self._old = root / "old"
         self._journal = root / "journal.jsonl"
+        self._marker = root / "partial.json"
 
     def begin(self, identity: Mapping[str, Any]) -> dict[str, dict[str, FileRecord]]:
         """Starts or resumes; returns the files of every tensor that is already written, by the tensor's name."""
-        marker = self.root / "partial.json"
         wanted = json.dumps({"format": _PARTIAL_FORMAT, **identity}, sort_keys=True)
-        if not marker.exists() or marker.read_text() != wanted:
+        if not self._marker.exists() or self._marker.read_text() != wanted:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
             self._journal.unlink(missing_ok=True)
-            marker.write_text(wanted)
+            self._marker.write_text(wanted)
         self.checkpoint.mkdir(exist_ok=True)
         (self.checkpoint / MANIFEST).unlink(missing_ok=True)
         return self._read_journal()
@@ -73,7 +73,10 @@ class Staging:
             if not self.destination.exists():
                 os.rename(self._old, self.destination)
             else:
-                shutil.rmtree(self._old)
+                for path in (self._old, self.checkpoint):
+                    shutil.rmtree(path, ignore_errors=True)
+                for path in (self._journal, self._marker):
+                    path.unlink(missing_ok=True)
 
     def _read_journal(self) -> dict[str, dict[str, FileRecord]]:
         done = {}

@@ -90,7 +90,10 @@ def convert(
     source_path, destination = Path(src).expanduser(), Path(os.path.realpath(Path(dst).expanduser()))
     if source_path.resolve().is_relative_to(destination):
         raise ConversionError(f"{destination}: holds the source; choose another folder")
-    source = open_source(source_path)
+    try:
+        source = open_source(source_path)
+    except OSError as error:
+        raise ConversionError(f"{error.filename or src}: cannot be read ({error.strerror or error})") from None
     try:
         config = LlamaConfig.from_hf(source.config)
         pairs = match_tensors(config, source.tensors, source.name)

@@ -15,7 +15,7 @@ from jaxllama.text.sandbox import TemplateEnvironment
 from jaxllama.text.specials import RenderedChat, Spellings, StandIns
 from jaxllama.text.tokenizer import special_spellings
 
-__all__ = ["ChatTemplate", "RenderedChat", "load_chat_template"]
+__all__ = ["ChatTemplate", "RenderedChat", "has_chat_template", "load_chat_template"]
 
 _MAX_TEMPLATE_CHARS = 1_000_000
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -88,6 +88,14 @@ class ChatTemplate:
             return bool(self.render([{"role": "user", "content": "Hello"}]).starts_in_reasoning)
         except ChatTemplateError:
             return False
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether the files in `folder` hold a template, be it damaged.
+
+    Raises: TokenizerError if tokenizer_config.json is damaged.
+    """
+    return (folder / "chat_template.jinja").exists() or bool(tokenizer_config(folder).get("chat_template"))
 
 
 def load_chat_template(folder: Path) -> ChatTemplate:

@@ -81,6 +81,7 @@ class WindowDecoder:
         self._decode = decode
         self._window = list(prompt_tail[-_TAIL_LENGTH:])
         self._num_read = len(self._window)
+        self._num_unfinished = 0
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that these ids complete."""
@@ -93,8 +94,9 @@ class WindowDecoder:
     def _push_one(self, token_id: int) -> str:
         self._window.append(token_id)
         added = self._text_added()
+        self._num_unfinished = self._num_unfinished + 1 if added.endswith("\ufffd") else 0
         # A character has at most four bytes: what is still unfinished after that never will be.
-        if added.endswith("\ufffd") and len(self._window) - self._num_read < 4:
+        if 0 < self._num_unfinished < 4:
             return ""
         return self._advance(added) if added else ""
 
@@ -105,4 +107,5 @@ class WindowDecoder:
     def _advance(self, added: str) -> str:
         self._window = self._window[self._num_read :]
         self._num_read = len(self._window)
+        self._num_unfinished = 0
         return added

@@ -102,7 +102,8 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         """A call, unless its arguments or its result are too large."""
         __self.tick()
-        owner = getattr(__obj, "__self__", None)
+        # The sandbox wraps `str.format` in a function of its own.
+        owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
         values = (owner, *args) if isinstance(owner, str | bytes | int) else args
         __self._check_arguments(getattr(__obj, "__name__", ""), values, kwargs)
         return __self._checked(super().call(__context, __obj, *args, **kwargs))
@@ -117,7 +118,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             raise TemplateBoundError(f"it takes longer than {self._timeout_s} s")
         return ""
 
-    def concat(self, *values: Any) -> str:
+    def concat_values(self, *values: Any) -> str:
         """The `~` operator."""
         self._check_nested(values)
         return self._checked("".join(map(str, values)))
@@ -241,7 +242,7 @@ class _AddTicks(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         node = self.generic_visit(node)  # type: ignore[assignment]
-        return _call("concat", node.nodes, node.lineno)
+        return _call("concat_values", node.nodes, node.lineno)
 
     def _with_tick(self, node: Any) -> nodes.Node:
         node = self.generic_visit(node)

@@ -64,7 +64,7 @@ class SentencePieceBackend:
         return ByteDecoder(
             lambda token_id: b"" if token_id in hidden else self.token_bytes(token_id),
             replace_each_byte=True,
-            strips_space=lambda token_id: self._pieces[token_id].startswith("▁"),
+            strips_space=lambda i: i < len(self._pieces) and self._pieces[i].startswith("▁"),
             prompt_tail=prompt_tail,
         )
 

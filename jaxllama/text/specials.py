@@ -215,6 +215,9 @@ class ProtectedText(str):
     def _wrap(self, text: str) -> ProtectedText:
         return ProtectedText(text, self._stand_ins)
 
+    def __str__(self) -> str:
+        return self  # Jinja's filters call `str`, which would make it forget what it is
+
     def __contains__(self, needle: object) -> bool:
         return super().__contains__(self._needle(needle))
 

@@ -193,11 +193,12 @@ class TokenizersBackend:
     def _variant(self, kind: str) -> tokenizers.Tokenizer:
         """The twin for text after other text ("continues"), or for text that is normalised already ("normalized")."""
         if kind not in self._variants:
-            spec = _renamed(self._spec, [token.content for token in self.specials])
+            spec = dict(self._spec)
             if kind == "normalized":
                 spec["normalizer"] = None
             changed = kind == "normalized" or _stop_prepending(spec)
-            self._variants[kind] = self._load(spec) if changed else self._twin
+            contents = [token.content for token in self.specials]
+            self._variants[kind] = self._load(_renamed(spec, contents)) if changed else self._twin
         return self._variants[kind]
 
 

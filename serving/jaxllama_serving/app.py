@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from jaxllama_serving.auth import KeyRing
-from jaxllama_serving.chat import RESPONSE_HEADERS, chat_completions, log_failure
+from jaxllama_serving.chat import chat_completions, log_failure
 from jaxllama_serving.config import ServerConfig
+from jaxllama_serving.context import CONTEXT, RequestContext
 from jaxllama_serving.errors import ApiError, from_exception, from_http_status
 from jaxllama_serving.page import add_page
 from jaxllama_serving.service import SERVICE, Service
@@ -77,21 +78,22 @@ def _edge(config: ServerConfig) -> Callable[..., Awaitable[web.StreamResponse]]:
         given = request.headers.get("X-Request-Id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else new_request_id()
         headers = {**SECURITY_HEADERS, **_cors_headers(request, config), "X-Request-Id": request_id}
-        request["request_id"], request[RESPONSE_HEADERS] = request_id, headers
+        request[CONTEXT] = RequestContext(request_id, headers)
         started, outcome = time.perf_counter(), "gone"
         try:
-            response = await _respond(request, handler, request_id)
+            response = await _respond(request, handler)
             if not response.prepared:
                 response.headers.update(headers)
             outcome = str(response.status)
             return response
         finally:
-            _log(request, request_id, outcome, time.perf_counter() - started)
+            _log(request, outcome, time.perf_counter() - started)
 
     return edge
 
 
-async def _respond(request: web.Request, handler: Handler, request_id: str) -> web.StreamResponse:
+async def _respond(request: web.Request, handler: Handler) -> web.StreamResponse:
+    request_id = request[CONTEXT].id
     if _is_preflight(request):
         return web.Response(status=204)
     try:
@@ -127,25 +129,25 @@ def _is_preflight(request: web.Request) -> bool:
     return (
         request.method == "OPTIONS"
         and "Access-Control-Request-Method" in request.headers
-        and "Access-Control-Allow-Origin" in request[RESPONSE_HEADERS]
+        and "Access-Control-Allow-Origin" in request[CONTEXT].headers
     )
 
 
-def _log(request: web.Request, request_id: str, outcome: str, seconds: float) -> None:
+def _log(request: web.Request, outcome: str, seconds: float) -> None:
     # The route's pattern, not the path, and the method only if known: what a client chose may hold anything.
     resource = request.match_info.route.resource
     route = resource.canonical if resource is not None else "unmatched"
     method = request.method if request.method in ("GET", "HEAD", "POST", "OPTIONS") else "OTHER"
-    prompt_tokens, completion_tokens = request["usage"]() if "usage" in request else (0, 0)
+    context = request[CONTEXT]
     level = logging.DEBUG if route in ("/health", "/ready") else logging.INFO
     logger.log(
         level,
         "%s %s %s %s %.0f ms prompt=%d completion=%d",
-        request_id,
+        context.id,
         method,
         route,
         outcome,
         seconds * 1e3,
-        prompt_tokens,
-        completion_tokens,
+        context.num_prompt_tokens,
+        context.num_completion_tokens,
     )

@@ -13,6 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from jaxllama_serving.config import ServerConfig
+from jaxllama_serving.context import CONTEXT
 from jaxllama_serving.errors import ApiError, from_exception, timed_out
 from jaxllama_serving.generation import Choice, Generation, Update
 from jaxllama_serving.limits import read_json_body
@@ -21,9 +22,6 @@ from jaxllama_serving.service import SERVICE, Service
 from jaxllama_serving.stream import EventStream, abort, to_json
 
 logger = logging.getLogger("jaxllama.serving")
-
-RESPONSE_HEADERS = "response_headers"
-"""Where the outer middleware leaves the headers that a stream must send with its status."""
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -36,8 +34,9 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 
 async def _answer(request: web.Request, service: Service, body: bytes) -> web.StreamResponse:
-    config = service.config
+    config, context = service.config, request[CONTEXT]
     llama = service.ready_llama()
+    generation: Generation | None = None
     events: EventStream | None = None
     timeout = asyncio.timeout(config.request_timeout_s)
     try:
@@ -46,26 +45,30 @@ async def _answer(request: web.Request, service: Service, body: bytes) -> web.St
             headers = _headers(request, prepared)
             if prepared.request.stream:
                 events = EventStream(request, headers, config.write_timeout_s)
+            assert llama.tokenizer is not None  # prepare_chat has refused the rest
             generation = Generation(
-                llama,
+                llama.engine,
+                llama.tokenizer,
                 prepared,
                 stop_in_reasoning=config.stop_in_reasoning,
                 max_tokens=config.max_stream_tokens if events is not None else None,
                 on_overflow=lambda: abort(request),
             )
             reply = Reply.begin(prepared, service)
+            context.num_prompt_tokens = len(prepared.prompt_ids)
             with service.generating(generation):
-                request["usage"] = lambda: (len(prepared.prompt_ids), generation.num_tokens)
                 if events is not None:
                     return await _stream(reply, generation, events, config)
                 return await _complete(reply, generation, headers)
     except ConnectionError:
         raise
     except Exception as exc:
-        error = _as_error(exc, request["request_id"], config, expired=timeout.expired())
+        error = _as_error(exc, request[CONTEXT].id, config, expired=timeout.expired())
         if events is not None and events.started:
             return await events.fail(error)
         raise error from None
+    finally:
+        context.num_completion_tokens = generation.num_tokens if generation is not None else 0
 
 
 def _as_error(exc: Exception, request_id: str, config: ServerConfig, *, expired: bool) -> ApiError:
@@ -84,7 +87,7 @@ def log_failure(request_id: str, exc: BaseException) -> None:
 
 
 def _headers(request: web.Request, prepared: PreparedChat) -> dict[str, str]:
-    headers: dict[str, str] = dict(request[RESPONSE_HEADERS])
+    headers: dict[str, str] = dict(request[CONTEXT].headers)
     if prepared.dropped:
         names = ", ".join(name if name.isidentifier() and name.isascii() else "?" for name in prepared.dropped[:8])
         headers["X-Jaxllama-Warning"] = f"ignored unknown parameters: {names[:200]}"

@@ -163,7 +163,9 @@ def _load(args: argparse.Namespace) -> Llama:
     import jaxllama
 
     options = jaxllama.EngineOptions(max_rows=args.max_rows, max_context=args.max_context, max_queue=args.max_queue)
-    return jaxllama.load(args.checkpoint, dtype=args.dtype, options=options)
+    llama = jaxllama.load(args.checkpoint, dtype=args.dtype, options=options)
+    llama.engine.warm_up(lambda done, total, name: print(f"Compiling {done}/{total}: {name}", flush=True))
+    return llama
 
 
 def _fail(message: str, code: int) -> int:

@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from jaxllama.text.output import OutputAssembler, TextDelta
+from jaxllama import OutputAssembler
 from jaxllama_serving.errors import ApiError, unavailable
 from jaxllama_serving.prepare import PreparedChat
 from jaxllama_serving.stream import OutputQueue
 
 if TYPE_CHECKING:
-    from jaxllama import EngineRequest, Llama, TokenOutput
+    from jaxllama import EngineRequest, Tokenizer, TokenOutput
+    from jaxllama.engine.engine import Engine
+    from jaxllama.text.output import TextDelta
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,15 @@ class Generation:
 
     def __init__(
         self,
-        llama: Llama,
+        engine: Engine,
+        tokenizer: Tokenizer,
         prepared: PreparedChat,
         *,
         stop_in_reasoning: bool,
         max_tokens: int | None,
         on_overflow: Callable[[], None],
     ) -> None:
-        self._engine = llama.engine
+        self._engine = engine
         self._prepared = prepared
         self._on_overflow = on_overflow
         request = prepared.request
@@ -113,7 +116,7 @@ class Generation:
             Choice(
                 index=i,
                 assembler=OutputAssembler(
-                    llama.tokenizer,
+                    tokenizer,
                     stop=request.stop,
                     include_stop=request.include_stop_str_in_output,
                     starts_in_reasoning=prepared.starts_in_reasoning,

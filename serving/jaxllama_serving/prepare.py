@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from jaxllama.sampling import SamplingParams
+from jaxllama import SamplingParams
 from jaxllama_serving.config import ServerConfig, ServerConfigError
 from jaxllama_serving.errors import invalid, model_not_found
 from jaxllama_serving.protocol import ChatRequest, parse_chat_request
@@ -43,11 +43,11 @@ def prepare_chat(llama: Llama, config: ServerConfig, body: bytes) -> PreparedCha
         raise model_not_found(request.model, config.model_names)
     if request.n > config.max_n:
         raise invalid(f"n must be an integer from 1 to {config.max_n}, got {request.n}", "n")
-    if llama.chat_template is None:
+    if llama.chat_template is None or llama.tokenizer is None:
         raise invalid("This model has no chat template, so it cannot chat.", "messages")
     # Sampling parameters first: rendering and encoding are what costs.
     seed = request.seed if request.seed is not None else draw_seed()
-    params = sampling_params(request, config, llama.checkpoint.generation_config)
+    params = sampling_params(request, config, generation_config(llama))
     params.validate_vocab(llama.config.vocab_size)
     rendered = llama.chat_template.render(template_messages(request))
     prompt_ids = llama.tokenizer.encode_rendered(rendered)
@@ -83,9 +83,9 @@ def template_messages(request: ChatRequest) -> list[dict[str, Any]]:
     return system + rest
 
 
-def sampling_params(request: ChatRequest, config: ServerConfig, generation_config: Mapping[str, Any]) -> SamplingParams:
+def sampling_params(request: ChatRequest, config: ServerConfig, generation: Mapping[str, Any]) -> SamplingParams:
     """Returns the request's controls, defaults filled in: the checkpoint's own under `--generation-config auto`."""
-    defaults = generation_defaults(generation_config) if config.generation_config == "auto" else {}
+    defaults = generation_defaults(generation) if config.generation_config == "auto" else {}
 
     def choose(name: str, fallback: float) -> Any:
         given = getattr(request, name)
@@ -109,14 +109,19 @@ def sampling_params(request: ChatRequest, config: ServerConfig, generation_confi
     )
 
 
-def generation_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+def generation_config(llama: Llama) -> Mapping[str, Any]:
+    """Returns the checkpoint's generation_config.json; of a model that came from none, an empty one."""
+    return llama.checkpoint.generation_config if llama.checkpoint is not None else {}
+
+
+def generation_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the sampling defaults a checkpoint's generation_config.json names, checked.
 
     Raises: ServerConfigError if one is out of range (found when the server starts, not by a client).
     """
     names = ("temperature", "top_p", "min_p", "top_k", "repetition_penalty")
-    found = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
-    if generation_config.get("do_sample") is False:
+    found = {name: generation[name] for name in names if generation.get(name) is not None}
+    if generation.get("do_sample") is False:
         found["temperature"] = 0.0
     try:
         SamplingParams(**found)

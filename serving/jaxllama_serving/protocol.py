@@ -114,9 +114,7 @@ def _as_list(stop: Any) -> Any:
 
 def _number(default: float | None, low: float, high: float, *, above: bool = False) -> Any:
     description = f"a number {'above' if above else 'from'} {low:g} to {high:g}"
-    return Field(
-        default, gt=low if above else None, ge=None if above else low, le=high, description=description
-    )
+    return Field(default, gt=low if above else None, ge=None if above else low, le=high, description=description)
 
 
 def _integer(default: int | None, low: int, high: int) -> Any:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jaxllama_serving.app import make_app
-from jaxllama_serving.config import ServerConfig
-from jaxllama_serving.prepare import generation_defaults
+from jaxllama_serving.config import ServerConfig, ServerConfigError
+from jaxllama_serving.prepare import generation_config, generation_defaults
 from jaxllama_serving.service import SERVICE, Service
 from jaxllama_serving.wire import Listener, bind
 
@@ -66,8 +66,7 @@ async def _serve(config: ServerConfig, load: Callable[[], Llama], sock: socket.s
         _exit_now(0)
     try:
         llama = loading.result()
-        if config.generation_config == "auto":
-            generation_defaults(llama.checkpoint.generation_config)
+        _check(llama, config)
         service.set_llama(llama)
         _announce(config, address, time.perf_counter() - started)
         await stop
@@ -79,6 +78,17 @@ async def _serve(config: ServerConfig, load: Callable[[], Llama], sock: socket.s
     await _close(llama)
     print("Stopped.", flush=True)
     return 0
+
+
+def _check(llama: Llama, config: ServerConfig) -> None:
+    """What would otherwise fail at every request fails at the start."""
+    if llama.tokenizer is None or llama.chat_template is None:
+        missing = "tokenizer" if llama.tokenizer is None else "chat template"
+        raise ServerConfigError(
+            f"this checkpoint has no {missing}, which a chat server needs. Convert it again with one."
+        )
+    if config.generation_config == "auto":
+        generation_defaults(generation_config(llama))
 
 
 def _catch_signals(service: Service) -> asyncio.Future[None]:

@@ -124,5 +124,5 @@ def fingerprint(llama: Llama) -> str:
         version = metadata.version("jaxllama")
     except metadata.PackageNotFoundError:
         version = "source"
-    parts = [version, repr(llama.checkpoint.manifest), repr(getattr(llama, "mesh", None))]
+    parts = [version, repr(llama.checkpoint and llama.checkpoint.manifest), repr(getattr(llama, "mesh", None))]
     return "fp_" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]

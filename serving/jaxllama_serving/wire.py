@@ -18,6 +18,7 @@ logger = logging.getLogger("jaxllama.serving")
 
 BACKLOG = 1024
 SECURITY_HEADERS = {
+    "Server": "jaxllama",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",

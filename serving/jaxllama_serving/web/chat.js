@@ -224,7 +224,7 @@ function drawProblem(problem) {
   const message = element("p");
   message.textContent = problem instanceof ApiProblem ? problem.message : "The page itself failed. Reload it and try again.";
   const detail = element("p", "detail");
-  detail.textContent = [problem.status && `status ${problem.status}`, problem.code, problem.param, problem.requestId].filter(Boolean).join(" · ");
+  detail.textContent = [problem.status && `status ${problem.status}`, problem.code, problem.param, problem.message.includes(problem.requestId) ? null : problem.requestId].filter(Boolean).join(" · ");
   node.append(title, message);
   if (detail.textContent) node.append(detail);
   if (needsKey) node.append(keyForm());

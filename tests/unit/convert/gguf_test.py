@@ -250,8 +250,8 @@ def test_a_header_cut_anywhere_is_an_error(tmp_path: Path) -> None:
 
 
 def test_parts_of_a_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "m-00001-of-00002.gguf").touch()
     with pytest.raises(ConversionError, match="several parts"):
-        (tmp_path / "m-00001-of-00002.gguf").touch()
         convert(tmp_path / "m-00001-of-00002.gguf", tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""Laws of reading Hugging Face folders: what fits converts bit for bit, everything else is named before a byte is written."""
+"""Laws of reading Hugging Face folders: what does not fit is named before a byte is written."""
 
 from __future__ import annotations
 
@@ -290,7 +290,7 @@ def test_an_unsupported_model_is_named(tmp_path: Path, changes: dict[str, Any], 
 def test_an_end_token_beyond_the_vocabulary_is_named(tmp_path: Path) -> None:
     write_hf(tmp_path / "src")
     (tmp_path / "src" / "generation_config.json").write_text('{"eos_token_id": [2, 70]}')
-    with pytest.raises(ConfigError, match="generation_config.json: eos_token_id"):
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id"):
         convert(tmp_path / "src", tmp_path / "out")
 
 

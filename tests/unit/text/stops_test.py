@@ -22,7 +22,11 @@ def expected(text: str, stop: list[str], include: bool) -> tuple[str, str | None
 
 
 @LAW
-@given(stop=st.lists(few_letters, max_size=4), cuts=st.lists(st.text("abc", max_size=4), max_size=10), include=st.booleans())
+@given(
+    stop=st.lists(few_letters, max_size=4),
+    cuts=st.lists(st.text("abc", max_size=4), max_size=10),
+    include=st.booleans(),
+)
 def test_the_match_is_the_regex_match_however_the_text_is_cut(stop: list[str], cuts: list[str], include: bool) -> None:
     matcher = StopMatcher(stop, include)
     emitted = "".join(matcher.push(cut)[0] for cut in cuts) + matcher.flush()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -146,7 +148,7 @@ def test_the_pieces_of_a_stream_make_the_whole(any_folder: Path) -> None:
     def law(cuts: list[list[int]]) -> None:
         decoder = tokenizer.decoder()
         pieces = [decoder.push(ids) for ids in cuts]
-        assert "".join([*pieces, decoder.flush()]) == tokenizer.decode(sum(cuts, []))
+        assert "".join([*pieces, decoder.flush()]) == tokenizer.decode([i for ids in cuts for i in ids])
 
     law()
 
@@ -174,7 +176,9 @@ def test_text_continues_the_prompt(any_folder: Path, corpus: tuple[str, ...]) ->
 def test_a_character_begun_in_the_prompt_is_finished(r1_like: Path) -> None:
     tokenizer = tokenizer_of(r1_like)
     ids = next(
-        ids for char in "龘鬱𝔘" if len(ids := tokenizer.encode(char, add_bos=False)) > 1 and tokenizer.decode(ids) == char
+        ids
+        for char in "龘鬱𝔘"
+        if len(ids := tokenizer.encode(char, add_bos=False)) > 1 and tokenizer.decode(ids) == char
     )
     decoder = tokenizer.decoder(prompt_tail=ids[:1])
     assert decoder.push(ids[1:]) == tokenizer.decode(ids)
@@ -206,3 +210,33 @@ def test_the_r1_facts(r1: Path) -> None:
     assert tokenizer.special_tokens["<think>"] == 128013
     assert tokenizer.decode([128011, 128012, 128001]) == ""
     assert tokenizer.decode([128013, 198, 128014, 271]) == "<think>\n</think>\n\n"
+
+
+@pytest.mark.parametrize("decoder", [None, {"type": "WordPiece", "prefix": "##", "cleanup": True}, {"type": "Fuse"}])
+def test_other_decoders_stream_what_they_decode(
+    decoder: Any, r1_like: Path, tmp_path: Path, folder_writer: Any
+) -> None:
+    spec = json.loads((r1_like / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = load_tokenizer(folder_writer(tmp_path, {**spec, "decoder": decoder}, {}, None), MAX_VOCAB)
+    raw = raw_of(tmp_path)
+
+    @LAW
+    @given(ids=st.lists(st.integers(0, tokenizer.vocab_size - 8), max_size=12))
+    def law(ids: list[int]) -> None:
+        stream = tokenizer.decoder()
+        assert "".join([*map(stream.push, [[i] for i in ids]), stream.flush()]) == tokenizer.decode(ids)
+        assert tokenizer.decode(ids) == raw.decode(ids)
+
+    law()
+
+
+def test_byte_fallback_under_another_decoder_streams_whole_characters(
+    llama2_like: Path, tmp_path: Path, folder_writer: Any, corpus: tuple[str, ...]
+) -> None:
+    spec = json.loads((llama2_like / "tokenizer.json").read_text(encoding="utf-8"))
+    spec["decoder"]["decoders"].append({"type": "Fuse"})
+    tokenizer = load_tokenizer(folder_writer(tmp_path, spec, {}, None), MAX_VOCAB)
+    for text in corpus:
+        stream = tokenizer.decoder()
+        pieces = [stream.push([token_id]) for token_id in tokenizer.encode(text, add_bos=False)]
+        assert "".join(pieces) == text.replace("▁", " ")

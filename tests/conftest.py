@@ -1,0 +1,48 @@
+"""Every test runs on eight fake CPU devices, and models are made once for all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+# By JAX's configuration and not by XLA_FLAGS: the environment would reach the processes that tests start.
+jax.config.update("jax_platforms", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    jax.config.update("jax_num_cpu_devices", 8)
+
+import tiny  # noqa: E402
+
+from jaxllama import Llama  # noqa: E402
+from jaxllama.compilation import enable_compilation_cache  # noqa: E402
+
+_CACHE_BYTES = 2**30
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps compiled programs from one run to the next."""
+    cache = getattr(config, "cache", None)
+    if cache is not None:
+        enable_compilation_cache(cache.mkdir("xla"))
+        jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _eight_devices() -> None:
+    assert jax.device_count() == 8
+
+
+@pytest.fixture(scope="session")
+def llama() -> Iterator[Llama]:
+    """The tiny model that most tests share: float32, one device, no tokenizer, no end-of-sequence id."""
+    with tiny.make_llama() as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the byte-level tokenizer and a ChatML template."""
+    return tiny.write_tokenizer(tmp_path_factory.mktemp("byte_level"))

@@ -1,0 +1,301 @@
+"""Imports go strictly down, heavy libraries stay in their corners, and what is public says so."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import pkgutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import jaxllama
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "jaxllama": ROOT / "jaxllama",
+    "jaxllama_convert": ROOT / "convert" / "jaxllama_convert",
+    "jaxllama_serving": ROOT / "serving" / "jaxllama_serving",
+}
+
+# DESIGN.md, "The tree": a module imports from layers above its own line and from its own package only.
+LAYERS = (
+    ("jaxllama.errors",),
+    ("jaxllama.config",),
+    ("jaxllama.params", "jaxllama.rope", "jaxllama.mesh", "jaxllama.text", "jaxllama.compilation"),
+    ("jaxllama.cache", "jaxllama.sampling", "jaxllama.quant"),
+    ("jaxllama.attention",),
+    ("jaxllama.model",),
+    ("jaxllama.decode", "jaxllama.checkpoint"),
+    ("jaxllama.engine", "jaxllama.plan"),
+    ("jaxllama.llama", "jaxllama"),
+    ("jaxllama_convert", "jaxllama_serving", "jaxllama.__main__"),
+)
+# Within the third layer mesh and rope read the table of parameters, and `num_params` of a config counts it.
+ALLOWED_UP_OR_ACROSS = {
+    ("jaxllama.mesh", "jaxllama.params"),
+    ("jaxllama.rope", "jaxllama.params"),
+    ("jaxllama.config", "jaxllama.params"),
+    ("jaxllama", "jaxllama.llama"),
+}
+# Library to the modules that may import it.
+CORNERS = {
+    "aiohttp": ("jaxllama_serving",),
+    "uvloop": ("jaxllama_serving",),
+    "pydantic": ("jaxllama_serving",),
+    "safetensors": ("jaxllama_convert",),
+    "gguf": ("jaxllama_convert",),
+    "orbax": ("jaxllama.checkpoint",),
+    "tokenizers": ("jaxllama.text",),
+    "sentencepiece": ("jaxllama.text",),
+    "jinja2": ("jaxllama.text",),
+    "flax": ("jaxllama.model", "jaxllama.quant"),
+}
+WITHOUT_JAX = (
+    "jaxllama.errors",
+    "jaxllama.config",
+    "jaxllama.text",
+    "jaxllama.engine.scheduler",
+    "jaxllama.engine.pages",
+    "jaxllama_serving.protocol",
+)
+# The applications use what `jaxllama` exports, its errors and text; the converter also what checkpoints are made of.
+PUBLIC_TO = {
+    "jaxllama_serving": ("jaxllama", "jaxllama.errors", "jaxllama.text"),
+    "jaxllama_convert": (
+        "jaxllama",
+        "jaxllama.errors",
+        "jaxllama.text",
+        "jaxllama.config",
+        "jaxllama.params",
+        "jaxllama.checkpoint",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    """`source` imports `name` (None: the module itself) from `target`."""
+
+    source: str
+    target: str
+    name: str | None
+    line: int
+
+    def __str__(self) -> str:
+        what = self.target if self.name is None else f"{self.name} from {self.target}"
+        return f"{self.source}:{self.line} imports {what}"
+
+
+@functools.cache
+def modules() -> tuple[tuple[str, Path], ...]:
+    return tuple(_walk())
+
+
+def _walk() -> Iterator[tuple[str, Path]]:
+    for package, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = (package, *path.relative_to(folder).with_suffix("").parts)
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+@functools.cache
+def module_names() -> frozenset[str]:
+    return frozenset(name for name, _ in modules())
+
+
+
+
+def imports_of(module: str, path: Path) -> Iterator[Import]:
+    """Every import, also inside functions and under TYPE_CHECKING."""
+    known = module_names()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(module, alias.name, None, node.lineno)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno}: relative import"
+            assert node.module is not None
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                if inner in known:
+                    yield Import(module, inner, None, node.lineno)
+                else:
+                    yield Import(module, node.module, alias.name, node.lineno)
+
+
+@functools.cache
+def all_imports() -> tuple[Import, ...]:
+    return tuple(item for module, path in modules() for item in imports_of(module, path))
+
+
+def is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def layer_of(module: str) -> tuple[int, str]:
+    """The layer's number and the entry it matched, the longest that fits."""
+    entries = [(len(entry), number, entry) for number, layer in enumerate(LAYERS) for entry in layer]
+    fitting = [(length, number, entry) for length, number, entry in entries if is_within(module, entry)]
+    if module != "jaxllama":
+        fitting = [item for item in fitting if item[2] != "jaxllama"]
+    assert fitting, f"{module} is in no layer: DESIGN.md names them"
+    _, number, entry = max(fitting)
+    return number, entry
+
+
+def test_the_walk_sees_every_kind_of_import(tmp_path):
+    path = tmp_path / "sample.py"
+    path.write_text(
+        "import aiohttp\nfrom jaxllama import config, load\nif 1:\n    from jaxllama.engine import scheduler as s\n"
+        "def f():\n    import jax.numpy as jnp\n    from jaxllama.errors import ConfigError\n"
+    )
+    found = {(item.target, item.name) for item in imports_of("sample", path)}
+    assert found == {
+        ("aiohttp", None),
+        ("jaxllama.config", None),
+        ("jaxllama", "load"),
+        ("jaxllama.engine.scheduler", None),
+        ("jax.numpy", None),
+        ("jaxllama.errors", "ConfigError"),
+    }
+    assert len(module_names()) > 30
+
+
+def test_imports_go_strictly_down():
+    wrong = []
+    for item in all_imports():
+        if not is_within(item.target, "jaxllama") or item.source.startswith(("jaxllama_", "jaxllama.__main__")):
+            continue
+        (low, source), (high, target) = layer_of(item.source), layer_of(item.target)
+        if source != target and high >= low and (source, target) not in ALLOWED_UP_OR_ACROSS:
+            wrong.append(str(item))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_text_is_below_sampling_and_the_device():
+    below = ("jaxllama.errors", "jaxllama.text")
+    wrong = [
+        str(item)
+        for item in all_imports()
+        if is_within(item.source, "jaxllama.text")
+        and is_within(item.target, "jaxllama")
+        and not any(is_within(item.target, package) for package in below)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("library", CORNERS)
+def test_a_library_stays_in_its_corner(library):
+    users = [item for item in all_imports() if is_within(item.target, library)]
+    wrong = [str(item) for item in users if not any(is_within(item.source, corner) for corner in CORNERS[library])]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_host_decisions_do_without_jax():
+    wrong = [
+        str(item)
+        for item in all_imports()
+        if any(is_within(item.source, module) for module in WITHOUT_JAX)
+        and item.target.split(".")[0] in ("jax", "jaxlib", "flax")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_applications_never_import_each_other():
+    apps = ("jaxllama_convert", "jaxllama_serving")
+    wrong = [
+        str(item)
+        for item in all_imports()
+        for own, other in (apps, apps[::-1])
+        if is_within(item.source, own) and is_within(item.target, other)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("app", PUBLIC_TO)
+def test_the_applications_use_public_names_only(app):
+    wrong = []
+    for item in all_imports():
+        if not is_within(item.source, app) or not is_within(item.target, "jaxllama"):
+            continue
+        names = [*item.target.split("."), item.name or ""]
+        is_exported = item.target != "jaxllama" or item.name is None or item.name in jaxllama.__all__
+        inner = [module for module in PUBLIC_TO[app] if module != "jaxllama"]
+        is_public = item.target == "jaxllama" or any(is_within(item.target, module) for module in inner)
+        if not is_public or not is_exported or any(name.startswith("_") for name in names):
+            wrong.append(str(item))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_private_names_stay_in_their_module():
+    wrong = [
+        str(item)
+        for item in all_imports()
+        if is_within(item.target.split(".")[0], "jaxllama")
+        and item.name is not None
+        and item.name.startswith("_")
+        and not item.name.startswith("__")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_all_is_complete_and_small():
+    tree = ast.parse((PACKAGES["jaxllama"] / "__init__.py").read_text())
+    imported = {
+        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert set(jaxllama.__all__) == imported
+    assert list(jaxllama.__all__) == sorted(jaxllama.__all__, key=lambda name: (name[0].islower(), name))
+    assert len(jaxllama.__all__) <= 20
+    for name in jaxllama.__all__:
+        assert getattr(jaxllama, name).__doc__, f"{name} has no docstring"
+
+
+def test_every_public_module_has_a_docstring():
+    without = [
+        name
+        for name, path in modules()
+        if not any(part.startswith("_") and part != "__main__" for part in name.split("."))
+        and path.read_text().strip()
+        and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert not without
+
+
+def test_every_module_of_the_library_can_be_imported():
+    for module in pkgutil.walk_packages(jaxllama.__path__, "jaxllama."):
+        importlib.import_module(module.name)
+        assert module.name in sys.modules
+
+
+def test_files_stay_small_and_have_telling_names():
+    too_long = {name: n for name, path in modules() if (n := len(path.read_text().splitlines())) > 500}
+    assert not too_long
+    vague = {"utils", "helpers", "common", "misc"}
+    assert not [name for name in module_names() if name.split(".")[-1] in vague]
+
+
+def test_the_errors_are_the_documented_tree():
+    """The docstring of errors.py draws every exception under its base."""
+    from jaxllama import errors
+
+    drawn: list[tuple[int, str]] = []
+    for line in (errors.__doc__ or "").splitlines():
+        stripped = line.lstrip("│├└─ ")
+        if stripped.split(" ")[0].endswith("Error"):
+            drawn.append(((len(line) - len(stripped)) // 4, stripped.split(" ")[0]))
+    bases = {}
+    for index, (depth, name) in enumerate(drawn):
+        above = [other for level, other in drawn[:index] if level == depth - 1]
+        bases[name] = above[-1] if above else "Exception"
+    defined = {
+        name: value.__bases__[0].__name__
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and value.__module__ == errors.__name__
+    }
+    assert bases == defined
