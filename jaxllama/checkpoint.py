@@ -43,7 +43,7 @@ _MIN_CHUNK_BYTES = 2**20
 # Tensor parallelism up to 16 finds its shards on chunk borders.
 _CHUNKS_PER_TENSOR = 16
 # Orbax's own default lets 96 GB be in flight; a tensor larger than this is read alone.
-_RESTORE_BYTES_IN_FLIGHT = 4 * 10**9
+_RESTORE_BYTES_IN_FLIGHT = 2 * 10**9
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,8 @@ class ParamsWriter:
         self._staging.mkdir(exist_ok=True)
         self._recover()
 
-    def is_staged(self, spec: ParamSpec, files: Mapping[str, FileRecord]) -> bool:
-        """Whether every one of the tensor's `files` is there with its size."""
+    def is_staged(self, files: Mapping[str, FileRecord]) -> bool:
+        """Whether every one of a tensor's `files` is there with its size."""
         sizes = (_size(self._staging / PurePosixPath(name).relative_to(PARAMS)) for name in files)
         return bool(files) and all(size == record.size for size, record in zip(sizes, files.values(), strict=True))
 

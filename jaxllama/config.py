@@ -145,9 +145,7 @@ class LlamaConfig:
             tie_word_embeddings=_boolean(hf, "tie_word_embeddings"),
             attention_bias=_boolean(hf, "attention_bias"),
             mlp_bias=_boolean(hf, "mlp_bias"),
-            bos_token_id=_token_ids(hf, "bos_token_id", size["vocab_size"])[0]
-            if hf.get("bos_token_id") is not None
-            else None,
+            bos_token_id=_bos_token_id(hf, size["vocab_size"]),
             eos_token_ids=_token_ids(hf, "eos_token_id", size["vocab_size"]),
         )
 
@@ -155,6 +153,8 @@ class LlamaConfig:
 def _check_architecture(hf: Mapping[str, Any]) -> None:
     architectures = hf.get("architectures") or []
     model_type = hf.get("model_type")
+    if not isinstance(architectures, list):
+        raise ConfigError(f"config.json: architectures must be a list of names, got {architectures!r}")
     if model_type not in (None, "llama") or any(name != "LlamaForCausalLM" for name in architectures):
         named = ", ".join(map(str, architectures)) or model_type
         raise ConfigError(
@@ -165,7 +165,8 @@ def _check_architecture(hf: Mapping[str, Any]) -> None:
     if hf.get("auto_map"):
         raise ConfigError("config.json: auto_map asks to run code from the model; that is never done")
     if hf.get("quantization_config"):
-        method = hf["quantization_config"].get("quant_method", "unnamed")
+        quantization = hf["quantization_config"]
+        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, Mapping) else quantization
         raise ConfigError(
             f"config.json: quantization {method!r} is not supported; convert from the unquantised weights"
         )
@@ -195,6 +196,13 @@ def _boolean(hf: Mapping[str, Any], name: str) -> bool:
     if value not in (None, True, False):
         raise ConfigError(f"config.json: {name} must be true or false, got {value!r}")
     return bool(value)
+
+
+def _bos_token_id(hf: Mapping[str, Any], vocab_size: int) -> int | None:
+    ids = _token_ids(hf, "bos_token_id", vocab_size)
+    if isinstance(hf.get("bos_token_id"), list) and len(ids) != 1:
+        raise ConfigError(f"config.json: bos_token_id must be one id, got {hf['bos_token_id']!r}")
+    return ids[0] if ids else None
 
 
 def _token_ids(hf: Mapping[str, Any], name: str, vocab_size: int) -> tuple[int, ...]:

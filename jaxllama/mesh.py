@@ -43,7 +43,7 @@ def make_mesh(
     Raises: ConfigError if there are fewer devices than data × tp.
     """
     devices = list(jax.devices() if devices is None else devices)
-    tp = len(devices) // data if tp is None else tp
+    tp = len(devices) // max(1, data) if tp is None else tp
     if data < 1 or tp < 1 or data * tp > len(devices):
         raise ConfigError(f"a mesh of data={data} × tp={tp} needs {data * tp} devices, there are {len(devices)}")
     kv = math.gcd(config.num_kv_heads, tp)

@@ -35,10 +35,9 @@ LAYERS = (
     ("jaxllama.llama", "jaxllama"),
     ("jaxllama_convert", "jaxllama_serving", "jaxllama.__main__"),
 )
-# Within the third layer mesh and rope read the table of parameters, and `num_params` of a config counts it.
+# Within the third layer mesh reads the table of parameters, and `num_params` of a config counts it.
 ALLOWED_UP_OR_ACROSS = {
     ("jaxllama.mesh", "jaxllama.params"),
-    ("jaxllama.rope", "jaxllama.params"),
     ("jaxllama.config", "jaxllama.params"),
     ("jaxllama", "jaxllama.llama"),
 }

@@ -47,6 +47,10 @@ def open_safetensors(folder: Path) -> Source:
     headers = {file.name: read_header(file) for file in files}
     _check_index(folder, weight_map, headers)
     sidecars = {name: data for name in SIDECARS if (data := read_small(folder, name)) is not None}
+    if "generation_config.json" in sidecars:
+        where = str(folder / "generation_config.json")
+        if not isinstance(parse_json(sidecars["generation_config.json"], where), dict):
+            raise ConversionError(f"{where}: expected a JSON object")
     warnings = (
         ()
         if {"tokenizer.json", "tokenizer.model"} & set(sidecars)

@@ -60,6 +60,10 @@ class Staging:
             file.flush()
             os.fsync(file.fileno())
 
+    def holds_work(self) -> bool:
+        """Whether the folder has anything that the next run would miss."""
+        return self._journal.exists() or self._old.exists()
+
     def finish(self) -> None:
         """Puts the complete checkpoint in its place and removes the partial folder."""
         if self.destination.exists():
@@ -92,7 +96,7 @@ class Staging:
 def open_staging(destination: Path, *, force: bool) -> Iterator[Staging]:
     """Locks the partial folder of `destination`, after checking that the destination may be written.
 
-    The folder stays when the body fails, for the next run to resume; it goes if nothing was begun.
+    The folder stays when the body fails, for the next run to resume; it goes if no tensor was written.
 
     Raises: ConversionError when the destination exists and may not be replaced; OutputError when it is in use.
     """
@@ -112,8 +116,8 @@ def open_staging(destination: Path, *, force: bool) -> Iterator[Staging]:
             _check_destination(destination, force)
             yield staging
         finally:
-            # A finished conversion has removed the folder; one that never began leaves nothing worth keeping.
-            if root.exists() and not (root / "partial.json").exists() and not (root / "old").exists():
+            # A finished conversion has removed the folder; one without a tensor leaves nothing worth keeping.
+            if root.exists() and not staging.holds_work():
                 shutil.rmtree(root, ignore_errors=True)
 
 

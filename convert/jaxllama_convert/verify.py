@@ -9,8 +9,8 @@ from jaxllama.text.chat import load_chat_template
 from jaxllama.text.tokenizer import load_tokenizer
 
 
-def check_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Loads the folder's tokenizer, if it has one.
+def check_tokenizer(folder: Path, vocab_size: int, source: str) -> None:
+    """Loads the folder's tokenizer, if it has one. `source` is its name in messages.
 
     Raises: ConversionError when it cannot be loaded or does not fit the model.
     """
@@ -23,7 +23,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
         raise
     # A hostile pattern makes tokenizers raise PanicException, which is no Exception.
     except BaseException as error:
-        raise ConversionError(f"the tokenizer cannot be used: {' '.join(str(error).split())[:500]}") from None
+        raise ConversionError(f"{source}: the tokenizer cannot be used: {_reason(error, folder)}") from None
 
 
 def check_chat_template(folder: Path) -> list[str]:
@@ -31,5 +31,10 @@ def check_chat_template(folder: Path) -> list[str]:
     try:
         load_chat_template(folder)
     except JaxLlamaError as error:
-        return [f"no chat template: {' '.join(str(error).split())[:500]}"]
+        return [f"no chat template: {_reason(error, folder)}"]
     return []
+
+
+def _reason(error: BaseException, folder: Path) -> str:
+    # The folder of the unfinished checkpoint means nothing to the user.
+    return " ".join(str(error).replace(f"{folder}/", "").replace(f"{folder}: ", "").split())[:500]

@@ -144,7 +144,7 @@ class _Job:
         for name, data in self.source.sidecars.items():
             (folder / name).write_bytes(data)
         read_configs(folder)
-        check_tokenizer(folder, self.config.vocab_size)
+        check_tokenizer(folder, self.config.vocab_size, self.source.name)
         warnings += check_chat_template(folder)
         writer = ParamsWriter(folder, self.config, self.dtype)
         files = self._write_tensors(writer, done)
@@ -160,7 +160,7 @@ class _Job:
         files: dict[str, FileRecord] = {}
         todo = []
         for spec, tensor in self.pairs:
-            if writer.is_staged(spec, staged := done.get(spec.name, {})):
+            if writer.is_staged(staged := done.get(spec.name, {})):
                 files.update(staged)
             else:
                 todo.append((spec, tensor))

@@ -145,7 +145,7 @@ def make_config(args: argparse.Namespace, environment: str | None) -> ServerConf
 def run(args: argparse.Namespace) -> int:
     """Serves until a signal. Returns 0 after a drain, 1 on a failure and 2 on bad input; the last two say why."""
     started = time.perf_counter()
-    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    _set_up_logging(args.log_level)
     try:
         config = make_config(args, os.environ.get(KEYS_VARIABLE))
         try:
@@ -157,6 +157,17 @@ def run(args: argparse.Namespace) -> int:
         return _fail(str(error), 2)
     except (JaxLlamaError, OSError) as error:
         return _fail(f"{type(error).__name__}: {error}", 1)
+
+
+def _set_up_logging(level: str) -> None:
+    # Our own logger, not the root: libraries have given that one a handler and a level by now.
+    logger = logging.getLogger("jaxllama")
+    logger.setLevel(level.upper())
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
 
 
 def _load(args: argparse.Namespace) -> Llama:

@@ -36,7 +36,7 @@ class ServerConfig:
     stop_in_reasoning: bool = False
     max_n: int = 16
     max_body_bytes: int = 4 * 2**20
-    max_connections: int = 1024
+    max_connections: int = 512
     max_stream_tokens: int = 2048
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0

@@ -13,8 +13,7 @@ from jaxllama_serving.prepare import PreparedChat
 from jaxllama_serving.stream import OutputQueue
 
 if TYPE_CHECKING:
-    from jaxllama import EngineRequest, Tokenizer, TokenOutput
-    from jaxllama.engine.engine import Engine
+    from jaxllama import Engine, EngineRequest, Tokenizer, TokenOutput
     from jaxllama.text.output import TextDelta
 
 

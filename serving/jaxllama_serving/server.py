@@ -66,16 +66,18 @@ async def _serve(config: ServerConfig, load: Callable[[], Llama], sock: socket.s
         _exit_now(0)
     try:
         llama = loading.result()
-        _check(llama, config)
-        service.set_llama(llama)
-        _announce(config, address, time.perf_counter() - started)
-        await stop
-        ended = await service.drain(config.drain_timeout_s)
-        if ended:
-            print(f"Ended {ended} requests at the drain timeout of {config.drain_timeout_s:g} s.", flush=True)
+        try:
+            _check(llama, config)
+            service.set_llama(llama)
+            _announce(config, address, time.perf_counter() - started)
+            await stop
+            ended = await service.drain(config.drain_timeout_s)
+            if ended:
+                print(f"Ended {ended} requests at the drain timeout of {config.drain_timeout_s:g} s.", flush=True)
+        finally:
+            await _close(llama)
     finally:
         await listener.close()
-    await _close(llama)
     print("Stopped.", flush=True)
     return 0
 

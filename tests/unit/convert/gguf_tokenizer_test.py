@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import sentencepiece
 import tokenizers
+from jaxllama_convert import convert
 from jaxllama_convert.gguf_tokenizer import tokenizer_files
+from unit.convert.sources import GGUF_CONFIG, write_gguf
 
 from jaxllama.errors import ConversionError
 from jaxllama.text.tokenizer import load_tokenizer
@@ -157,6 +159,26 @@ def test_sentencepiece_survives_the_way_through_gguf(tmp_path: Path) -> None:
     )
     original = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
     _encodes_the_same(tmp_path, original, [*TEXTS, "the lazy fox  jumps"])
+
+
+def test_a_gguf_with_sentencepiece_converts_whole(tmp_path: Path) -> None:
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "ab", "▁ab"]
+    types = [2, 3, 3, *[6] * 256, *[1] * 5]
+    values = {
+        "model": "llama",
+        "tokens": tokens,
+        "token_type": types,
+        "scores": [-float(i) for i in range(len(tokens))],
+    }
+    values |= {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+    write_gguf(tmp_path / "model.gguf", GGUF_CONFIG | {"vocab_size": 288}, metadata=metadata)
+    convert(tmp_path / "model.gguf", tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out", 288)
+    ids = tokenizer.encode("ab é</s>")
+    assert ids[0] == 1
+    assert 2 not in ids
+    assert tokenizer.decode(ids) == "ab é</s>"
 
 
 def _asset(name: str) -> Path:

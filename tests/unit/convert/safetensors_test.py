@@ -305,6 +305,11 @@ def test_a_hostile_tokenizer_is_one_error(tmp_path: Path, pattern: str) -> None:
         "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
     }
     (tmp_path / "src" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ConversionError, match="the tokenizer cannot be used"):
-        convert(tmp_path / "src", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    refuse(tmp_path / "src", "src: the tokenizer cannot be used")
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"eos_token_id": 1, "eos_token_id": 2}'])
+def test_a_malformed_generation_config_is_named(tmp_path: Path, text: str) -> None:
+    write_hf(tmp_path / "src")
+    (tmp_path / "src" / "generation_config.json").write_text(text)
+    refuse(tmp_path / "src", "generation_config.json")

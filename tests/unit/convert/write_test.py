@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 from jaxllama_convert import OutputError, cli, convert
+from jaxllama_convert.staging import Staging
 from unit.convert.sources import BF16, CONFIG, weights, write_gguf, write_hf
 
 import jaxllama.checkpoint
@@ -195,6 +196,20 @@ def test_too_little_space_is_known_at_once(tmp_path: Path, monkeypatch: pytest.M
         convert(tmp_path / "src", tmp_path / "out")
 
 
+def test_verify_finds_what_the_disk_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_hf(tmp_path / "src")
+
+    def lossy(self: Staging) -> None:
+        chunk = self.checkpoint / "params" / "norm" / "0"
+        chunk.write_bytes(b"\0" * chunk.stat().st_size)
+        finish(self)
+
+    finish = Staging.finish
+    monkeypatch.setattr(Staging, "finish", lossy)
+    with pytest.raises(OutputError, match="params/norm/0: sha256"):
+        convert(tmp_path / "src", tmp_path / "out", verify=True)
+
+
 def test_another_source_does_not_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_hf(tmp_path / "first", tensors=weights(CONFIG, seed=1))
     want = write_hf(tmp_path / "second", tensors=weights(CONFIG, seed=2))
@@ -247,6 +262,9 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint_and_resumes(tmp_path: Pa
     if survivor is None:
         # For an instant neither is there: the old one waits to be put back by the next run.
         assert not out.exists()
+        with pytest.raises(ConversionError, match="give --force"):
+            convert(tmp_path / "new", out)
+        assert_same(restored(out), trees["old"])
     else:
         assert_same(restored(out), trees[survivor])
     report = convert(tmp_path / "new", out, force=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import signal
 import socket
 import subprocess
@@ -31,6 +32,16 @@ def load():
     return FakeLlama(["a"] * int(sys.argv[2]), delay_s=0.05)
 sys.exit(serve(ServerConfig(("default",), port=0, drain_timeout_s=float(sys.argv[3])), load))
 """
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """`cli.run` sets up the process's logging; here the process is the tests'."""
+    logger = logging.getLogger("jaxllama")
+    before = (logger.level, list(logger.handlers), logger.propagate)
+    yield
+    logger.setLevel(before[0])
+    logger.handlers, logger.propagate = before[1:]
 
 
 class Process:

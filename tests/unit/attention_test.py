@@ -1,0 +1,156 @@
+"""Paged attention is exact attention over a row's own tokens, whoever else is in the batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from jaxllama.attention import paged_attention
+
+attend = jax.jit(paged_attention)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Heads, KV heads, head_dim, page size, and each row's length; `tokens` queries end each row."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    lengths: tuple[int, ...]
+    tokens: int = 1
+
+
+CASES = {
+    "grouped": Case(6, 2, 10, 4, (1, 3, 17, 40)),
+    "one_kv_head": Case(5, 1, 6, 8, (9, 33)),
+    "as_many_kv_heads": Case(3, 3, 14, 4, (7, 2, 21)),
+    "chunk": Case(4, 2, 10, 4, (23, 9), tokens=9),
+    "page_of_one": Case(4, 2, 6, 1, (5, 12)),
+    "odd_page": Case(4, 2, 6, 7, (5, 300)),
+    # Beyond any block in which an implementation may walk the pages.
+    "long": Case(2, 1, 8, 16, (1100, 1, 256, 257, 512), tokens=1),
+    "long_chunk": Case(2, 1, 8, 16, (700,), tokens=130),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    q: np.ndarray
+    pool: np.ndarray
+    table: np.ndarray
+    positions: np.ndarray
+    k: list[np.ndarray]
+    v: list[np.ndarray]
+
+
+def make_inputs(case: Case, seed: int = 0, num_pages: int | None = None) -> Inputs:
+    """Every row's pages lie scattered in a pool whose other slots hold large numbers."""
+    rng = np.random.default_rng(seed)
+    width = max(-(-length // case.page_size) for length in case.lengths) + 2
+    num_pages = num_pages or 2 + sum(-(-length // case.page_size) for length in case.lengths)
+    pool = rng.standard_normal((num_pages, case.page_size, 2 * case.kv_heads, case.head_dim)) * 50
+    free = list(rng.permutation(np.arange(1, num_pages)))
+    table = np.zeros((len(case.lengths), width), np.int32)
+    ks, vs = [], []
+    for row, length in enumerate(case.lengths):
+        k, v = rng.standard_normal((2, length, case.kv_heads, case.head_dim))
+        for position in range(length):
+            index, slot = divmod(position, case.page_size)
+            if slot == 0:
+                table[row, index] = free.pop()
+            pool[table[row, index], slot, 0::2] = k[position]
+            pool[table[row, index], slot, 1::2] = v[position]
+        ks.append(k)
+        vs.append(v)
+    q = rng.standard_normal((len(case.lengths), case.tokens, case.heads, case.head_dim)) * 2
+    positions = np.array([np.arange(length - case.tokens, length) for length in case.lengths], np.int32)
+    return Inputs(q.astype(np.float32), pool.astype(np.float32), table, positions, ks, vs)
+
+
+def exact(case: Case, x: Inputs) -> np.ndarray:
+    """Float64 softmax attention, one head of one query at a time."""
+    out = np.zeros(x.q.shape)
+    for row, token, head in np.ndindex(*x.q.shape[:3]):
+        end = x.positions[row, token] + 1
+        kv_head = head // (case.heads // case.kv_heads)
+        scores = x.k[row][:end, kv_head] @ x.q[row, token, head].astype(np.float64) / math.sqrt(case.head_dim)
+        out[row, token, head] = reference.softmax(scores) @ x.v[row][:end, kv_head]
+    return out
+
+
+def run(x: Inputs) -> np.ndarray:
+    return np.asarray(attend(x.q, x.pool, x.table, x.positions))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_is_exact(name):
+    case = CASES[name]
+    x = make_inputs(case)
+    np.testing.assert_allclose(run(x), exact(case, x), atol=3e-5)
+
+
+def test_a_lone_token_attends_to_itself():
+    x = make_inputs(Case(4, 2, 6, 4, (1, 1)))
+    want = np.repeat(np.stack([v[0] for v in x.v]), 2, axis=1)[:, None]
+    np.testing.assert_allclose(run(x), want, rtol=1e-6)
+
+
+def test_large_scores_do_not_overflow():
+    case = CASES["grouped"]
+    x = make_inputs(case)
+    x.q[:] *= 1e4
+    got = run(x)
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got, exact(case, x), atol=1e-3)
+
+
+def test_a_row_s_bits_do_not_depend_on_the_others():
+    case = CASES["long"]
+    x = make_inputs(case)
+    together = run(x)
+    for row in range(len(case.lengths)):
+        for other in range(len(case.lengths)):
+            rows = [row, other]
+            apart = attend(x.q[rows], x.pool, x.table[rows], x.positions[rows])
+            np.testing.assert_array_equal(np.asarray(apart)[0], together[row])
+
+
+def test_a_row_s_bits_do_not_depend_on_where_its_pages_lie():
+    case = CASES["grouped"]
+    x = make_inputs(case)
+    order = np.random.default_rng(5).permutation(len(x.pool))
+    pool, table = np.empty_like(x.pool), order[x.table].astype(np.int32)
+    pool[order] = x.pool
+    np.testing.assert_array_equal(run(x), np.asarray(attend(x.q, pool, table, x.positions)))
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["grouped", "chunk", "long"])
+def test_what_stands_after_a_row_never_reaches_it(name, poison):
+    """Pages are reused without being cleared, and a failed row leaves NaN in them."""
+    case = CASES[name]
+    x = make_inputs(case)
+    clean = run(x)
+    pool = np.full_like(x.pool, poison)
+    for row, length in enumerate(case.lengths):
+        for position in range(length):
+            page, slot = x.table[row, position // case.page_size], position % case.page_size
+            pool[page, slot] = x.pool[page, slot]
+    np.testing.assert_array_equal(np.asarray(attend(x.q, pool, x.table, x.positions)), clean)
+
+
+def test_bfloat16_sums_in_float32():
+    case = Case(4, 2, 16, 16, (1000,))
+    x = make_inputs(case)
+    got = attend(*(jnp.asarray(a, jnp.bfloat16) for a in (x.q, x.pool)), x.table, x.positions)
+    assert got.dtype == jnp.bfloat16
+    # Inputs rounded to 8 bits, scores up to 8: a sum in bfloat16 over 1,000 tokens would be off by far more.
+    np.testing.assert_allclose(np.asarray(got, np.float32), exact(case, x), atol=0.05)
