@@ -257,9 +257,11 @@ def _uniforms(seed: UInt32[Array, " 2"], position: Int[Array, ""]) -> Float[Arra
 
 def _choose(weights: Float[Array, "rows n"], uniform: Float[Array, " rows"]) -> Int[Array, " rows"]:
     """The index where the cumulated weights pass `uniform` of their total; never one of weight 0."""
-    cumulated = jnp.cumsum(weights, axis=1)
-    target = uniform * cumulated[:, -1]
-    return jnp.sum(cumulated <= target[:, None], axis=1, dtype=jnp.int32)
+    # A parallel cumulated sum is rounded differently at each index: it may rise or fall where the weight is 0.
+    cumulated = jnp.where(weights > 0, jnp.cumsum(weights, axis=1), 0)
+    target = uniform * cumulated.max(axis=1)
+    ids = jax.lax.broadcasted_iota(jnp.int32, weights.shape, 1)
+    return jnp.min(jnp.where(cumulated > target[:, None], ids, weights.shape[1] - 1), axis=1)
 
 
 class Sampled(NamedTuple):
@@ -305,7 +307,8 @@ def sample(
 def _filter_and_draw(
     logits: Float[Array, "rows vocab"], s: SamplingArrays, positions: Int[Array, " rows"], rows: Bool[Array, " rows"]
 ) -> Int[Array, " rows"]:
-    logits = logits / jnp.where(s.temperature > 0, s.temperature, 1.0)[:, None]
+    # Relative to the largest, so that no temperature makes infinities of two logits.
+    logits = (logits - logits.max(axis=1, keepdims=True)) / jnp.where(s.temperature > 0, s.temperature, 1.0)[:, None]
     logits = _when(rows & (s.top_k > 0), lambda x: keep_top_k(x, s.top_k), logits)
     logits = _when(rows & (s.top_p < 1), lambda x: keep_top_p(x, s.top_p), logits)
     logits = _when(rows & (s.min_p > 0), lambda x: keep_min_p(x, s.min_p), logits)

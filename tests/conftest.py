@@ -37,7 +37,7 @@ def _eight_devices() -> None:
 
 @pytest.fixture(scope="session")
 def llama() -> Iterator[Llama]:
-    """The tiny model that most tests share: float32, one device, no tokenizer, no end-of-sequence id."""
+    """The tiny model that most tests share: float32, one device, no tokenizer."""
     with tiny.make_llama() as model:
         yield model
 

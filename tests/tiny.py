@@ -1,7 +1,7 @@
 """Tiny Llamas of odd, non-square sizes around weights that a rule makes, a scripted one, and a byte-level tokenizer.
 
-The models of the goldens are those of `oracle/tiny_models.py`; the two here cover what those cannot: sizes that eight
-devices divide, and 20,000 positions in one cheap layer.
+The models of the goldens are those of `oracle/tiny_models.py`; those here cover what they cannot: sizes that eight
+devices divide, the sizes of a real model, and 20,000 positions in one cheap layer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from jaxllama.params import Params, build_params, get_param, param_specs
 
 type Weights = Mapping[str, np.ndarray]
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")  # ids 256 to 260
+EOS_ID = 258
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -44,13 +45,25 @@ MODELS: dict[str, dict[str, Any]] = TINY_MODELS | {
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "head_dim": 6,
+        "eos_token_id": EOS_ID,
+    },
+    # Two layers of SmolLM2's sizes: XLA multiplies small matrices otherwise than large ones.
+    "smollm2_like": _BASE
+    | {
+        "vocab_size": 1031,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
     },
     "far": TINY_MODELS["llama31_like"]
     | {"hidden_size": 44, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
 }
 SEEDS = {name: seed for seed, name in enumerate(MODELS)}
 
-# Few shapes, shared by the tests: each costs seconds to compile. One row holds a context; the pool holds five.
+# Few shapes, shared by the tests: each costs seconds to compile. A context has 24 pages, the pool 120.
 SMALL = EngineOptions(max_rows=4, max_context=96, page_size=4, num_pages=121, chunk_sizes=(8, 32))
 
 

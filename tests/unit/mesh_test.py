@@ -7,9 +7,11 @@ import math
 import jax
 import numpy as np
 import pytest
+import reference
 import tiny
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxllama import EngineOptions, SamplingParams
 from jaxllama.errors import ConfigError
 from jaxllama.mesh import MESH_AXES, RULES, make_mesh, param_shardings, partition_spec
 from jaxllama.params import get_param, param_specs
@@ -117,3 +119,49 @@ def test_a_mesh_of_one_device_splits_nothing():
     mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES)
     for spec in param_specs(EIGHT):
         assert partition_spec(spec.axes, EIGHT, mesh) == PartitionSpec(*[None] * len(spec.axes))
+
+
+# ---- The same results on every mesh ----
+
+MESHES = [("divisible", 1, tp) for tp in (1, 2, 4, 8)] + [("divisible", 2, 2), ("divisible", 2, 4)]
+# Heads that 4 and 8 devices do not divide, a tied head, a vocabulary that nothing divides.
+MESHES += [("wide_heads_tied", 1, 4), ("wide_heads_tied", 2, 4), ("wide_heads_tied", 1, 8)]
+TWO_ROWS = EngineOptions(max_rows=2, max_context=64, page_size=8, chunk_sizes=(32,))
+
+
+@pytest.mark.parametrize(("name", "data", "tp"), MESHES)
+def test_logits_and_greedy_tokens_are_the_same_on_every_mesh(name, data, tp):
+    prompts = [tiny.prompt_of(name, length, seed=length) for length in (40, 3, 33)]
+    with tiny.make_llama(name, data=data, tp=tp, options=TWO_ROWS) as llama:
+        logits = llama.logits(prompts[0])
+        completions = llama.generate(prompts, SamplingParams(temperature=0, max_tokens=10, logprobs=1, ignore_eos=True))
+    want = tiny.reference_logits(name, prompts[0])
+    tolerance = 5e-6 * max(1.0, want.std())  # logits of the tied model spread by 7
+    assert np.abs(logits - want).max() < tolerance
+    for prompt, completion in zip(prompts, completions, strict=True):
+        tiny.assert_greedy(name, prompt, completion.token_ids, margin=tolerance)
+        assert len(completion.token_ids) == 10
+        assert completion.logprobs is not None
+        exact = tiny.reference_logits(name, [*prompt, *completion.token_ids])[len(prompt) - 1 : -1]
+        for row, token in zip(exact, completion.logprobs, strict=True):
+            assert abs(token.logprob - reference.log_probabilities(row)[token.token_id]) < tolerance
+
+
+def test_sampled_tokens_are_the_same_on_every_mesh():
+    prompts = [tiny.prompt_of("divisible", length, seed=length) for length in (40, 3, 33)]
+    params = SamplingParams(
+        seed=3, max_tokens=10, ignore_eos=True, top_k=50, top_p=0.95, min_p=0.001, repetition_penalty=1.2, logit_bias={5: 1.0}
+    )
+    outputs = []
+    for data, tp in ((1, 1), (1, 8), (2, 4)):
+        with tiny.make_llama("divisible", data=data, tp=tp, options=TWO_ROWS) as llama:
+            outputs.append([completion.token_ids for completion in llama.generate(prompts, params)])
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_the_cache_and_the_rows_really_shard():
+    with tiny.make_llama("divisible", data=2, tp=4, options=TWO_ROWS) as llama:
+        llama.generate([1, 2, 3], SamplingParams(max_tokens=1))
+        pool = [x for x in jax.live_arrays() if x.ndim == 4 and x.shape[1:] == (8, 8, 6) and len(x.sharding.device_set) == 8]
+        assert pool
+        assert {shard.data.shape[2] for shard in pool[0].addressable_shards} == {2}

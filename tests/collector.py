@@ -1,0 +1,81 @@
+"""What one request sends back, for tests of the engine."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from jaxllama import Engine, EngineRequest, SamplingParams, TokenLogprob, TokenOutput
+
+TIMEOUT_S = 60.0
+
+
+class Collector:
+    """Collects the outputs of one request, and checks that exactly one has a finish reason and that it is the last."""
+
+    def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams, *, priority: int = 0) -> None:
+        self.outputs: list[TokenOutput] = []
+        self.violations: list[str] = []
+        self._first = threading.Event()
+        self._ended = threading.Event()
+        self.request: EngineRequest = engine.submit(prompt, params, self._take, priority=priority)
+
+    def _take(self, output: TokenOutput) -> None:
+        if self._ended.is_set():
+            self.violations.append(f"an output after the last: {output}")
+        if (output.error is not None) != (output.finish_reason == "error"):
+            self.violations.append(f"error without its finish reason: {output}")
+        self.outputs.append(output)
+        self._first.set()
+        if output.finish_reason is not None:
+            self._ended.set()
+
+    def wait(self, timeout_s: float = TIMEOUT_S) -> Collector:
+        """Waits for the last output."""
+        assert self._ended.wait(timeout_s), f"no end within {timeout_s} s; so far {self.outputs}"
+        assert not self.violations
+        return self
+
+    def wait_for_first(self) -> Collector:
+        """Waits for any output."""
+        assert self._first.wait(TIMEOUT_S), "no output"
+        return self
+
+    @property
+    def is_ended(self) -> bool:
+        return self._ended.is_set()
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token_id for output in self.outputs for token_id in output.token_ids]
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        return [entry for output in self.outputs for entry in output.logprobs]
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.outputs[-1].finish_reason
+
+    @property
+    def error(self) -> Any:
+        return self.outputs[-1].error
+
+
+@contextlib.contextmanager
+def held(engine: Engine) -> Iterator[None]:
+    """Keeps the engine's thread inside a callback, so that what is submitted meanwhile waits."""
+    is_held, release = threading.Event(), threading.Event()
+
+    def hold(_: TokenOutput) -> None:
+        is_held.set()
+        assert release.wait(TIMEOUT_S)
+
+    engine.submit([1], SamplingParams(max_tokens=1, temperature=0, ignore_eos=True), hold)
+    assert is_held.wait(TIMEOUT_S)
+    try:
+        yield
+    finally:
+        release.set()
