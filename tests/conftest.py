@@ -23,7 +23,9 @@ _CACHE_BYTES = 2**30
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keeps compiled programs from one run to the next."""
+    """Keeps compiled programs from one run to the next, and prints what takes longest."""
+    if config.option.durations is None:
+        config.option.durations = 10
     cache = getattr(config, "cache", None)
     if cache is not None:
         enable_compilation_cache(cache.mkdir("xla"))

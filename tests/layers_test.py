@@ -107,8 +107,6 @@ def module_names() -> frozenset[str]:
     return frozenset(name for name, _ in modules())
 
 
-
-
 def imports_of(module: str, path: Path) -> Iterator[Import]:
     """Every import, also inside functions and under TYPE_CHECKING."""
     known = module_names()

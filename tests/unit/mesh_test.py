@@ -41,7 +41,9 @@ def test_a_mesh_takes_the_devices_it_is_given():
     assert list(make_mesh(EIGHT, devices=devices).devices.flat) == devices
 
 
-@pytest.mark.parametrize(("data", "tp"), [(1, 9), (9, 1), (2, 5), (16, None), (0, None), (0, 1), (1, 0), (-1, 2), (1, -1)])
+@pytest.mark.parametrize(
+    ("data", "tp"), [(1, 9), (9, 1), (2, 5), (16, None), (0, None), (0, 1), (1, 0), (-1, 2), (1, -1)]
+)
 def test_an_impossible_mesh_is_refused(data, tp):
     with pytest.raises(ConfigError, match=r"data=.*tp="):
         make_mesh(EIGHT, tp=tp, data=data)
@@ -150,7 +152,14 @@ def test_logits_and_greedy_tokens_are_the_same_on_every_mesh(name, data, tp):
 def test_sampled_tokens_are_the_same_on_every_mesh():
     prompts = [tiny.prompt_of("divisible", length, seed=length) for length in (40, 3, 33)]
     params = SamplingParams(
-        seed=3, max_tokens=10, ignore_eos=True, top_k=50, top_p=0.95, min_p=0.001, repetition_penalty=1.2, logit_bias={5: 1.0}
+        seed=3,
+        max_tokens=10,
+        ignore_eos=True,
+        top_k=50,
+        top_p=0.95,
+        min_p=0.001,
+        repetition_penalty=1.2,
+        logit_bias={5: 1.0},
     )
     outputs = []
     for data, tp in ((1, 1), (1, 8), (2, 4)):
@@ -162,6 +171,8 @@ def test_sampled_tokens_are_the_same_on_every_mesh():
 def test_the_cache_and_the_rows_really_shard():
     with tiny.make_llama("divisible", data=2, tp=4, options=TWO_ROWS) as llama:
         llama.generate([1, 2, 3], SamplingParams(max_tokens=1))
-        pool = [x for x in jax.live_arrays() if x.ndim == 4 and x.shape[1:] == (8, 8, 6) and len(x.sharding.device_set) == 8]
+        pool = [
+            x for x in jax.live_arrays() if x.ndim == 4 and x.shape[1:] == (8, 8, 6) and len(x.sharding.device_set) == 8
+        ]
         assert pool
         assert {shard.data.shape[2] for shard in pool[0].addressable_shards} == {2}

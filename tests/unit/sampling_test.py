@@ -67,7 +67,9 @@ def sample_rows(rows: Sequence[Row], *, repeat: int = 1, seeds: Any = None, posi
     sampling = stacked.sampling
     if seeds is not None:
         seeds = np.asarray(seeds, np.uint64)
-        sampling = sampling._replace(seed=np.stack([seeds >> np.uint64(32), seeds & np.uint64(2**32 - 1)], 1).astype(np.uint32))
+        sampling = sampling._replace(
+            seed=np.stack([seeds >> np.uint64(32), seeds & np.uint64(2**32 - 1)], 1).astype(np.uint32)
+        )
     at = np.asarray(stacked.length, np.int32) + 1 if positions is None else np.asarray(positions, np.int32)
     result = _sample(
         np.repeat(np.stack([row.logits for row in rows]).astype(np.float32), repeat, axis=0),
@@ -188,7 +190,9 @@ def test_each_row_has_its_own_filter():
     assert len(got[1]) == VOCAB
 
 
-@pytest.mark.parametrize("case", ["top_k_1", "top_k_20", "top_k_300", "top_p_0.05", "top_p_0.9", "min_p_0.02", "min_p_1.0"])
+@pytest.mark.parametrize(
+    "case", ["top_k_1", "top_k_20", "top_k_300", "top_p_0.05", "top_p_0.9", "min_p_0.02", "min_p_1.0"]
+)
 def test_filters_agree_with_transformers(case):
     golden = np.load(GOLDEN / "filters.npz")
     name, value = case.rsplit("_", 1)
@@ -621,7 +625,11 @@ def test_ids_outside_the_vocabulary_are_refused(values):
 
 
 def test_the_neutral_filters_keep_everything():
-    neutral: list[tuple[Callable[..., Any], Any]] = [(keep_top_k, np.int32(0)), (keep_top_p, np.float32(1)), (keep_min_p, np.float32(0))]
+    neutral: list[tuple[Callable[..., Any], Any]] = [
+        (keep_top_k, np.int32(0)),
+        (keep_top_p, np.float32(1)),
+        (keep_min_p, np.float32(0)),
+    ]
     logits = adversarial_logits()
     for keep, value in neutral:
         np.testing.assert_array_equal(keep(logits, np.full(len(logits), value)), logits)
