@@ -67,7 +67,7 @@ def measure_ours(llama: jaxllama.Llama, args: argparse.Namespace) -> dict[str, f
 
 
 def decode_seconds(llama: jaxllama.Llama, prompts: list[list[int]], num_tokens: int) -> float:
-    """Seconds for `num_tokens` more tokens of every row: a long output less a short one, so that prefill cancels out."""
+    """Seconds for `num_tokens` more tokens of every row: a long output less a short one, without the prefill."""
 
     def seconds(max_tokens: int) -> float:
         start = time.perf_counter()
@@ -172,10 +172,14 @@ def plot(results: dict[str, dict[str, float]], path: Path) -> None:
     names = list(results)[::-1]
     ratios = [results[name]["ratio"] for name in names]
     bars = axis.barh(names, ratios, color=["#3b7dd8" if ratio >= 1 else "#b9c4d0" for ratio in ratios])
-    axis.bar_label(bars, [f"{r:.2f}×  ({results[n]['ours']:.0f} tok/s)" for n, r in zip(names, ratios, strict=True)], padding=4)
+    axis.bar_label(
+        bars, [f"{r:.2f}×  ({results[n]['ours']:.0f} tok/s)" for n, r in zip(names, ratios, strict=True)], padding=4
+    )
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xlim(0, max(ratios) * 1.35)
-    axis.set_xlabel(f"speed relative to transformers {'' if len(names) < 4 else '(served: to generate) '}– {os.cpu_count()} CPU cores, bfloat16")
+    axis.set_xlabel(
+        f"speed relative to the peer (transformers; served: generate), {os.cpu_count()} CPU cores, bfloat16"
+    )
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 

@@ -1,8 +1,8 @@
 """The paged KV cache: one flat pool of pages for all layers.
 
-Layer l's pages are `l * num_pages … (l + 1) * num_pages - 1`; a row's page table holds page numbers of layer 0. Keys and
-values are interleaved by head (K0 V0 K1 V1 …), as TPU attention kernels read them. Page 0 is never given to a row: a
-table's unused entries are 0.
+Layer l's pages are `l * num_pages … (l + 1) * num_pages - 1`; a row's page table holds page numbers of layer 0. Keys
+and values are interleaved by head (K0 V0 K1 V1 …), as TPU attention kernels read them. Page 0 is never given to a row:
+a table's unused entries are 0.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class RowState(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What `decode_steps` produced: `tokens[:num_steps]`, -1 where a row was not active, `NOT_FINITE` where it failed."""
+    """The first `num_steps` of it count. A token is -1 where the row was inactive, `NOT_FINITE` where it failed."""
 
     tokens: Int[Array, "steps rows"]
     num_steps: Int[Array, ""]
@@ -80,17 +80,33 @@ class StepOutput(NamedTuple):
     top_logprobs: Float[Array, "steps rows 20"]
 
 
-_STATE_AXES = DecodeState(
-    pool=KV_POOL_AXES,  # type: ignore[arg-type]
-    page_table=("rows", None),  # type: ignore[arg-type]
-    lengths=("rows",),  # type: ignore[arg-type]
-    last_token=("rows",),  # type: ignore[arg-type]
-    remaining=("rows",),  # type: ignore[arg-type]
-    min_remaining=("rows",),  # type: ignore[arg-type]
-    active=("rows",),  # type: ignore[arg-type]
-    generated_counts=("rows", "vocab"),  # type: ignore[arg-type]
-    prompt_mask=("rows", "vocab"),  # type: ignore[arg-type]
-    sampling=SamplingArrays(*[("rows",)] * 7, ("rows", None), ("rows", None), ("rows", "vocab"), ("rows",)),  # type: ignore[arg-type]
+# Trees of the same form that hold something else than arrays: axes, shapes, one row's NumPy values.
+_state_of: Any = DecodeState
+_sampling_of: Any = SamplingArrays
+
+_STATE_AXES: DecodeState = _state_of(
+    pool=KV_POOL_AXES,
+    page_table=("rows", None),
+    lengths=("rows",),
+    last_token=("rows",),
+    remaining=("rows",),
+    min_remaining=("rows",),
+    active=("rows",),
+    generated_counts=("rows", "vocab"),
+    prompt_mask=("rows", "vocab"),
+    sampling=_sampling_of(
+        temperature=("rows",),
+        top_p=("rows",),
+        min_p=("rows",),
+        top_k=("rows",),
+        presence_penalty=("rows",),
+        frequency_penalty=("rows",),
+        repetition_penalty=("rows",),
+        seed=("rows", None),
+        stop_ids=("rows", None),
+        logit_bias=("rows", "vocab"),
+        num_logprobs=("rows",),
+    ),
 )
 
 
@@ -103,7 +119,7 @@ def state_shapes(
     def rows(dtype: Any, *rest: int) -> Any:
         return jax.ShapeDtypeStruct((num_rows, *rest), dtype)
 
-    return DecodeState(
+    shapes: DecodeState = _state_of(
         pool=jax.ShapeDtypeStruct(kv_pool_shape(config, num_pages, page_size), dtype),
         page_table=rows(i32, -(-max_context // page_size)),
         lengths=rows(i32),
@@ -113,16 +129,21 @@ def state_shapes(
         active=rows(jnp.bool_),
         generated_counts=rows(i32, config.vocab_size),
         prompt_mask=rows(jnp.bool_, config.vocab_size),
-        sampling=SamplingArrays(
-            *[rows(f32)] * 3,
-            rows(i32),
-            *[rows(f32)] * 3,
-            rows(jnp.uint32, 2),
-            rows(i32, MAX_STOP_TOKEN_IDS + MAX_EOS_IDS),
-            rows(f32, config.vocab_size),
-            rows(i32),
+        sampling=_sampling_of(
+            temperature=rows(f32),
+            top_p=rows(f32),
+            min_p=rows(f32),
+            top_k=rows(i32),
+            presence_penalty=rows(f32),
+            frequency_penalty=rows(f32),
+            repetition_penalty=rows(f32),
+            seed=rows(jnp.uint32, 2),
+            stop_ids=rows(i32, MAX_STOP_TOKEN_IDS + MAX_EOS_IDS),
+            logit_bias=rows(f32, config.vocab_size),
+            num_logprobs=rows(i32),
         ),
     )
+    return shapes
 
 
 def state_shardings(config: LlamaConfig, mesh: Mesh, num_rows: int) -> DecodeState:
@@ -163,7 +184,7 @@ def row_state(
     stop_ids = np.full(MAX_STOP_TOKEN_IDS + MAX_EOS_IDS, -1, np.int32)
     stop_ids[: len(stops)] = stops
     f32 = np.float32
-    sampling = SamplingArrays(
+    sampling = _sampling_of(
         temperature=f32(params.temperature),
         top_p=f32(params.top_p),
         min_p=f32(params.min_p),
@@ -252,9 +273,7 @@ def _forward_chunk(
     return hidden[0], pool
 
 
-@partial(
-    jax.jit, donate_argnames="state", static_argnames=("config", "num_rows"), compiler_options=COMPILER_OPTIONS
-)
+@partial(jax.jit, donate_argnames="state", static_argnames=("config", "num_rows"), compiler_options=COMPILER_OPTIONS)
 def decode_steps(
     config: LlamaConfig,
     params: Params,

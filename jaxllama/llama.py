@@ -37,9 +37,9 @@ _PROMPT_TAIL = 16
 class Completion:
     """A finished output.
 
-    `token_ids` include the stop token, `text` does not. `logprobs` are one a token if `SamplingParams.logprobs` asked.
-    `reasoning` is what a reasoning model thinks before its answer (`chat` alone separates it). `stop_reason` is the stop
-    string or id that ended it, if one did; `seed` repeats it.
+    `token_ids` include the stop token, `text` does not. `logprobs`, if asked for, are one a token.
+    `reasoning` is what a reasoning model thinks before its answer (`chat` alone separates it). `stop_reason` is the
+    stop string or id that ended it, if one did; `seed` repeats it.
     """
 
     text: str
@@ -137,7 +137,9 @@ class Llama:
         self.engine.close()
 
     @overload
-    def generate(self, prompts: str | Sequence[int], params: SamplingParams | None = None) -> Completion: ...
+    def generate(self, prompts: str, params: SamplingParams | None = None) -> Completion: ...  # type: ignore[overload-overlap]
+    @overload
+    def generate(self, prompts: Sequence[int], params: SamplingParams | None = None) -> Completion: ...
     @overload
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -153,11 +155,13 @@ class Llama:
         Raises: RequestError for a prompt or parameters that cannot run; NonFiniteLogitsError.
         """
         is_one = _is_one(prompts)
-        ids = [self._encode(prompt) for prompt in ([prompts] if is_one else prompts)]  # type: ignore[arg-type, list-item]
+        ids = [self._encode(prompt) for prompt in ([prompts] if is_one else prompts)]  # type: ignore[arg-type]
         params = SamplingParams() if params is None else params
         each = [params] * len(ids) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(ids):
-            raise RequestError(f"params: {len(each)} for {len(ids)} prompts; give one for all, or one for each", "params")
+            raise RequestError(
+                f"params: {len(each)} for {len(ids)} prompts; give one for all, or one for each", "params"
+            )
         completions = self._run([_Output(self, prompt, one) for prompt, one in zip(ids, each, strict=True)])
         return completions[0] if is_one else completions
 
@@ -337,7 +341,8 @@ class _Output:
 
     def completion(self) -> Completion:
         """The whole output, once finished."""
-        assert self._finish_reason is not None and self._request is not None
+        assert self._finish_reason is not None
+        assert self._request is not None
         return Completion(
             text="".join(self._text),
             token_ids=tuple(self._token_ids),

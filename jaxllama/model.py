@@ -1,4 +1,6 @@
-"""The Llama forward pass as Flax NNX modules (Touvron et al. 2023, arXiv:2302.13971; Grattafiori et al. 2024, 2407.21783).
+"""The Llama forward pass as Flax NNX modules.
+
+Source: Touvron et al. 2023, arXiv:2302.13971; Grattafiori et al. 2024, arXiv:2407.21783.
 
 Modules are made at trace time around a plain `Params` tree, so that only dicts and lists cross the jit boundary. Layers
 are unrolled: TPU.md's measurements give 50 to 80 % more time to a scan over stacked weights.
@@ -122,7 +124,7 @@ class Llama(nnx.Module):
         page_table: Int[Array, "rows max_pages"],
         write: WriteKV,
     ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
-        """Runs the layers, which write their keys and values by `write`; returns normalised hidden states and the pool."""
+        """Runs the layers, which write keys and values by `write`; returns normalised hidden states and the pool."""
         x = self.embed_tokens[...][tokens]
         angles = rotary_angles(self.config, positions)
         num_pages = pool.shape[0] // self.config.num_layers

@@ -123,8 +123,8 @@ def _logit_bias(bias: Any) -> dict[int, float]:
 class SamplingArrays(NamedTuple):
     """What the device needs of every row's `SamplingParams`: always arrays, so that no value recompiles anything.
 
-    `stop_ids` is padded with -1. `logit_bias` is dense: adding it is elementwise over a sharded vocabulary, a scatter of
-    ids is not. `num_logprobs` is -1 where none are asked for.
+    `stop_ids` is padded with -1. `logit_bias` is dense: adding it is elementwise over a sharded vocabulary, a scatter
+    of ids is not. `num_logprobs` is -1 where none are asked for.
     """
 
     temperature: Float[Array, " rows"]
@@ -281,7 +281,7 @@ def sample(
     positions: Int[Array, " rows"],
     active: Bool[Array, " rows"],
 ) -> Sampled:
-    """One token a row: logit bias, penalties, min_tokens, temperature, top-k, top-p, min-p, draw; greedy at temperature 0.
+    """One token a row: bias, penalties, min_tokens, temperature, top-k, top-p, min-p, draw; greedy at temperature 0.
 
     Work that no active row asks for is skipped, and a row that does not ask for it is not changed by it in any bit.
     `positions` are those of the tokens being drawn.
@@ -320,7 +320,7 @@ def _when(rows: Bool[Array, " rows"], apply: Any, logits: Float[Array, "rows voc
 
 
 class TopLogprobs(NamedTuple):
-    """Log-probabilities of the raw logits at temperature 1: of the chosen token, and the likeliest tokens with theirs."""
+    """Log-probabilities of the raw logits at temperature 1: the chosen token's, and the likeliest tokens' with ids."""
 
     chosen: Float[Array, " rows"]
     ids: Int[Array, "rows 20"]

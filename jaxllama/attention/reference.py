@@ -24,9 +24,9 @@ def paged_attention(
 ) -> Float[Array, "rows tokens heads head_dim"]:
     """Each query attends to its row's keys at positions up to its own.
 
-    Walks the pages in blocks of `BLOCK_TOKENS` with an online softmax, up to the last position asked for. A block past a
-    row's own end leaves its accumulator as it is, bit for bit, so a row's result does not depend on how long the others
-    are. A long chunk's queries are taken `QUERY_BLOCK` at a time, so that early ones do not visit late keys.
+    Walks the pages in blocks of `BLOCK_TOKENS` with an online softmax, up to the last position asked for. A block past
+    a row's own end leaves its accumulator as it is, bit for bit, so a row's result does not depend on how long
+    the others are. A long chunk's queries are taken `QUERY_BLOCK` at a time, so that early ones do not visit late keys.
 
     `page_table` holds pages of the layer that is read (already offset). `positions` are 0 or more, rising in a row.
     Scores and sums are float32.

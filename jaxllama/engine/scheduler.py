@@ -1,8 +1,8 @@
 """Who runs when: the host's decisions, without JAX.
 
-A request waits, is admitted to a row (its prompt's pages are taken), is prefilled chunk by chunk, and runs. Pages for its
-output are taken as it grows. When none are left, the youngest request is set aside: it gives its pages back and waits
-again, first in line, with what it has generated kept as part of its prompt.
+A request waits, is admitted to a row (its prompt's pages are taken), is prefilled chunk by chunk, and runs. Pages for
+its output are taken as it grows. When none are left, the youngest request is set aside: it gives its pages back and
+waits again in its place in the order, with what it has generated kept as part of its prompt.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -150,7 +149,7 @@ class Rows:
 
 
 @pytest.fixture
-def rows(llama: Llama) -> Iterator[Rows]:
+def rows(llama: Llama) -> Rows:
     options, context_pages = tiny.SMALL, 24
     width = context_pages + max(options.chunk_sizes) // options.page_size
     shapes = state_shapes(
@@ -165,7 +164,7 @@ def rows(llama: Llama) -> Iterator[Rows]:
     table = np.zeros((4, width), np.int32)
     table[:, :context_pages] = 1 + np.random.default_rng(0).permutation(4 * context_pages).reshape(4, -1)
     state = state._replace(page_table=jax.device_put(table, state.page_table.sharding))
-    yield Rows(llama, state)
+    return Rows(llama, state)
 
 
 def test_rows_decode_what_the_reference_says(rows: Rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import threading
 import time
@@ -145,7 +146,7 @@ CHAIN = [40, 41, 42, 43, 44, 45, tiny.EOS_ID, 50, 51, 52, 53, 54, 55, 40]
 @pytest.fixture(scope="module")
 def scripted() -> Iterator[Engine]:
     """Says CHAIN round and round, whatever came before the last token."""
-    weights = tiny.scripted_weights(NAME, dict(zip(CHAIN, CHAIN[1:], strict=False)))
+    weights = tiny.scripted_weights(NAME, dict(itertools.pairwise(CHAIN)))
     with tiny.make_llama(weights=weights) as llama:
         yield llama.engine
 

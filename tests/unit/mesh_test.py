@@ -42,7 +42,7 @@ def test_a_mesh_takes_the_devices_it_is_given():
 
 
 @pytest.mark.parametrize(
-    ("data", "tp"), [(1, 9), (9, 1), (2, 5), (16, None), (0, None), (0, 1), (1, 0), (-1, 2), (1, -1)]
+    ("data", "tp"), IMPOSSIBLE
 )
 def test_an_impossible_mesh_is_refused(data, tp):
     with pytest.raises(ConfigError, match=r"data=.*tp="):
@@ -103,7 +103,7 @@ def test_two_dimensions_on_one_mesh_axis_are_an_error(axes):
 
 
 def test_an_unknown_axis_is_named():
-    with pytest.raises(ConfigError, match="'head'.*kv_heads"):
+    with pytest.raises(ConfigError, match=r"'head'.*kv_heads"):
         partition_spec(("head", "embed"), EIGHT, make_mesh(EIGHT, tp=1))
 
 
@@ -171,8 +171,7 @@ def test_sampled_tokens_are_the_same_on_every_mesh():
 def test_the_cache_and_the_rows_really_shard():
     with tiny.make_llama("divisible", data=2, tp=4, options=TWO_ROWS) as llama:
         llama.generate([1, 2, 3], SamplingParams(max_tokens=1))
-        pool = [
-            x for x in jax.live_arrays() if x.ndim == 4 and x.shape[1:] == (8, 8, 6) and len(x.sharding.device_set) == 8
-        ]
-        assert pool
-        assert {shard.data.shape[2] for shard in pool[0].addressable_shards} == {2}
+        on_all = [x for x in jax.live_arrays() if len(x.sharding.device_set) == 8]
+        # A pool: pages of 8 tokens, 4 keys and 4 values, head_dim 6. A device holds the keys and values of one head.
+        pool = next(x for x in on_all if x.ndim == 4 and x.shape[1:] == (8, 8, 6))
+        assert {shard.data.shape[2] for shard in pool.addressable_shards} == {2}

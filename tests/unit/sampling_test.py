@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ import tiny
 
 from jaxllama import SamplingParams
 from jaxllama.decode import row_state
-from jaxllama.errors import RequestError
 from jaxllama.sampling import argmax, keep_min_p, keep_top_k, keep_top_p, sample, top_logprobs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -55,7 +54,7 @@ _sample = jax.jit(sample)
 
 
 def sample_rows(rows: Sequence[Row], *, repeat: int = 1, seeds: Any = None, positions: Any = None) -> Drawn:
-    """Samples all rows in one batch; `repeat` makes a batch of one row's copies, which `seeds`, `positions` tell apart."""
+    """Samples all rows in one batch. `repeat` makes copies of a row, which `seeds` and `positions` tell apart."""
     vocab = len(rows[0].logits)
     states = []
     for row in rows:
@@ -67,9 +66,8 @@ def sample_rows(rows: Sequence[Row], *, repeat: int = 1, seeds: Any = None, posi
     sampling = stacked.sampling
     if seeds is not None:
         seeds = np.asarray(seeds, np.uint64)
-        sampling = sampling._replace(
-            seed=np.stack([seeds >> np.uint64(32), seeds & np.uint64(2**32 - 1)], 1).astype(np.uint32)
-        )
+        words = np.stack([seeds >> np.uint64(32), seeds & np.uint64(2**32 - 1)], axis=1)
+        sampling = sampling._replace(seed=words.astype(np.uint32))
     at = np.asarray(stacked.length, np.int32) + 1 if positions is None else np.asarray(positions, np.int32)
     result = _sample(
         np.repeat(np.stack([row.logits for row in rows]).astype(np.float32), repeat, axis=0),
@@ -181,18 +179,17 @@ def test_each_row_has_its_own_filter():
     got = kept(keep_top_k(logits, np.array([1, 0, 20, -1, 3], np.int32)))
     assert [len(row) for row in got] == [1, VOCAB, 20, VOCAB, 3]
     got = kept(keep_top_p(logits, np.array([0.01, 1, 0.5, 0.9, 0.99], np.float32)))
-    assert [len(row) for row in got] == sorted([len(row) for row in got], key=lambda n: (n == VOCAB, n))[:1] + [
-        VOCAB,
-        *sorted(len(row) for row in got[2:]),
-    ]
+    sizes = [len(row) for row in got]
+    assert sizes[0] == 1 < sizes[2] < sizes[3] < sizes[4] < sizes[1] == VOCAB
     got = kept(keep_min_p(logits, np.array([1, 0, 0.5, 0.1, 0.01], np.float32)))
     assert len(got[0]) == 1
     assert len(got[1]) == VOCAB
 
 
-@pytest.mark.parametrize(
-    "case", ["top_k_1", "top_k_20", "top_k_300", "top_p_0.05", "top_p_0.9", "min_p_0.02", "min_p_1.0"]
-)
+FILTER_CASES = ["top_k_1", "top_k_20", "top_k_300", "top_p_0.05", "top_p_0.9", "min_p_0.02", "min_p_1.0"]
+
+
+@pytest.mark.parametrize("case", FILTER_CASES)
 def test_filters_agree_with_transformers(case):
     golden = np.load(GOLDEN / "filters.npz")
     name, value = case.rsplit("_", 1)
@@ -527,109 +524,7 @@ def test_logprobs_of_huge_logits_stay_finite():
     assert np.isfinite(got.values).all()
 
 
-# ---- SamplingParams ----
-
-
-BAD: list[tuple[str, Any]] = [
-    ("temperature", -0.1),
-    ("temperature", 2.1),
-    ("temperature", float("nan")),
-    ("temperature", float("inf")),
-    ("temperature", "1"),
-    ("temperature", None),
-    ("temperature", True),
-    ("top_p", 0),
-    ("top_p", 1.01),
-    ("top_p", float("nan")),
-    ("min_p", -0.1),
-    ("min_p", 1.1),
-    ("top_k", -2),
-    ("top_k", 1000),
-    ("top_k", 1.0),
-    ("top_k", True),
-    ("max_tokens", -1),
-    ("max_tokens", 1_000_001),
-    ("max_tokens", 2**64),
-    ("max_tokens", 1.5),
-    ("min_tokens", -1),
-    ("min_tokens", None),
-    ("presence_penalty", 2.1),
-    ("frequency_penalty", -2.1),
-    ("frequency_penalty", float("nan")),
-    ("repetition_penalty", 0),
-    ("repetition_penalty", 5.1),
-    ("seed", -1),
-    ("seed", 2**63),
-    ("seed", "7"),
-    ("logprobs", 21),
-    ("logprobs", -1),
-    ("logprobs", True),
-    ("stop", ["x"] * 17),
-    ("stop", [""]),
-    ("stop", ["x" * 1025]),
-    ("stop", [3]),
-    ("stop_token_ids", list(range(65))),
-    ("stop_token_ids", [-1]),
-    ("stop_token_ids", [2**31]),
-    ("stop_token_ids", [1.0]),
-    ("logit_bias", dict.fromkeys(range(1025), 0.0)),
-    ("logit_bias", {-1: 0.0}),
-    ("logit_bias", {"5": 0.0}),
-    ("logit_bias", {5: 101}),
-    ("logit_bias", {5: float("nan")}),
-    ("logit_bias", {5: None}),
-]
-
-
-@pytest.mark.parametrize(("name", "value"), BAD, ids=lambda value: str(value)[:24])
-def test_a_value_out_of_range_is_refused_by_name(name, value):
-    with pytest.raises(RequestError, match=name) as caught:
-        SamplingParams(**{name: value})
-    assert (caught.value.param or "").startswith(name)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"temperature": 0, "top_p": 1, "min_p": 0, "top_k": -1, "max_tokens": 0},
-        {"temperature": 2, "top_p": 1e-9, "min_p": 1, "top_k": 999, "max_tokens": 1_000_000, "min_tokens": 1_000_000},
-        {"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 0.01, "seed": 0, "logprobs": 0},
-        {"repetition_penalty": 5, "seed": 2**63 - 1, "logprobs": 20, "stop": ["é" * 512] * 16},
-        {"stop_token_ids": list(range(64)), "logit_bias": dict.fromkeys(range(1024), -100)},
-    ],
-)
-def test_the_ends_of_the_ranges_are_allowed(values):
-    SamplingParams(**values)
-
-
-def test_stop_may_be_one_string():
-    assert SamplingParams(stop="abc").stop == ("abc",)  # type: ignore[arg-type]
-    assert SamplingParams(stop=["a", "bc"]).stop == ("a", "bc")  # type: ignore[arg-type]
-
-
-def test_parameters_do_not_change_with_what_they_were_made_of():
-    bias, stops = {1: 2.0}, [5]
-    params = SamplingParams(logit_bias=bias, stop_token_ids=stops)  # type: ignore[arg-type]
-    bias[2], stops[0] = 1.0, 6
-    assert params.logit_bias == {1: 2.0}
-    assert params.stop_token_ids == (5,)
-
-
-@pytest.mark.parametrize("values", [{"stop_token_ids": (257,)}, {"logit_bias": {257: 1.0}}])
-def test_ids_outside_the_vocabulary_are_refused(values):
-    params = SamplingParams(**values)
-    params.validate_vocab(258)
-    with pytest.raises(RequestError, match="257 is outside") as caught:
-        params.validate_vocab(257)
-    assert caught.value.param in values
-
-
 def test_the_neutral_filters_keep_everything():
-    neutral: list[tuple[Callable[..., Any], Any]] = [
-        (keep_top_k, np.int32(0)),
-        (keep_top_p, np.float32(1)),
-        (keep_min_p, np.float32(0)),
-    ]
     logits = adversarial_logits()
-    for keep, value in neutral:
+    for keep, value in ((keep_top_k, np.int32(0)), (keep_top_p, np.float32(1)), (keep_min_p, np.float32(0))):
         np.testing.assert_array_equal(keep(logits, np.full(len(logits), value)), logits)

@@ -1,4 +1,4 @@
-"""The scheduler's laws, under every order of events: pages have one owner, lines are kept, the first always advances."""
+"""The scheduler's laws in any order of events: a page has one owner, the line is kept, the first always advances."""
 
 from __future__ import annotations
 
@@ -75,11 +75,10 @@ def test_pages_are_given_once_and_come_back(steps):
 # ---- Chunks ----
 
 
-@given(
-    length=st.integers(1, 300),
-    generated=st.integers(0, 40),
-    chunks=st.sampled_from([(8, 32), (4,), (16, 48, 128), (64,)]),
-)
+CHUNKS = st.sampled_from([(8, 32), (4,), (16, 48, 128), (64,)])
+
+
+@given(length=st.integers(1, 300), generated=st.integers(0, 40), chunks=CHUNKS)
 def test_chunks_cover_all_but_the_last_token_once(length, generated, chunks):
     scheduler = make_scheduler(chunks=chunks)
     request = make_request(length)
