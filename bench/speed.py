@@ -81,6 +81,7 @@ def measure_peer(args: argparse.Namespace) -> dict[str, float]:
     """The same of transformers and torch, bfloat16, at its best setting."""
     command = [str(args.peer_python), str(PEER), "--gguf", str(args.gguf), "--dtype", "bfloat16", "--repeats", "3"]
     command += ["--rows", *map(str, args.rows), "--new-tokens", str(args.new_tokens)]
+    command += ["--modes", "loop", "generate", "generate_static"]
     command += ["--prompt-tokens", str(args.prompt_tokens), "--prefill-tokens", str(args.prefill_tokens)]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
     speeds = {f"decode, {entry['rows']} rows": entry["tok_s"] for entry in result["decode"]}

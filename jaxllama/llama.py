@@ -39,7 +39,7 @@ class Completion:
 
     `token_ids` include the stop token, `text` does not. `logprobs`, if asked for, are one a token.
     `reasoning` is what a reasoning model thinks before its answer (`chat` alone separates it). `stop_reason` is the
-    stop string or id that ended it, if one did; `seed` repeats it.
+    string of `stop` or the id of `stop_token_ids` that ended it, None at the model's own end; `seed` repeats it.
     """
 
     text: str
@@ -327,7 +327,9 @@ class _Output:
                 if self._set_matched(delta.matched_stop):
                     break
         if self._finish_reason is None and output.finish_reason is not None:
-            self._finish_reason, self._stop_reason = output.finish_reason, output.stop_token_id
+            self._finish_reason = output.finish_reason
+            if output.stop_token_id in self._params.stop_token_ids:
+                self._stop_reason = output.stop_token_id
             if self._assembler is not None:
                 delta = self._assembler.flush()
                 text, reasoning = text + delta.content, reasoning + delta.reasoning

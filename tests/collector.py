@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxllama import Engine, EngineRequest, SamplingParams, TokenLogprob, TokenOutput
@@ -15,7 +16,7 @@ TIMEOUT_S = 60.0
 class Collector:
     """Collects the outputs of one request, and checks that exactly one has a finish reason and that it is the last."""
 
-    def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams, *, priority: int = 0) -> None:
+    def __init__(self, engine: Engine, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0) -> None:
         self.outputs: list[TokenOutput] = []
         self.violations: list[str] = []
         self._first = threading.Event()
@@ -79,3 +80,28 @@ def held(engine: Engine) -> Iterator[None]:
         yield
     finally:
         release.set()
+
+
+def run(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> Collector:
+    """Submits a request and waits for its end."""
+    return Collector(engine, prompt, params).wait()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+    """Whether `condition` came true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def assert_idle(engine: Engine) -> None:
+    """Nothing runs, waits or holds pages, or will not in a moment: a cancelled row may take one more dispatch."""
+
+    def load() -> tuple[int, int, int]:
+        stats = engine.stats()
+        return stats.num_running, stats.num_waiting, stats.num_pages_used
+
+    assert wait_until(lambda: load() == (0, 0, 0)), load()

@@ -16,7 +16,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 import tiny  # noqa: E402
 
-from jaxllama import Llama  # noqa: E402
+from jaxllama import Engine, Llama  # noqa: E402
 from jaxllama.compilation import enable_compilation_cache  # noqa: E402
 
 _CACHE_BYTES = 2**30
@@ -42,6 +42,13 @@ def llama() -> Iterator[Llama]:
     """The tiny model that most tests share: float32, one device, no tokenizer."""
     with tiny.make_llama() as model:
         yield model
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """An engine of the same model for one test alone."""
+    with tiny.make_llama() as model:
+        yield model.engine
 
 
 @pytest.fixture(scope="session")

@@ -110,9 +110,9 @@ def test_float32_logits_agree_with_transformers(float32: Llama, logit_golden, na
 
 @needs_model
 def test_bfloat16_stays_close_to_transformers_float32(bfloat16: Llama, logit_golden):
-    """All prompts that fit one chunk: 47 positions."""
+    """38 positions of four prompts."""
     agree, divergences = [], []
-    for name in (name for name in PROMPTS if name != "long"):
+    for name in ("capital", "code", "multilingual", "chat"):
         ids, positions = logit_golden[f"{name}/ids"], logit_golden[f"{name}/positions"]
         logits = bfloat16.logits(ids)[positions]
         agree += (logits.argmax(axis=1) == logit_golden[f"{name}/top_ids"][:, 0]).tolist()
@@ -120,7 +120,7 @@ def test_bfloat16_stays_close_to_transformers_float32(bfloat16: Llama, logit_gol
         ours = np.take_along_axis(ours, logit_golden[f"{name}/top_ids"], axis=1)
         exact = logit_golden[f"{name}/top_logits"] - logit_golden[f"{name}/logsumexp"][:, None].astype(np.float64)
         divergences += (np.exp(exact) * (exact - ours)).sum(axis=1).tolist()
-    assert len(agree) == 47
+    assert len(agree) == 38
     assert np.mean(agree) >= 0.95
     # Measured with bfloat16 compute elsewhere: 1.8e-3 (ASSETS.md).
     assert np.mean(divergences) < 5e-3
@@ -200,9 +200,8 @@ def test_the_tokenizer_encodes_as_the_raw_library_does():
     assert len(plain) > 150
     wrong = [name for name, case in plain.items() if tokenizer.encode(case["text"]) != case["ids"]]
     assert not wrong
-    assert not [
-        name for name, case in plain.items() if tokenizer.decode(case["ids"], skip_special=False) != case["text"]
-    ]
+    wrong = [name for name, case in plain.items() if tokenizer.decode(case["ids"], skip_special=False) != case["text"]]
+    assert not wrong
 
 
 @needs_model

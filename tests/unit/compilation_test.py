@@ -1,22 +1,134 @@
-"""The compilation cache is a folder that a later process reads."""
+"""Compilations happen once: nothing that a request may ask for makes another, and a later process reuses them."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.monitoring
+import numpy as np
 import pytest
+import tiny
+from collector import Collector, run
 
+from jaxllama import Llama, SamplingParams
 from jaxllama.compilation import enable_compilation_cache
 
+CONTEXT = tiny.SMALL.max_context or 0
+GREEDY = SamplingParams(temperature=0, ignore_eos=True, max_tokens=8)
 NAMES = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
 
-@pytest.fixture(autouse=True)
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return tiny.prompt_of("divisible", length, seed)
+
+
+class CompileCount:
+    """How many programs JAX has compiled since it was made."""
+
+    _EVENT = "/jax/core/compile/backend_compile_duration"
+    _num = 0
+    _is_listening = False
+
+    def __init__(self) -> None:
+        if not CompileCount._is_listening:
+            jax.monitoring.register_event_duration_secs_listener(self._listen)
+            CompileCount._is_listening = True
+        self._start = CompileCount._num
+
+    @classmethod
+    def _listen(cls, event: str, _: float, **__: Any) -> None:
+        cls._num += event == cls._EVENT
+
+    @property
+    def num(self) -> int:
+        return CompileCount._num - self._start
+
+
+def test_compilations_are_counted():
+    count = CompileCount()
+    jax.jit(lambda x: x * 3 + 1)(np.float32(2))
+    assert count.num >= 1
+
+
+def random_params(rng: random.Random) -> SamplingParams:
+    return SamplingParams(
+        temperature=rng.choice([0, 0, 0.3, 1.0, 2.0]),
+        top_p=rng.choice([1, 0.5, 0.9]),
+        min_p=rng.choice([0, 0.1]),
+        top_k=rng.choice([-1, 0, 5, 300]),
+        max_tokens=rng.choice([1, 3, 20, 40]),
+        min_tokens=rng.choice([0, 4]),
+        presence_penalty=rng.choice([0, 1.0]),
+        frequency_penalty=rng.choice([0, -0.5]),
+        repetition_penalty=rng.choice([1, 1.3]),
+        stop_token_ids=tuple(rng.sample(range(280), rng.randrange(5))),
+        ignore_eos=rng.random() < 0.5,
+        seed=rng.choice([None, 0, rng.getrandbits(63)]),
+        logit_bias={rng.randrange(280): rng.uniform(-5, 5) for _ in range(rng.randrange(4))},
+        logprobs=rng.choice([None, 0, 5, 20]),
+    )
+
+
+def test_nothing_compiles_after_warm_up():
+    """A config that no other test has compiled for, or the programs would be there already."""
+    rng = random.Random(1)
+    steps: list[tuple[int, int, str]] = []
+    with tiny.make_llama(max_position_embeddings=1000) as llama:
+        before = CompileCount()
+        llama.engine.warm_up(lambda done, total, name: steps.append((done, total, name)))
+        assert before.num >= 4
+        assert llama.engine.stats().ready
+        count = CompileCount()
+        for num in (1, 2, 3, 24):
+            done = [
+                Collector(llama.engine, prompt(rng.randrange(1, CONTEXT), rng.getrandbits(32)), random_params(rng))
+                for _ in range(num)
+            ]
+            for collector in done:
+                assert collector.wait().finish_reason in ("stop", "length")
+        assert count.num == 0
+    done_steps, totals, names = zip(*steps, strict=True)
+    assert list(done_steps) == list(range(totals[0] + 1))
+    assert set(totals) == {len(steps) - 1}
+    assert all(names)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 0.4},
+        {"temperature": 1.9, "top_k": 7},
+        {"top_p": 0.3},
+        {"min_p": 0.2},
+        {"repetition_penalty": 1.2, "presence_penalty": 1, "frequency_penalty": -1},
+        {"seed": 2**63 - 1},
+        {"logit_bias": {1: 2.0, 3: -1}},
+        {"min_tokens": 3, "stop_token_ids": (1, 2, 3)},
+        {"logprobs": 20},
+        {"max_tokens": 17},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_a_new_value_does_not_recompile(llama: Llama, values):
+    run(llama.engine, prompt(3), GREEDY)
+    run(llama.engine, prompt(20), GREEDY)
+    count = CompileCount()
+    run(llama.engine, prompt(6), dataclasses.replace(GREEDY, **values))
+    assert count.num == 0
+
+
+# ---- The cache on disk ----
+
+
+@pytest.fixture
 def _restored_config() -> Iterator[None]:
     before = {name: getattr(jax.config, name) for name in NAMES}
     yield
@@ -24,6 +136,7 @@ def _restored_config() -> Iterator[None]:
         jax.config.update(name, value)
 
 
+@pytest.mark.usefixtures("_restored_config")
 def test_the_folder_is_made_and_used(tmp_path):
     folder = tmp_path / "a" / "b"
     assert enable_compilation_cache(folder) == folder
@@ -31,11 +144,13 @@ def test_the_folder_is_made_and_used(tmp_path):
     assert jax.config.jax_compilation_cache_dir == str(folder)
 
 
+@pytest.mark.usefixtures("_restored_config")
 def test_the_default_folder_is_the_user_s(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     assert enable_compilation_cache() == tmp_path / ".cache" / "jaxllama" / "xla"
 
 
+@pytest.mark.usefixtures("_restored_config")
 def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
@@ -57,14 +172,13 @@ print(len(hits))
 
 
 def test_a_second_process_reuses_what_the_first_compiled(tmp_path):
-    def run() -> int:
+    def num_hits() -> int:
         command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
-        done = subprocess.run(
-            command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=120
-        )
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         return int(done.stdout)
 
-    assert run() == 0
+    assert num_hits() == 0
     assert any(tmp_path.iterdir())
-    assert run() > 0
+    assert num_hits() > 0

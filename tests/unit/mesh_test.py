@@ -41,9 +41,10 @@ def test_a_mesh_takes_the_devices_it_is_given():
     assert list(make_mesh(EIGHT, devices=devices).devices.flat) == devices
 
 
-@pytest.mark.parametrize(
-    ("data", "tp"), IMPOSSIBLE
-)
+IMPOSSIBLE = [(1, 9), (9, 1), (2, 5), (16, None), (0, None), (0, 1), (1, 0), (-1, 2), (1, -1)]
+
+
+@pytest.mark.parametrize(("data", "tp"), IMPOSSIBLE)
 def test_an_impossible_mesh_is_refused(data, tp):
     with pytest.raises(ConfigError, match=r"data=.*tp="):
         make_mesh(EIGHT, tp=tp, data=data)
@@ -125,9 +126,9 @@ def test_a_mesh_of_one_device_splits_nothing():
 
 # ---- The same results on every mesh ----
 
-MESHES = [("divisible", 1, tp) for tp in (1, 2, 4, 8)] + [("divisible", 2, 2), ("divisible", 2, 4)]
+MESHES = [("divisible", 1, tp) for tp in (1, 2, 4, 8)] + [("divisible", 2, 2)]
 # Heads that 4 and 8 devices do not divide, a tied head, a vocabulary that nothing divides.
-MESHES += [("wide_heads_tied", 1, 4), ("wide_heads_tied", 2, 4), ("wide_heads_tied", 1, 8)]
+MESHES += [("wide_heads_tied", 2, 4), ("wide_heads_tied", 1, 8)]
 TWO_ROWS = EngineOptions(max_rows=2, max_context=64, page_size=8, chunk_sizes=(32,))
 
 
@@ -162,16 +163,16 @@ def test_sampled_tokens_are_the_same_on_every_mesh():
         logit_bias={5: 1.0},
     )
     outputs = []
-    for data, tp in ((1, 1), (1, 8), (2, 4)):
+    for data, tp in ((1, 1), (1, 8), (2, 2)):
         with tiny.make_llama("divisible", data=data, tp=tp, options=TWO_ROWS) as llama:
             outputs.append([completion.token_ids for completion in llama.generate(prompts, params)])
     assert outputs[0] == outputs[1] == outputs[2]
 
 
 def test_the_cache_and_the_rows_really_shard():
-    with tiny.make_llama("divisible", data=2, tp=4, options=TWO_ROWS) as llama:
+    with tiny.make_llama("divisible", data=2, tp=2, options=TWO_ROWS) as llama:
         llama.generate([1, 2, 3], SamplingParams(max_tokens=1))
-        on_all = [x for x in jax.live_arrays() if len(x.sharding.device_set) == 8]
-        # A pool: pages of 8 tokens, 4 keys and 4 values, head_dim 6. A device holds the keys and values of one head.
-        pool = next(x for x in on_all if x.ndim == 4 and x.shape[1:] == (8, 8, 6))
-        assert {shard.data.shape[2] for shard in pool.addressable_shards} == {2}
+        on_four = [x for x in jax.live_arrays() if len(x.sharding.device_set) == 4]
+        # A pool: pages of 8 tokens, 4 keys and 4 values, head_dim 6. A device holds the keys and values of two heads.
+        pool = next(x for x in on_four if x.ndim == 4 and x.shape[1:] == (8, 8, 6))
+        assert {shard.data.shape[2] for shard in pool.addressable_shards} == {4}

@@ -101,5 +101,3 @@ def test_ids_outside_the_vocabulary_are_refused(values):
     with pytest.raises(RequestError, match="257 is outside") as caught:
         params.validate_vocab(257)
     assert caught.value.param in values
-
-

@@ -1,0 +1,29 @@
+"""The notebook runs from top to bottom on the default model."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "models" / "SmolLM2-135M-Instruct"
+
+
+@pytest.mark.skipif(not (CHECKPOINT / "manifest.json").exists(), reason="the default model is not converted: make test")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+def test_every_cell_of_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The kernel is a process of its own: one device, as a reader has, not the eight fake ones of the tests.
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setenv("JAXLLAMA_CHECKPOINT", str(CHECKPOINT))
+    notebook = nbformat.read(ROOT / "notebooks" / "decode.ipynb", as_version=4)
+    client = nbclient.NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(ROOT / "notebooks")}})
+    asyncio.run(client.async_execute())
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert any("The capital of France is Paris." in output.get("text", "") for output in outputs)
