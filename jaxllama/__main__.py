@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_application(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
     """A command that lives in its own package, `jaxllama_convert` or `jaxllama_serving`."""
     package = {"convert": "jaxllama_convert", "serve": "jaxllama_serving"}[name]
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text.capitalize()}.")
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     try:
         cli = importlib.import_module(f"{package}.cli")
     except ModuleNotFoundError as error:
