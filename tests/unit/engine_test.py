@@ -159,8 +159,9 @@ def test_a_model_with_many_end_of_sequence_ids_works():
     ids = list(range(100, 120))
     weights = tiny.scripted_weights(NAME, {40: 41, 41: 119, 119: 42})
     with tiny.make_llama(weights=weights, eos_token_id=ids) as llama:
-        done = run(llama.engine, [40], SamplingParams(temperature=0, max_tokens=5))
-    assert (done.tokens, done.finish_reason) == ([41, 119], "stop")
+        for stop_ids in ((), tuple(range(200, 264))):
+            done = run(llama.engine, [40], SamplingParams(temperature=0, max_tokens=5, stop_token_ids=stop_ids))
+            assert (done.tokens, done.finish_reason) == ([41, 119], "stop"), done.error
 
 
 # ---- Seeds and log-probabilities ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -144,8 +145,8 @@ def test_text_is_the_same_streamed_wherever_it_is_cut(scripted: Llama, max_token
         (("你",), "bcdefghij", "你", 12),
         (("defx", "de"), "bc", "de", 6),
         (("p",), ALPHABET[1:-1], "p", 18),
-        (("nothing",), ALPHABET[1:], tiny.EOS_ID, 19),
-        (("px",), ALPHABET[1:], tiny.EOS_ID, 19),
+        (("nothing",), ALPHABET[1:], None, 19),
+        (("px",), ALPHABET[1:], None, 19),
     ],
 )
 def test_a_stop_string_ends_the_text_before_it(scripted: Llama, stop, text, matched, num_tokens):
@@ -159,7 +160,14 @@ def test_a_stop_string_ends_the_text_before_it(scripted: Llama, stop, text, matc
     assert sum(len(delta.token_ids) for delta in deltas) == num_tokens
     # The part of a stop string that did not become one is not lost, and none of the one that did is shown.
     included = scripted.generate("a", dataclasses.replace(params, include_stop_str_in_output=True))
-    assert included.text == text + (matched if isinstance(matched, str) else "")
+    assert included.text == text + (matched or "")
+
+
+def test_a_stop_id_is_the_reason_and_has_no_text(scripted: Llama):
+    (stop_id,) = scripted.tokenizer.encode("e")  # type: ignore[union-attr]
+    completion = scripted.generate("a", dataclasses.replace(GREEDY, stop_token_ids=(stop_id,)))
+    assert (completion.text, completion.stop_reason, completion.finish_reason) == ("bcd", stop_id, "stop")
+    assert completion.token_ids[-1] == stop_id
 
 
 def test_a_stop_string_frees_the_row(scripted: Llama):
@@ -267,11 +275,27 @@ def test_threads_may_share_a_model(llama: Llama):
 # ---- Streams ----
 
 
-def test_leaving_a_stream_early_cancels_it(llama: Llama):
-    for delta in llama.stream(prompt(3), SamplingParams(ignore_eos=True)):
-        assert delta.token_ids
-        break
-    assert_idle(llama.engine)
+def test_leaving_a_stream_early_cancels_it(monkeypatch):
+    """One step a dispatch, each delivered slowly, so that the request is far from its end when it is left."""
+    outputs: list[Any] = []
+    with tiny.make_llama(options=dataclasses.replace(tiny.SMALL, dispatch_s=1e-4)) as llama:
+        submit = llama.engine.submit
+
+        def spy(prompt_ids: Any, params: Any, on_output: Any) -> Any:
+            def slow(output: Any) -> None:
+                outputs.append(output)
+                on_output(output)
+                time.sleep(0.05)
+
+            return submit(prompt_ids, params, slow)
+
+        monkeypatch.setattr(llama.engine, "submit", spy)
+        for delta in llama.stream(prompt(3), SamplingParams(ignore_eos=True)):
+            assert delta.token_ids
+            break
+        assert_idle(llama.engine)
+    assert outputs[-1].finish_reason == "cancelled"
+    assert len(outputs) < 10
 
 
 def test_a_stream_that_nobody_reads_is_not_started(llama: Llama):
