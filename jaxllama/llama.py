@@ -31,6 +31,7 @@ type Prompt = str | Sequence[int]
 
 _LOGITS_CHUNK = 128
 _PROMPT_TAIL = 16
+_QUEUE_RETRY_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,11 @@ class Llama:
                     while not_started:
                         not_started[-1].start(inbox)
                         not_started.pop()
-                output, tokens = inbox.get()
+                try:
+                    # Others may have filled the queue; then no output of ours tells when there is room again.
+                    output, tokens = inbox.get(timeout=_QUEUE_RETRY_S if not_started else None)
+                except queue.Empty:
+                    continue
                 output.add(tokens)
                 num_left -= tokens.finish_reason is not None
         finally:
