@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jaxllama
 from jaxllama.compilation import enable_compilation_cache
-from jaxllama.errors import JaxLlamaError, MissingExtraError, RequestError
+from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError, RequestError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
             enable_compilation_cache(args.compilation_cache)
         run: Callable[[argparse.Namespace], int] = args.run
         return run(args)
+    except EngineError as error:
+        return _fail(args.command, error, 1)
     except JaxLlamaError as error:
         return _fail(args.command, error, 2)
     except OSError as error:

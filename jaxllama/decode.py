@@ -29,7 +29,6 @@ from jaxllama.sampling import (
 )
 
 MAX_STEPS = 32
-MAX_EOS_IDS = 16
 COMPILER_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 """Keeps a row's bits independent of the number of rows. On CPUs, XLA gives large reductions to a library that sums in
 another order than its own loops, which it uses for small ones; the library's products do not depend on the number of
@@ -138,7 +137,7 @@ def state_shapes(
             frequency_penalty=rows(f32),
             repetition_penalty=rows(f32),
             seed=rows(jnp.uint32, 2),
-            stop_ids=rows(i32, MAX_STOP_TOKEN_IDS + MAX_EOS_IDS),
+            stop_ids=rows(i32, MAX_STOP_TOKEN_IDS + len(config.eos_token_ids)),
             logit_bias=rows(f32, config.vocab_size),
             num_logprobs=rows(i32),
         ),
@@ -181,7 +180,7 @@ def row_state(
     bias = np.zeros(vocab, np.float32)
     bias[list(params.logit_bias)] = list(params.logit_bias.values())
     stops = [*params.stop_token_ids, *(() if params.ignore_eos else config.eos_token_ids)]
-    stop_ids = np.full(MAX_STOP_TOKEN_IDS + MAX_EOS_IDS, -1, np.int32)
+    stop_ids = np.full(MAX_STOP_TOKEN_IDS + len(config.eos_token_ids), -1, np.int32)
     stop_ids[: len(stops)] = stops
     f32 = np.float32
     sampling = _sampling_of(
@@ -264,7 +263,8 @@ def prefill_logits(
 def _forward_chunk(
     config: LlamaConfig, params: Params, pool: KVPool, tokens: Array, page_table: Array, start: Array, num_tokens: Array
 ) -> tuple[Float[Array, "chunk embed"], KVPool]:
-    positions = (start + jnp.arange(tokens.shape[0]))[None]
+    # Padding repeats the last position: attention then reads nothing past it, where pages may hold a failed row's NaN.
+    positions = (start + jnp.minimum(jnp.arange(tokens.shape[0]), jnp.maximum(num_tokens - 1, 0)))[None]
 
     def write(pool: KVPool, kv: Array, pages: Array) -> KVPool:
         return write_pages(pool, kv[0], pages[0], start, num_tokens)

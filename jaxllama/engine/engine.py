@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import logging
 import secrets
 import threading
 import time
@@ -44,6 +45,8 @@ from jaxllama.errors import (
 from jaxllama.params import Params
 from jaxllama.sampling import SamplingParams
 
+logger = logging.getLogger("jaxllama.engine")
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -68,6 +71,10 @@ class EngineOptions:
         for name in ("max_rows", "page_size", "max_queue"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_context", "num_pages"):
+            value = getattr(self, name)
+            if value is not None and value < 2:
+                raise ConfigError(f"{name} must be at least 2, got {value}")
         if not self.chunk_sizes or any(size < 1 or size % self.page_size for size in self.chunk_sizes):
             raise ConfigError(f"chunk_sizes must be multiples of page_size ({self.page_size}), got {self.chunk_sizes}")
 
@@ -440,7 +447,7 @@ class Engine:
                 self._finish(request, "length", tuple(new), tuple(entries))
                 return
         if new:
-            request.on_output(TokenOutput(tuple(new), tuple(entries)))
+            self._tell(request, TokenOutput(tuple(new), tuple(entries)))
 
     def _finish(
         self,
@@ -452,10 +459,18 @@ class Engine:
         stop_token_id: int | None = None,
         error: Exception | None = None,
     ) -> None:
+        self._tell(request, TokenOutput(token_ids, logprobs, reason, stop_token_id, error))
         with self._changed:
             self._scheduler.remove(request)
             self._changed.notify_all()
-        request.on_output(TokenOutput(token_ids, logprobs, reason, stop_token_id, error))
+
+    def _tell(self, request: EngineRequest, output: TokenOutput) -> None:
+        """Calls the request's `on_output`. If that raises, this request ends, and no other is hurt."""
+        try:
+            request.on_output(output)
+        except Exception:
+            logger.exception("on_output of request %s failed; the request is cancelled", request.id)
+            request.is_cancelled = True
 
     def _end_all(self) -> None:
         """Every request that is left gets its one last output."""
