@@ -28,8 +28,8 @@ def paged_attention(
     a row's own end leaves its accumulator as it is, bit for bit, so a row's result does not depend on how long
     the others are. A long chunk's queries are taken `QUERY_BLOCK` at a time, so that early ones do not visit late keys.
 
-    `page_table` holds pages of the layer that is read (already offset). `positions` are 0 or more and do not fall in a row.
-    Scores and sums are float32.
+    `page_table` holds pages of the layer that is read (already offset). `positions` are 0 or more and do not
+    fall in a row. Scores and sums are float32.
 
     Source: Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax); Kwon et al. 2023, arXiv:2309.06180 (pages).
     """

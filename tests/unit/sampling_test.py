@@ -460,7 +460,7 @@ def test_a_row_s_tokens_do_not_depend_on_its_neighbours(params):
         logits = random_logits(i, sharpness=1.0)
         best = logits.max() + np.float32(1)
         logits[[20, 150]] = best, np.nextafter(best, np.float32(np.inf))
-        rows.append(Row(logits, params, PROMPT, OUTPUT, seed=i))
+        rows.append(Row(logits, params, PROMPT, OUTPUT, seed=i, eos=EOS))
     alone = sample_rows(rows).tokens
     for busy in BUSY:
         neighbours = [Row(random_logits(99), busy, PROMPT, OUTPUT, seed=3, eos=EOS)] * 3
