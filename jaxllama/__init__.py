@@ -6,7 +6,8 @@
 
 from jaxllama.checkpoint import Checkpoint
 from jaxllama.config import LlamaConfig, RopeScaling
-from jaxllama.engine.engine import Engine, EngineOptions, EngineStats
+from jaxllama.engine.engine import Engine
+from jaxllama.engine.options import EngineOptions, EngineStats
 from jaxllama.engine.request import EngineRequest, TokenLogprob, TokenOutput
 from jaxllama.llama import Completion, CompletionDelta, Llama, load
 from jaxllama.mesh import make_mesh

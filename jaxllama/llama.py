@@ -17,7 +17,8 @@ from jaxllama.cache import KV_POOL_AXES, kv_pool_shape
 from jaxllama.checkpoint import Checkpoint, restore_params
 from jaxllama.config import LlamaConfig
 from jaxllama.decode import prefill_logits
-from jaxllama.engine.engine import Engine, EngineOptions
+from jaxllama.engine.engine import Engine
+from jaxllama.engine.options import EngineOptions
 from jaxllama.engine.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
 from jaxllama.errors import ChatTemplateError, ConfigError, ContextLengthError, QueueFullError, RequestError
 from jaxllama.mesh import make_mesh, param_shardings, partition_spec

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from jaxllama.decode import (
     state_shapes,
     state_shardings,
 )
+from jaxllama.engine.options import EngineOptions, EngineStats
 from jaxllama.engine.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
 from jaxllama.engine.scheduler import Chunk, Scheduler
 from jaxllama.errors import (
@@ -46,48 +48,6 @@ from jaxllama.params import Params
 from jaxllama.sampling import SamplingParams
 
 logger = logging.getLogger("jaxllama.engine")
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How much the engine may hold and how it divides its work.
-
-    `max_context` None is the model's own. `num_pages` None holds `max_rows` rows of 2,048 tokens each, and at least one
-    whole context. `chunk_sizes` are the prefill programs, in tokens, multiples of `page_size`. A dispatch runs as many
-    steps as take about `dispatch_s` seconds, at most 32: longer is less host work, shorter a smoother stream. With work
-    pending and no step finished for `stall_timeout_s`, `Engine.health` says so.
-    """
-
-    max_rows: int = 16
-    max_context: int | None = None
-    page_size: int = 16
-    num_pages: int | None = None
-    max_queue: int = 256
-    chunk_sizes: tuple[int, ...] = (32, 128, 512)
-    dispatch_s: float = 0.05
-    stall_timeout_s: float = 15.0
-
-    def __post_init__(self) -> None:
-        for name in ("max_rows", "page_size", "max_queue"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_context", "num_pages"):
-            value = getattr(self, name)
-            if value is not None and value < 2:
-                raise ConfigError(f"{name} must be at least 2, got {value}")
-        if not self.chunk_sizes or any(size < 1 or size % self.page_size for size in self.chunk_sizes):
-            raise ConfigError(f"chunk_sizes must be multiples of page_size ({self.page_size}), got {self.chunk_sizes}")
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """The engine's load at one moment."""
-
-    num_running: int
-    num_waiting: int
-    num_pages_used: int
-    num_pages: int
-    ready: bool
 
 
 @dataclass(frozen=True)
@@ -199,26 +159,25 @@ class Engine:
 
         Call it before the first `submit`.
         """
-        state = self._get_state()
-        programs = [f"prefill of {size} tokens" for size in self.options.chunk_sizes]
-        programs += [f"decode of {rows} rows" for rows in self._row_buckets]
-        for done, name in enumerate(programs):
+        nothing = self._make_request([0], SamplingParams(), lambda _: None, 0)
+        programs: list[tuple[str, Callable[[], None]]] = [
+            (f"prefill of {size} tokens", partial(self._prefill, Chunk(nothing, 0, 0, size)))
+            for size in self.options.chunk_sizes
+        ]
+        programs += [(f"decode of {rows} rows", partial(self._decode_nobody, rows)) for rows in self._row_buckets]
+        for done, (name, run) in enumerate(programs):
             on_progress(done, len(programs), name)
-            if done < len(self.options.chunk_sizes):
-                self._prefill(
-                    Chunk(self._make_request([0], SamplingParams(), print, 0), 0, 0, self.options.chunk_sizes[done])
-                )
-                continue
-            state = self._get_state()
-            state = insert(
-                state, 0, row_state(self.config, SamplingParams(), prompt=[0], generated=[], remaining=1, seed=0)
-            )
-            rows = self._row_buckets[done - len(self.options.chunk_sizes)]
-            nobody = np.zeros(self._num_rows, np.bool_)
-            state, _ = decode_steps(self.config, self._params, state, np.int32(1), nobody, num_rows=rows)
-            self._state = jax.block_until_ready(state)
+            run()
+        jax.block_until_ready(self._state)
         on_progress(len(programs), len(programs), "ready")
         self._is_warm = True
+
+    def _decode_nobody(self, num_rows: int) -> None:
+        """Runs `insert` and the decode program for `num_rows` rows without a step."""
+        row = row_state(self.config, SamplingParams(), prompt=[0], generated=[], remaining=1, seed=0)
+        state = insert(self._get_state(), np.int32(0), row)
+        nobody = np.zeros(self._num_rows, np.bool_)
+        self._state, _ = decode_steps(self.config, self._params, state, np.int32(1), nobody, num_rows=num_rows)
 
     def stats(self) -> EngineStats:
         """The load now."""
