@@ -170,16 +170,8 @@ def test_chat_answers_as_transformers_does(float32: Llama, greedy_golden):
 
 
 @needs_gguf
-@pytest.mark.parametrize(
-    ("data", "tp"),
-    [
-        (1, 8),
-        pytest.param(1, 2, marks=pytest.mark.slow),
-        pytest.param(1, 3, marks=pytest.mark.slow),
-        pytest.param(1, 4, marks=pytest.mark.slow),
-        pytest.param(2, 4, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow  # half a minute each; mesh_test.py does it with tiny models
+@pytest.mark.parametrize(("data", "tp"), [(1, 2), (1, 3), (1, 4), (1, 8), (2, 4)])
 def test_greedy_tokens_are_the_same_on_every_mesh(float32_checkpoint: Path, greedy_golden, data, tp):
     options = EngineOptions(max_rows=2, max_context=256, chunk_sizes=(64,))
     runs = [greedy_golden[name] for name in ("story", "code")]
