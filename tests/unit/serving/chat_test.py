@@ -8,7 +8,7 @@ import json
 import pytest
 from jaxllama_serving.prepare import choice_seed
 from unit.serving.fakes import END_THINK, FakeLlama
-from unit.serving.live import CHAT, body, parse_events, run, serving
+from unit.serving.live import CHAT, body, parse_events, run, serving, until
 
 from jaxllama.errors import EngineStoppedError, NonFiniteLogitsError
 
@@ -328,7 +328,7 @@ def test_a_failure_in_a_stream_is_its_last_event():
 def test_one_failed_choice_fails_the_request_and_frees_the_rest():
     llama = FakeLlama(WORDS, fail_after=1, failure=RuntimeError())
     assert answer_of(llama, status=500, n=2)["error"]["type"] == "server_error"
-    assert llama.engine.num_running == 0
+    run(until(lambda: llama.engine.num_running == 0, 1.0))
 
 
 def test_a_full_queue_is_429_and_frees_the_rows_already_taken():
@@ -339,8 +339,7 @@ def test_a_full_queue_is_429_and_frees_the_rows_already_taken():
             status, answer, headers = await live.post({"n": 3, "stream": True})
             assert (status, answer["error"]["type"]) == (429, "rate_limit_error")
             assert int(headers["Retry-After"]) > 0
-            await asyncio.sleep(0.1)
-            assert llama.engine.num_running == 0
+            await until(lambda: llama.engine.num_running == 0, 1.0)
 
     run(test())
 
@@ -351,14 +350,12 @@ def test_a_deadline_is_504_or_an_event():
         async with serving(FakeLlama(first_delay_s=5), **config) as live:
             status, answer, _ = await live.post()
             assert (status, answer["error"]["type"]) == (504, "timeout")
-            await asyncio.sleep(0.05)
-            assert live.service._num_requests == 0
+            await until(lambda: live.service._num_requests == 0, 1.0)
         llama = FakeLlama(repeats=True, delay_s=0.01)
         async with serving(llama, **config) as live:
             events = await live.events()
             assert events[-1]["error"]["type"] == "timeout"
-            await asyncio.sleep(0.05)
-            assert llama.engine.num_running == 0
+            await until(lambda: llama.engine.num_running == 0, 1.0)
 
     run(test())
 
