@@ -107,6 +107,8 @@ _SAMPLING = (
 def _generate(args: argparse.Namespace) -> int:
     values = {name: getattr(args, name) for name in _SAMPLING}
     params = jaxllama.SamplingParams(**values, stop=tuple(args.stop), ignore_eos=args.ignore_eos)
+    if args.logprobs is not None and not args.json:
+        raise RequestError("--logprobs needs --json, which prints them", "logprobs")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt:
         raise RequestError("the prompt is empty", "prompt")

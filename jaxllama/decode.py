@@ -22,6 +22,7 @@ from jaxllama.model import Llama
 from jaxllama.params import Params
 from jaxllama.sampling import (
     MAX_STOP_TOKEN_IDS,
+    MAX_TOP_LOGPROBS,
     SamplingArrays,
     SamplingParams,
     sample,
@@ -32,7 +33,7 @@ MAX_STEPS = 32
 COMPILER_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 """Keeps a row's bits independent of the number of rows. On CPUs, XLA gives large reductions to a library that sums in
 another order than its own loops, which it uses for small ones; the library's products do not depend on the number of
-rows. Other backends ignore the option."""
+rows. The option is XLA's for CPUs; the TPU compiler takes and ignores it."""
 
 NOT_FINITE = -2
 """Stands in `StepOutput.tokens` for a row whose logits were not finite."""
@@ -290,7 +291,7 @@ def decode_steps(
     """
     state = state._replace(active=state.active & keep)
     model = Llama(config, params)
-    num_top = min(20, config.vocab_size)
+    num_top = min(MAX_TOP_LOGPROBS, config.vocab_size)
     out = StepOutput(
         tokens=jnp.full((MAX_STEPS, num_rows), -1, jnp.int32),
         num_steps=jnp.int32(0),

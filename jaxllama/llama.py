@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import queue
 from collections.abc import Iterator, Mapping, Sequence
@@ -198,7 +199,7 @@ class Llama:
 
         Raises: RequestError for ids outside the vocabulary, ContextLengthError for more than the context.
         """
-        tokens = np.asarray(ids, np.int32)
+        tokens = np.asarray(_token_ids(ids, "ids"), np.int32)
         vocab, context = self.config.vocab_size, self.config.max_position_embeddings
         if tokens.ndim != 1 or not tokens.size or tokens.min() < 0 or tokens.max() >= vocab:
             raise RequestError(f"ids must be a non-empty list of token ids from 0 to {vocab - 1}", "ids")
@@ -226,7 +227,7 @@ class Llama:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
-            return [int(token_id) for token_id in prompt]
+            return _token_ids(prompt, "prompt")
         if self.tokenizer is None:
             raise RequestError("this checkpoint has no tokenizer: give the prompt as token ids", "prompt")
         return self.tokenizer.encode(prompt)
@@ -368,6 +369,13 @@ class _Output:
         self._stop_reason, self._finish_reason = stop, "stop"
         self.cancel()
         return True
+
+
+def _token_ids(ids: Sequence[int], name: str) -> list[int]:
+    try:
+        return [operator.index(token_id) for token_id in ids]
+    except TypeError as error:
+        raise RequestError(f"{name} must be a list of integer token ids: {error}", name) from None
 
 
 def _is_one(prompts: Any) -> bool:

@@ -43,8 +43,10 @@ def make_mesh(
     Raises: ConfigError if there are fewer devices than data × tp.
     """
     devices = list(jax.devices() if devices is None else devices)
-    tp = len(devices) // max(1, data) if tp is None else tp
-    if data < 1 or tp < 1 or data * tp > len(devices):
+    if data < 1 or (tp is not None and tp < 1):
+        raise ConfigError(f"data and tp must be at least 1, got data={data} and tp={tp}")
+    tp = max(1, len(devices) // data) if tp is None else tp
+    if data * tp > len(devices):
         raise ConfigError(f"a mesh of data={data} × tp={tp} needs {data * tp} devices, there are {len(devices)}")
     kv = math.gcd(config.num_kv_heads, tp)
     return Mesh(np.asarray(devices[: data * tp]).reshape(data, kv, tp // kv), MESH_AXES)

@@ -71,9 +71,13 @@ class Engine:
         self.config = config
         self.options = options
         self.max_context = min(options.max_context or config.max_position_embeddings, config.max_position_embeddings)
-        # XLA multiplies one row by another path, with other bits, than two or more: a row must not notice its batch.
-        self._num_rows = max(2, options.max_rows) if mesh.shape["data"] == 1 else _round_up(options.max_rows, mesh)
-        self._row_buckets = _row_buckets(self._num_rows) if mesh.shape["data"] == 1 else (self._num_rows,)
+        if mesh.shape["data"] == 1:
+            # XLA multiplies one row by another path, with other bits, than two or more: a row must not notice its batch.
+            self._num_rows = max(2, options.max_rows)
+            self._row_buckets = _row_buckets(self._num_rows)
+        else:
+            self._num_rows = _round_up(options.max_rows, mesh)
+            self._row_buckets = (self._num_rows,)
         context_pages = -(-self.max_context // options.page_size)
         default_pages = 1 + max(context_pages, self._num_rows * min(context_pages, 2048 // options.page_size))
         num_pages = options.num_pages or default_pages
@@ -286,6 +290,10 @@ class Engine:
         self._scheduler.admit()
         self._prefill_some()
         launched = self._launch()
+        if not self._in_flight:
+            # Prefill alone: wait for it, or chunks would pile up on the device while cancellations wait behind them.
+            jax.block_until_ready(self._state)
+            self._last_progress = time.monotonic()
         while len(self._in_flight) > (1 if launched else 0):
             self._read(self._in_flight.popleft())
 
@@ -305,7 +313,7 @@ class Engine:
         request, state = chunk.request, self._get_state()
         tokens = np.zeros(chunk.size, np.int32)
         ids = (request.prompt + request.generated)[chunk.start : chunk.start + chunk.num_tokens]
-        tokens[: len(ids)] = ids[: chunk.num_tokens]
+        tokens[: len(ids)] = ids
         table = np.zeros(self._table_width, np.int32)
         table[: len(request.pages)] = request.pages
         start, num_tokens = np.int32(chunk.start), np.int32(chunk.num_tokens)

@@ -95,7 +95,8 @@ def test_a_dash_reads_the_prompt_from_standard_input(checkpoint, capsys, monkeyp
     [
         (("a", "--temperature", "3"), "temperature"),
         (("a", "--top-p", "0"), "top_p"),
-        (("a", "--logprobs", "21"), "logprobs"),
+        (("a", "--logprobs", "21", "--json"), "logprobs"),
+        (("a", "--logprobs", "2"), "--json"),
         (("a", "--seed", "-1"), "seed"),
         (("a", "--stop", ""), "stop"),
         (("",), "empty"),

@@ -15,6 +15,7 @@ import tiny
 from collector import TIMEOUT_S, Collector, assert_idle, held, run, wait_until
 
 from jaxllama import Engine, SamplingParams
+from jaxllama.decode import prefill
 from jaxllama.errors import EngineStoppedError, NonFiniteLogitsError
 
 CONTEXT = tiny.SMALL.max_context or 0
@@ -63,6 +64,22 @@ def test_a_stalled_step_shows_in_health():
         assert not llama.engine.stats().ready
         release.set()
         assert wait_until(lambda: llama.engine.health() is None)
+
+
+def test_a_long_prefill_is_not_a_stall(monkeypatch):
+    seen: list[str | None] = []
+
+    def slow(*args: Any) -> Any:
+        seen.append(engine.health())
+        time.sleep(0.15)
+        return prefill(*args)
+
+    with tiny.make_llama(options=dataclasses.replace(tiny.SMALL, stall_timeout_s=0.4, chunk_sizes=(8,))) as llama:
+        engine = llama.engine
+        run(engine, prompt(3), GREEDY)
+        monkeypatch.setattr("jaxllama.engine.engine.prefill", slow)
+        run(engine, prompt(70), GREEDY)
+    assert seen == [None] * 9
 
 
 @pytest.mark.parametrize("broken", ["decode_steps", "prefill"])

@@ -355,7 +355,7 @@ def test_logits_of_any_length_agree_with_the_reference(llama: Llama, length):
     np.testing.assert_allclose(logits, want, atol=1e-5 * want.std())
 
 
-@pytest.mark.parametrize("ids", [[], [-1], [280], [[1, 2]], 5])
+@pytest.mark.parametrize("ids", [[], [-1], [280], [[1, 2]], 5, [1.9]])
 def test_logits_of_bad_ids_are_refused(llama: Llama, ids):
     with pytest.raises(RequestError, match="ids"):
         llama.logits(ids)

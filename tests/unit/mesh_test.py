@@ -50,6 +50,11 @@ def test_an_impossible_mesh_is_refused(data, tp):
         make_mesh(EIGHT, tp=tp, data=data)
 
 
+def test_too_many_data_replicas_are_counted_with_one_device_each():
+    with pytest.raises(ConfigError, match="data=16 × tp=1 needs 16 devices, there are 8"):
+        make_mesh(EIGHT, data=16)
+
+
 @pytest.mark.parametrize(("data", "tp"), [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4)])
 def test_weights_really_shard(data, tp):
     mesh = make_mesh(EIGHT, tp=tp, data=data)
