@@ -72,7 +72,7 @@ class Engine:
         self.options = options
         self.max_context = min(options.max_context or config.max_position_embeddings, config.max_position_embeddings)
         if mesh.shape["data"] == 1:
-            # XLA multiplies one row by another path, with other bits, than two or more: a row must not notice its batch.
+            # XLA multiplies one row by another path, with other bits, than two: a row must not notice its batch.
             self._num_rows = max(2, options.max_rows)
             self._row_buckets = _row_buckets(self._num_rows)
         else:
