@@ -71,3 +71,14 @@ def write_pages(
     pages = jnp.where(jnp.arange(chunk_pages) * page_size < num_tokens, pages, num_pages)
     blocks = kv.astype(pool.dtype).reshape(chunk_pages, page_size, *kv.shape[1:])
     return pool.at[pages].set(blocks, mode="drop")
+
+
+def clear_pages(pool: KVPool, pages: Int[Array, " max_pages"], count: Int[Array, ""], num_layers: int) -> KVPool:
+    """Zeros in the first `count` of `pages` (numbers of layer 0), in every layer."""
+    layers = pool.reshape(num_layers, -1, *pool.shape[1:])
+    zeros = jnp.zeros((num_layers, 1, *pool.shape[1:]), pool.dtype)
+
+    def clear(index: Array, layers: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(layers, zeros, pages[index], axis=1)
+
+    return jax.lax.fori_loop(0, count, clear, layers).reshape(pool.shape)

@@ -15,7 +15,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllama.cache import KV_POOL_AXES, KVPool, kv_pool_shape, write_pages, write_tokens
+from jaxllama.attention import Attention, ReferenceAttention
+from jaxllama.attention.reference import chunk_positions
+from jaxllama.cache import KV_POOL_AXES, KVPool, clear_pages, kv_pool_shape
 from jaxllama.config import LlamaConfig
 from jaxllama.mesh import partition_spec
 from jaxllama.model import Llama
@@ -35,6 +37,7 @@ COMPILER_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE
 another order than its own loops, which it uses for small ones; the library's products do not depend on the number of
 rows. The option is XLA's for CPUs; the TPU compiler takes and ignores it."""
 
+REFERENCE = ReferenceAttention()
 NOT_FINITE = -2
 """Stands in `StepOutput.tokens` for a row whose logits were not finite."""
 
@@ -228,7 +231,7 @@ def insert(state: DecodeState, row: Int[Array, ""], new: RowState) -> DecodeStat
     )
 
 
-@partial(jax.jit, donate_argnames="pool", static_argnames="config", compiler_options=COMPILER_OPTIONS)
+@partial(jax.jit, donate_argnames="pool", static_argnames=("config", "attention"), compiler_options=COMPILER_OPTIONS)
 def prefill(
     config: LlamaConfig,
     params: Params,
@@ -237,16 +240,18 @@ def prefill(
     page_table: Int[Array, " max_pages"],
     start: Int[Array, ""],
     num_tokens: Int[Array, ""],
+    *,
+    attention: Attention = REFERENCE,
 ) -> KVPool:
     """Writes the keys and values of one chunk of one row's prompt and returns the pool.
 
     `tokens[:num_tokens]` stand at positions `start …`; the rest is padding. `start` and the chunk's size are multiples
     of the page size.
     """
-    return _forward_chunk(config, params, pool, tokens, page_table, start, num_tokens)[1]
+    return _forward_chunk(config, params, pool, tokens, page_table, start, num_tokens, attention)[1]
 
 
-@partial(jax.jit, donate_argnames="pool", static_argnames="config", compiler_options=COMPILER_OPTIONS)
+@partial(jax.jit, donate_argnames="pool", static_argnames=("config", "attention"), compiler_options=COMPILER_OPTIONS)
 def prefill_logits(
     config: LlamaConfig,
     params: Params,
@@ -255,26 +260,46 @@ def prefill_logits(
     page_table: Int[Array, " max_pages"],
     start: Int[Array, ""],
     num_tokens: Int[Array, ""],
+    *,
+    attention: Attention = REFERENCE,
 ) -> tuple[Float[Array, "chunk vocab"], KVPool]:
     """`prefill` that also returns the logits of every position of the chunk."""
-    hidden, pool = _forward_chunk(config, params, pool, tokens, page_table, start, num_tokens)
+    hidden, pool = _forward_chunk(config, params, pool, tokens, page_table, start, num_tokens, attention)
     return Llama(config, params).logits(hidden), pool
 
 
+@partial(jax.jit, donate_argnames="pool", static_argnames="config")
+def clear(config: LlamaConfig, pool: KVPool, pages: Int[Array, " max_pages"], count: Int[Array, ""]) -> KVPool:
+    """Zeros in the first `count` of `pages`, for attention that must not meet a failed row's NaN there."""
+    return clear_pages(pool, pages, count, config.num_layers)
+
+
 def _forward_chunk(
-    config: LlamaConfig, params: Params, pool: KVPool, tokens: Array, page_table: Array, start: Array, num_tokens: Array
+    config: LlamaConfig,
+    params: Params,
+    pool: KVPool,
+    tokens: Array,
+    page_table: Array,
+    start: Array,
+    num_tokens: Array,
+    attention: Attention,
 ) -> tuple[Float[Array, "chunk embed"], KVPool]:
-    # Padding repeats the last position: attention then reads nothing past it, where pages may hold a failed row's NaN.
-    positions = (start + jnp.minimum(jnp.arange(tokens.shape[0]), jnp.maximum(num_tokens - 1, 0)))[None]
+    positions = chunk_positions(tokens.shape[0], start, num_tokens)[None]
 
-    def write(pool: KVPool, kv: Array, pages: Array) -> KVPool:
-        return write_pages(pool, kv[0], pages[0], start, num_tokens)
+    def attend(q: Array, kv: Array, pool: KVPool, pages: Array) -> tuple[Array, KVPool]:
+        out, pool = attention.prefill(q[0], kv[0], pool, pages[0], start, num_tokens)
+        return out[None], pool
 
-    hidden, pool = Llama(config, params)(tokens[None], positions, pool, page_table[None], write)
+    hidden, pool = Llama(config, params)(tokens[None], positions, pool, page_table[None], attend)
     return hidden[0], pool
 
 
-@partial(jax.jit, donate_argnames="state", static_argnames=("config", "num_rows"), compiler_options=COMPILER_OPTIONS)
+@partial(
+    jax.jit,
+    donate_argnames="state",
+    static_argnames=("config", "num_rows", "attention"),
+    compiler_options=COMPILER_OPTIONS,
+)
 def decode_steps(
     config: LlamaConfig,
     params: Params,
@@ -283,6 +308,7 @@ def decode_steps(
     keep: Bool[Array, " rows"],
     *,
     num_rows: int,
+    attention: Attention = REFERENCE,
 ) -> tuple[DecodeState, StepOutput]:
     """Decodes up to `max_steps` (≤ `MAX_STEPS`) tokens for the first `num_rows` rows, sampling included.
 
@@ -305,22 +331,23 @@ def decode_steps(
         return (out.num_steps < max_steps) & jnp.any(state.active[:num_rows])
 
     def step(carry: tuple[DecodeState, StepOutput]) -> tuple[DecodeState, StepOutput]:
-        return _decode_step(config, model, *carry, num_rows=num_rows)
+        return _decode_step(config, model, *carry, num_rows=num_rows, attention=attention)
 
     return jax.lax.while_loop(unfinished, step, (state, out))
 
 
 def _decode_step(
-    config: LlamaConfig, model: Llama, state: DecodeState, out: StepOutput, *, num_rows: int
+    config: LlamaConfig, model: Llama, state: DecodeState, out: StepOutput, *, num_rows: int, attention: Attention
 ) -> tuple[DecodeState, StepOutput]:
     some = slice(0, num_rows)
     active, positions = state.active[some], state.lengths[some]
     sampling = jax.tree.map(lambda x: x[some], state.sampling)
 
-    def write(pool: KVPool, kv: Array, pages: Array) -> KVPool:
-        return write_tokens(pool, kv[:, 0], pages, positions, active)
+    def attend(q: Array, kv: Array, pool: KVPool, pages: Array) -> tuple[Array, KVPool]:
+        out, pool = attention.decode(q[:, 0], kv[:, 0], pool, pages, positions, active)
+        return out[:, None], pool
 
-    hidden, pool = model(state.last_token[some, None], positions[:, None], state.pool, state.page_table[some], write)
+    hidden, pool = model(state.last_token[some, None], positions[:, None], state.pool, state.page_table[some], attend)
     logits = model.logits(hidden[:, 0])
     tokens, is_finite = sample(
         logits,

@@ -205,7 +205,7 @@ class Llama:
             raise RequestError(f"ids must be a non-empty list of token ids from 0 to {vocab - 1}", "ids")
         if len(tokens) > context:
             raise ContextLengthError(f"{len(tokens)} ids exceed the context of {context}", "ids")
-        page_size = self.engine.options.page_size
+        page_size = self.engine.page_size
         chunk = -(-_LOGITS_CHUNK // page_size) * page_size
         # Powers of two, so that a loop over texts of all lengths compiles a few programs only.
         num_chunks = 1 << (-(-len(tokens) // chunk) - 1).bit_length()
@@ -221,7 +221,9 @@ class Llama:
             part = tokens[start : start + chunk]
             padded = np.pad(part, (0, chunk - len(part)))
             at = (np.int32(start), np.int32(len(part)))
-            scores, pool = prefill_logits(self.config, self.params, pool, padded, table, *at)
+            scores, pool = prefill_logits(
+                self.config, self.params, pool, padded, table, *at, attention=self.engine.attention
+            )
             rows.append(np.asarray(scores[: len(part)]))
         return np.concatenate(rows)
 

@@ -19,14 +19,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxllama.attention import paged_attention
 from jaxllama.cache import KVPool, interleave_kv
 from jaxllama.config import LlamaConfig
 from jaxllama.params import Params
 from jaxllama.rope import RotaryAngles, rotary_angles, rotate
 
-type WriteKV = Callable[[KVPool, Array, Array], KVPool]
-"""Writes `[rows, tokens, 2K, D]` keys and values through a layer's page table: `(pool, kv, page_table) -> pool`."""
+type Attend = Callable[[Array, Array, KVPool, Array], tuple[Array, KVPool]]
+"""Writes, then attends: `(q [rows, tokens, H, D], kv [rows, tokens, 2K, D], pool, page_table) -> (out as q, pool)`."""
 
 
 class RMSNorm(nnx.Module):
@@ -67,17 +66,16 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "rows tokens embed"],
-        positions: Int[Array, "rows tokens"],
         angles: RotaryAngles,
         pool: KVPool,
         page_table: Int[Array, "rows max_pages"],
-        write: WriteKV,
+        attend: Attend,
     ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
         # The barrier keeps XLA from slicing or transposing the weights in every step (v5p: 41 to 30.6 ms, see TPU.md).
         q, k, v = jax.lax.optimization_barrier((self.q_proj(x), self.k_proj(x), self.v_proj(x)))
         q, k, v = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in (q, k, v))
-        pool = write(pool, interleave_kv(rotate(k, angles), v), page_table)
-        out = paged_attention(rotate(q, angles).astype(pool.dtype), pool, page_table, positions)
+        kv = interleave_kv(rotate(k, angles), v)
+        out, pool = attend(rotate(q, angles).astype(x.dtype), kv.astype(x.dtype), pool, page_table)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), pool
 
 
@@ -124,14 +122,14 @@ class Llama(nnx.Module):
         positions: Int[Array, "rows tokens"],
         pool: KVPool,
         page_table: Int[Array, "rows max_pages"],
-        write: WriteKV,
+        attend: Attend,
     ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
-        """Runs the layers, which write keys and values by `write`; returns normalised hidden states and the pool."""
+        """Runs the layers, which reach the cache by `attend` alone; returns normalised hidden states and the pool."""
         x = self.embed_tokens[...][tokens].astype(jnp.float32)
         angles = rotary_angles(self.config, positions)
         num_pages = pool.shape[0] // self.config.num_layers
         for index, layer in enumerate(self.layers):
-            x, pool = layer(x, positions, angles, pool, page_table + index * num_pages, write)
+            x, pool = layer(x, angles, pool, page_table + index * num_pages, attend)
         return self.norm(x), pool
 
     def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:

@@ -1,5 +1,68 @@
-"""Attention over the paged KV cache: one function, an implementation for each kind of device."""
+"""Attention over the paged KV cache: one interface, an implementation for each kind of device."""
 
-from jaxllama.attention.reference import paged_attention
+from __future__ import annotations
 
-__all__ = ["paged_attention"]
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxllama.attention.reference import ReferenceAttention
+from jaxllama.attention.tpu import TpuAttention
+from jaxllama.cache import KVPool
+from jaxllama.config import LlamaConfig
+
+__all__ = ["Attention", "ReferenceAttention", "choose_attention"]
+
+
+class Attention(Protocol):
+    """Writes new keys and values to the cache and attends to it. Hashable: it is static under `jax.jit`.
+
+    `kv` is interleaved by head (K0 V0 K1 V1 …). Page tables hold pages of the layer at hand (already offset).
+    `page_size` and `chunk_sizes`, in tokens, are what it works best with. If `needs_clean_pages`, pages must be cleared
+    before another row is given them, because what lies past a row's end must be finite.
+    """
+
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def chunk_sizes(self) -> tuple[int, ...]: ...
+    @property
+    def needs_clean_pages(self) -> bool: ...
+
+    def validate(self, *, page_size: int, num_rows: int, table_width: int) -> None:
+        """Raises: ConfigError if it cannot work with pages of `page_size` tokens or a page table of that size."""
+        ...
+
+    def decode(
+        self,
+        q: Float[Array, "rows heads head_dim"],
+        kv: Float[Array, "rows kv2 head_dim"],
+        pool: KVPool,
+        page_table: Int[Array, "rows max_pages"],
+        positions: Int[Array, " rows"],
+        active: Bool[Array, " rows"],
+    ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
+        """One token a row, at its position. Rows that are not active write nothing; what they return is not read."""
+        ...
+
+    def prefill(
+        self,
+        q: Float[Array, "tokens heads head_dim"],
+        kv: Float[Array, "tokens kv2 head_dim"],
+        pool: KVPool,
+        page_table: Int[Array, " max_pages"],
+        start: Int[Array, ""],
+        num_tokens: Int[Array, ""],
+    ) -> tuple[Float[Array, "tokens heads head_dim"], KVPool]:
+        """A chunk of one row from position `start`, of which `num_tokens` are real."""
+        ...
+
+
+def choose_attention(config: LlamaConfig, mesh: Mesh, dtype: Any) -> Attention:
+    """The TPU kernels where they run (a TPU mesh, bfloat16, heads of 128), else the reference."""
+    is_tpu = mesh.devices.flat[0].platform == "tpu"
+    if is_tpu and jnp.dtype(dtype) == jnp.bfloat16 and config.head_dim % 128 == 0 and mesh.shape["data"] == 1:
+        return TpuAttention(config, mesh)
+    return ReferenceAttention()

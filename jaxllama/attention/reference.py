@@ -3,17 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxllama.cache import KVPool
+from jaxllama.cache import KVPool, write_pages, write_tokens
 
 BLOCK_TOKENS = 128
 QUERY_BLOCK = 128
 _MASKED = -1e30
+
+
+@dataclass(frozen=True)
+class ReferenceAttention:
+    """`Attention` in plain JAX, which XLA partitions."""
+
+    page_size = 16
+    chunk_sizes = (32, 128, 512)
+    needs_clean_pages = False
+
+    def validate(self, *, page_size: int, num_rows: int, table_width: int) -> None:
+        """Any will do."""
+
+    def decode(
+        self,
+        q: Float[Array, "rows heads head_dim"],
+        kv: Float[Array, "rows kv2 head_dim"],
+        pool: KVPool,
+        page_table: Int[Array, "rows max_pages"],
+        positions: Int[Array, " rows"],
+        active: Bool[Array, " rows"],
+    ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
+        """As `Attention.decode`."""
+        pool = write_tokens(pool, kv, page_table, positions, active)
+        # Rows that are not active would only make the others wait for their blocks.
+        positions = jnp.where(active, positions, 0)
+        return paged_attention(q[:, None], pool, page_table, positions[:, None])[:, 0], pool
+
+    def prefill(
+        self,
+        q: Float[Array, "tokens heads head_dim"],
+        kv: Float[Array, "tokens kv2 head_dim"],
+        pool: KVPool,
+        page_table: Int[Array, " max_pages"],
+        start: Int[Array, ""],
+        num_tokens: Int[Array, ""],
+    ) -> tuple[Float[Array, "tokens heads head_dim"], KVPool]:
+        """As `Attention.prefill`."""
+        pool = write_pages(pool, kv, page_table, start, num_tokens)
+        return paged_attention(q[None], pool, page_table[None], chunk_positions(len(q), start, num_tokens)[None])[
+            0
+        ], pool
+
+
+def chunk_positions(size: int, start: Int[Array, ""], num_tokens: Int[Array, ""]) -> Int[Array, " size"]:
+    """Positions of a chunk's tokens. Padding repeats the last: attention then reads nothing past it, where pages may
+    hold a failed row's NaN."""
+    return start + jnp.minimum(jnp.arange(size), jnp.maximum(num_tokens - 1, 0))
 
 
 def paged_attention(

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxllama.attention import choose_attention
 from jaxllama.cache import kv_bytes_per_token
 from jaxllama.config import LlamaConfig
 from jaxllama.decode import (
@@ -25,6 +26,7 @@ from jaxllama.decode import (
     NOT_FINITE,
     DecodeState,
     StepOutput,
+    clear,
     decode_steps,
     insert,
     make_state,
@@ -78,23 +80,29 @@ class Engine:
         else:
             self._num_rows = _round_up(options.max_rows, mesh)
             self._row_buckets = (self._num_rows,)
-        context_pages = -(-self.max_context // options.page_size)
-        default_pages = 1 + max(context_pages, self._num_rows * min(context_pages, 2048 // options.page_size))
+        self._params = params
+        self._dtype = params["norm"].dtype
+        self.attention = choose_attention(config, mesh, self._dtype)
+        self.page_size = page_size = options.page_size or self.attention.page_size
+        self.chunk_sizes = self.attention.chunk_sizes if options.chunk_sizes is None else options.chunk_sizes
+        if not self.chunk_sizes or any(size < 1 or size % page_size for size in self.chunk_sizes):
+            raise ConfigError(f"chunk_sizes must be multiples of page_size ({page_size}), got {self.chunk_sizes}")
+        context_pages = -(-self.max_context // page_size)
+        default_pages = 1 + max(context_pages, self._num_rows * min(context_pages, 2048 // page_size))
         num_pages = options.num_pages or default_pages
         if num_pages <= context_pages:
             raise ConfigError(
                 f"num_pages ({num_pages}) cannot hold one context of {self.max_context} tokens, which needs "
-                f"{context_pages + 1} pages of {options.page_size}. Lower max_context or raise num_pages"
+                f"{context_pages + 1} pages of {page_size}. Lower max_context or raise num_pages"
             )
-        self._params = params
-        self._dtype = params["norm"].dtype
-        self._table_width = context_pages + max(options.chunk_sizes) // options.page_size
+        self._table_width = context_pages + max(self.chunk_sizes) // page_size
+        self.attention.validate(page_size=page_size, num_rows=self._num_rows, table_width=self._table_width)
         self._shapes = state_shapes(
             config,
             num_rows=self._num_rows,
             num_pages=num_pages,
-            page_size=options.page_size,
-            max_context=self._table_width * options.page_size,
+            page_size=page_size,
+            max_context=self._table_width * page_size,
             dtype=self._dtype,
         )
         self._shardings = state_shardings(config, mesh, self._num_rows)
@@ -103,8 +111,8 @@ class Engine:
         self._scheduler = Scheduler(
             num_rows=self._num_rows if options.max_rows > 1 else 1,
             num_pages=num_pages,
-            page_size=options.page_size,
-            chunk_sizes=options.chunk_sizes,
+            page_size=page_size,
+            chunk_sizes=self.chunk_sizes,
         )
         self._in_flight: deque[_Dispatch] = deque()
         self._step_s = 0.02
@@ -166,7 +174,7 @@ class Engine:
         nothing = self._make_request([0], SamplingParams(), lambda _: None, 0)
         programs: list[tuple[str, Callable[[], None]]] = [
             (f"prefill of {size} tokens", partial(self._prefill, Chunk(nothing, 0, 0, size)))
-            for size in self.options.chunk_sizes
+            for size in self.chunk_sizes
         ]
         programs += [(f"decode of {rows} rows", partial(self._decode_nobody, rows)) for rows in self._row_buckets]
         for done, (name, run) in enumerate(programs):
@@ -180,8 +188,13 @@ class Engine:
         """Runs `insert` and the decode program for `num_rows` rows without a step."""
         row = row_state(self.config, SamplingParams(), prompt=[0], generated=[], remaining=1, seed=0)
         state = insert(self._get_state(), np.int32(0), row)
+        if self.attention.needs_clean_pages:
+            no_pages = np.zeros(self._table_width, np.int32)
+            state = state._replace(pool=clear(self.config, state.pool, no_pages, np.int32(0)))
         nobody = np.zeros(self._num_rows, np.bool_)
-        self._state, _ = decode_steps(self.config, self._params, state, np.int32(1), nobody, num_rows=num_rows)
+        self._state, _ = decode_steps(
+            self.config, self._params, state, np.int32(1), nobody, num_rows=num_rows, attention=self.attention
+        )
 
     def stats(self) -> EngineStats:
         """The load now."""
@@ -299,7 +312,7 @@ class Engine:
 
     def _prefill_some(self) -> None:
         """At most one largest chunk's worth of tokens, so that running streams wait no longer than that."""
-        tokens_left = max(self.options.chunk_sizes)
+        tokens_left = max(self.chunk_sizes)
         for request in self._scheduler.prefilling:
             for chunk in self._scheduler.chunks(request):
                 if chunk.size > tokens_left:
@@ -317,7 +330,9 @@ class Engine:
         table = np.zeros(self._table_width, np.int32)
         table[: len(request.pages)] = request.pages
         start, num_tokens = np.int32(chunk.start), np.int32(chunk.num_tokens)
-        pool = prefill(self.config, self._params, state.pool, tokens, table, start, num_tokens)
+        pool = prefill(
+            self.config, self._params, state.pool, tokens, table, start, num_tokens, attention=self.attention
+        )
         self._state = state._replace(pool=pool)
 
     def _activate(self, request: EngineRequest) -> None:
@@ -353,7 +368,9 @@ class Engine:
             self._page_table = table
             state = state._replace(page_table=jax.device_put(table, self._shardings.page_table))
         bucket = next(size for size in self._row_buckets if size > max(rows))
-        self._state, output = decode_steps(self.config, self._params, state, np.int32(max_steps), keep, num_rows=bucket)
+        self._state, output = decode_steps(
+            self.config, self._params, state, np.int32(max_steps), keep, num_rows=bucket, attention=self.attention
+        )
         wants_logprobs = any(request.params.logprobs is not None for request in running)
         output.tokens.copy_to_host_async()
         self._in_flight.append(_Dispatch(output, rows, max_steps, wants_logprobs, time.monotonic()))
@@ -377,7 +394,9 @@ class Engine:
                     break
                 if self._in_flight:
                     return False
-                self._scheduler.set_aside(self._scheduler.youngest())
+                youngest = self._scheduler.youngest()
+                self._clean(youngest)
+                self._scheduler.set_aside(youngest)
         return True
 
     def _read(self, dispatch: _Dispatch) -> None:
@@ -427,9 +446,19 @@ class Engine:
         error: Exception | None = None,
     ) -> None:
         self._tell(request, TokenOutput(token_ids, logprobs, reason, stop_token_id, error))
+        self._clean(request)
         with self._changed:
             self._scheduler.remove(request)
             self._changed.notify_all()
+
+    def _clean(self, request: EngineRequest) -> None:
+        """Clears a request's pages before they are given back, if the attention needs it."""
+        if self.attention.needs_clean_pages and request.pages and self._failure is None:
+            pages = np.zeros(self._table_width, np.int32)
+            pages[: len(request.pages)] = request.pages
+            state = self._get_state()
+            pool = clear(self.config, state.pool, pages, np.int32(len(request.pages)))
+            self._state = state._replace(pool=pool)
 
     def _tell(self, request: EngineRequest, output: TokenOutput) -> None:
         """Calls the request's `on_output`. If that raises, this request ends, and no other is hurt."""

@@ -11,31 +11,27 @@ from jaxllama.errors import ConfigError
 class EngineOptions:
     """How much the engine may hold and how it divides its work.
 
-    `max_context` None is the model's own. `num_pages` None holds `max_rows` rows of 2,048 tokens each, and at least one
-    whole context. `chunk_sizes` are the prefill programs, in tokens, multiples of `page_size`. A dispatch runs as many
-    steps as take about `dispatch_s` seconds, at most 32: longer is less host work, shorter a smoother stream. With work
-    pending and no step finished for `stall_timeout_s`, `Engine.health` says so.
+    `max_context` None is the model's own. `num_pages` None holds `max_rows` rows of 2,048 tokens each, and at least
+    one whole context. `chunk_sizes` are the prefill programs, in tokens, multiples of `page_size`; None leaves both
+    to the device's attention (CPU: 16 and 32, 128, 512; TPU kernels: 128 and 128, 512, 2,048). A dispatch runs as
+    many steps as take about `dispatch_s` seconds, at most 32: longer is less host work, shorter a smoother stream.
+    With work pending and no step finished for `stall_timeout_s`, `Engine.health` says so.
     """
 
     max_rows: int = 16
     max_context: int | None = None
-    page_size: int = 16
+    page_size: int | None = None
     num_pages: int | None = None
     max_queue: int = 256
-    chunk_sizes: tuple[int, ...] = (32, 128, 512)
+    chunk_sizes: tuple[int, ...] | None = None
     dispatch_s: float = 0.05
     stall_timeout_s: float = 15.0
 
     def __post_init__(self) -> None:
-        for name in ("max_rows", "page_size", "max_queue"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_context", "num_pages"):
+        for name, least in (("max_rows", 1), ("page_size", 1), ("max_queue", 1), ("max_context", 2), ("num_pages", 2)):
             value = getattr(self, name)
-            if value is not None and value < 2:
-                raise ConfigError(f"{name} must be at least 2, got {value}")
-        if not self.chunk_sizes or any(size < 1 or size % self.page_size for size in self.chunk_sizes):
-            raise ConfigError(f"chunk_sizes must be multiples of page_size ({self.page_size}), got {self.chunk_sizes}")
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference
 
-from jaxllama.attention import paged_attention
+from jaxllama.attention.reference import paged_attention
 
 attend = jax.jit(paged_attention)
 

@@ -71,10 +71,10 @@ def test_a_long_prefill_is_not_a_stall(monkeypatch):
 
     def slow(*args: Any) -> Any:
         seen.append(engine.health())
-        time.sleep(0.15)
+        time.sleep(0.4)
         return prefill(*args)
 
-    with tiny.make_llama(options=dataclasses.replace(tiny.SMALL, stall_timeout_s=0.4, chunk_sizes=(8,))) as llama:
+    with tiny.make_llama(options=dataclasses.replace(tiny.SMALL, stall_timeout_s=2.0, chunk_sizes=(8,))) as llama:
         engine = llama.engine
         run(engine, prompt(3), GREEDY)
         monkeypatch.setattr("jaxllama.engine.engine.prefill", slow)
