@@ -77,7 +77,7 @@ def test_a_long_prefill_is_not_a_stall(monkeypatch):
     with tiny.make_llama(options=dataclasses.replace(tiny.SMALL, stall_timeout_s=0.4, chunk_sizes=(8,))) as llama:
         engine = llama.engine
         run(engine, prompt(3), GREEDY)
-        monkeypatch.setattr("jaxllama.engine.engine.prefill", slow)
+        monkeypatch.setattr("jaxllama.engine.device.prefill", slow)
         run(engine, prompt(70), GREEDY)
     assert seen == [None] * 9
 
@@ -92,7 +92,7 @@ def test_a_failed_engine_fails_every_caller_once_and_says_so(monkeypatch, broken
         run(engine, prompt(3), GREEDY)
         with held(engine):
             callers = [Collector(engine, prompt(12), GREEDY) for _ in range(7)]
-            monkeypatch.setattr(f"jaxllama.engine.engine.{broken}", fail)
+            monkeypatch.setattr(f"jaxllama.engine.device.{broken}", fail)
         for done in callers:
             assert done.wait().finish_reason == "error"
             assert isinstance(done.error, EngineStoppedError)
