@@ -306,12 +306,12 @@ def _gather(
             now = time.monotonic()
             missing = [i for i in range(1, num_processes) if i not in links]
             if now > deadline:
-                reason = f"{_processes(missing)} of {num_processes} not joined within {timeout_s:g} s{refused}"
+                reason = f"{_processes(missing)} not joined within {timeout_s:g} s{refused}"
                 for link in links.values():
                     link.try_send(_FAILED, reason.encode())
                 raise LockstepError(reason)
             if now - told > 5.0:
-                print(f"Waiting: {_processes(missing)} of {num_processes} not joined yet{refused}", flush=True)
+                print(f"Waiting: {_processes(missing)} not joined yet{refused}", flush=True)
                 told = now
             listener.settimeout(min(0.5, max(0.01, deadline - now)))
             with contextlib.suppress(TimeoutError):
