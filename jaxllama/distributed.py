@@ -10,6 +10,7 @@ The ports belong on a private network: like JAX's own, they ask for no password.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import queue
@@ -396,15 +397,20 @@ def _report(
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    """Listens at `host` alone if that is an address of this machine, else everywhere."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=128)
+        address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0][4][0]
     except socket.gaierror as error:
-        raise ConfigError(f"the coordinator's host {host!r} is not known: {error}") from None
+        raise LockstepError(f"the coordinator's host {host!r} is not known: {error}") from None
+    # Many systems give their own name a loopback address, where no other machine finds it.
+    is_own_name = str(address).startswith("127.") and host != "localhost" and not host.startswith("127.")
+    try:
+        return socket.create_server(("" if is_own_name else host, port), family=family, backlog=128)
     except OSError as error:
-        if error.errno == 99:  # EADDRNOTAVAIL: others reach this machine by an address that is not one of its own.
-            return socket.create_server(("", port), backlog=128)
-        raise LockstepError(f"process 0 cannot listen at {host}:{port}: {error}") from None
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise LockstepError(f"process 0 cannot listen at {host}:{port}: {error}") from None
+    return socket.create_server(("", port), family=family, backlog=128)
 
 
 def _set_up(sock: socket.socket) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxllama.distributed import parse_address
+from jaxllama.errors import ConfigError
 from jaxllama_serving.config import ServerConfigError
 
 POD_PORT = 8492
@@ -72,6 +74,10 @@ def find_hosts(args: argparse.Namespace, environ: Mapping[str, str], dev: Path =
         )
     if not 0 <= args.process_id < args.num_processes:
         raise ServerConfigError(f"--process-id must be from 0 to {args.num_processes - 1}, got {args.process_id}")
+    try:
+        parse_address(args.coordinator)
+    except ConfigError as error:
+        raise ServerConfigError(f"--coordinator: {error}") from None
     return Hosts(args.coordinator, args.num_processes, args.process_id)
 
 

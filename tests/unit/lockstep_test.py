@@ -325,6 +325,7 @@ def test_processes_that_never_come_or_differ_are_named(model, cache, tmp_path):
         tmp_path, "lonely", *common(model, cache), "--join-timeout", 2, *many(f"127.0.0.1:{free_port()}", 2, 1)
     )
     try:
+        speak_http_to(address)
         assert leader.code(START_TIMEOUT_S) == 1
         assert "processes 1, 2 have not joined within 8 s" in leader.text
         assert "--max-rows is 8 there and 2 in process 0" in leader.text
@@ -335,6 +336,43 @@ def test_processes_that_never_come_or_differ_are_named(model, cache, tmp_path):
         assert "process 0 cannot be reached at 127.0.0.1:" in lonely.text
     finally:
         for process in (leader, late, lonely):
+            process.end()
+
+
+def speak_http_to(address: str) -> None:
+    """A stranger at the coordinator's port is worth no word, and hurts nobody."""
+    host, _, port = address.partition(":")
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            with socket.create_connection((host, int(port)), timeout=10) as sock:
+                sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                with contextlib.suppress(ConnectionError):
+                    assert sock.recv(100) == b""
+                return
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_a_process_that_cannot_load_is_named(model, cache, tmp_path):
+    damaged = Path(shutil.copytree(model, tmp_path / "damaged"))
+    # Its size is right, so it shows only after the processes have met.
+    array = damaged / "params" / "norm" / ".zarray"
+    array.write_bytes(b"?" * array.stat().st_size)
+    address = f"127.0.0.1:{free_port()}"
+    processes = [
+        Process(tmp_path, f"process{i}", *common(folder, cache), *many(address, 2, i))
+        for i, folder in enumerate((model, damaged))
+    ]
+    try:
+        assert [process.code(START_TIMEOUT_S) for process in processes] == [1, 2]
+        assert "process 1 (host " in processes[0].text
+        assert "failed: CheckpointError: " in processes[0].text
+        assert "jaxllama serve: " in processes[1].text
+        assert "norm/.zarray" in processes[1].text
+    finally:
+        for process in processes:
             process.end()
 
 
