@@ -216,7 +216,7 @@ class Group:
             ):
                 return
             self._failed.set()
-        grace_s = _GRACE_S if self._on_failure is not None else 0.2
+        grace_s = _GRACE_S if self.is_leader and self._on_failure is not None else 0.2
         threading.Thread(target=_exit_after, args=(grace_s,), daemon=True).start()
         print(
             f"jaxllama: {reason}. This is process {self.process_id} of {self.num_processes}, which ends too.",

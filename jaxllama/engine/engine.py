@@ -22,7 +22,7 @@ from jaxllama.config import LlamaConfig
 from jaxllama.decode import MAX_STEPS, NOT_FINITE, StepOutput, row_state, state_shapes
 from jaxllama.distributed import Group
 from jaxllama.engine.device import Device, Programs
-from jaxllama.engine.lockstep import Leading, follow
+from jaxllama.engine.lockstep import Leading, check_processes, follow
 from jaxllama.engine.options import EngineOptions, EngineStats
 from jaxllama.engine.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
 from jaxllama.engine.scheduler import Chunk, Scheduler
@@ -61,7 +61,7 @@ class Engine:
     def __init__(
         self, config: LlamaConfig, params: Params, mesh: Mesh, options: EngineOptions, group: Group | None = None
     ) -> None:
-        _check_processes(mesh, group)
+        check_processes(mesh, group)
         self.config = config
         self.options = options
         self.group = group
@@ -71,7 +71,7 @@ class Engine:
             self._num_rows = max(2, options.max_rows)
             self._row_buckets = _row_buckets(self._num_rows)
         else:
-            self._num_rows = _round_up(options.max_rows, mesh)
+            self._num_rows = -(-options.max_rows // mesh.shape["data"]) * mesh.shape["data"]
             self._row_buckets = (self._num_rows,)
         context_pages = -(-self.max_context // options.page_size)
         default_pages = 1 + max(context_pages, self._num_rows * min(context_pages, 2048 // options.page_size))
@@ -194,10 +194,9 @@ class Engine:
 
     def health(self) -> str | None:
         """None if all is well, else what is wrong."""
-        if isinstance(self._failure, LockstepError):
-            return f"the engine has failed: {self._failure}"
         if self._failure is not None:
-            return f"the engine has failed: {type(self._failure).__name__}"
+            is_named = isinstance(self._failure, LockstepError)
+            return f"the engine has failed: {self._failure if is_named else type(self._failure).__name__}"
         idle_s = time.monotonic() - self._last_progress
         if self._scheduler.has_work and idle_s > self.options.stall_timeout_s:
             return f"no step has finished for {idle_s:.0f} s"
@@ -227,7 +226,6 @@ class Engine:
         A process that is lost, this one included, is named on stderr, and this one ends with code 1.
         """
         assert self.group is not None
-        assert not self.group.is_leader
         try:
             follow(self.config, self._device, self.group)
         except Exception as error:
@@ -472,42 +470,22 @@ class Engine:
             left = [*self._inbox, *self._scheduler.waiting, *(r for r in self._scheduler.rows if r is not None)]
             self._inbox.clear()
             self._in_flight.clear()
+        last = TokenOutput(finish_reason="cancelled")
+        if self._failure is not None:
+            error = EngineStoppedError(f"the engine has failed: {self._failure}")
+            error.__cause__ = self._failure
+            last = TokenOutput(finish_reason="error", error=error)
         for request in left:
-            self._tell(request, self._last_output())
+            self._tell(request, last)
         with self._changed:
             for request in left:
                 self._scheduler.remove(request)
             self._changed.notify_all()
 
-    def _last_output(self) -> TokenOutput:
-        if self._failure is None:
-            return TokenOutput(finish_reason="cancelled")
-        error = EngineStoppedError(f"the engine has failed: {self._failure}")
-        error.__cause__ = self._failure
-        return TokenOutput(finish_reason="error", error=error)
-
-
-def _check_processes(mesh: Mesh, group: Group | None) -> None:
-    processes = {device.process_index for device in mesh.devices.flat}
-    if group is None and len(processes) > 1:
-        raise ConfigError(
-            f"the mesh spans {len(processes)} processes. Give their group (jaxllama.distributed.join), or make the "
-            "mesh of jax.local_devices()"
-        )
-    if group is not None and len(processes) != group.num_processes:
-        raise ConfigError(
-            f"a mesh of {mesh.devices.size} devices spans {len(processes)} of {group.num_processes} processes, "
-            "expected devices of every one"
-        )
-
 
 def _row_buckets(num_rows: int) -> tuple[int, ...]:
     """Numbers of rows that decode programs are made for: few rows should not pay for many, nor compile for each."""
     return tuple(sorted({2, max(2, num_rows // 4), num_rows}))
-
-
-def _round_up(num_rows: int, mesh: Mesh) -> int:
-    return -(-num_rows // mesh.shape["data"]) * mesh.shape["data"]
 
 
 def _read_logprobs(output: StepOutput) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

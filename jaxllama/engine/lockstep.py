@@ -14,13 +14,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Int
 
 from jaxllama.config import LlamaConfig
 from jaxllama.decode import RowState, StepOutput, row_state
 from jaxllama.distributed import Group
 from jaxllama.engine.device import Device
-from jaxllama.errors import LockstepError
+from jaxllama.errors import ConfigError, LockstepError
 from jaxllama.sampling import SamplingParams
 
 _LENGTH = struct.Struct("!I")
@@ -65,11 +66,27 @@ class Leading:
         self._device.wait()
 
 
+def check_processes(mesh: Mesh, group: Group | None) -> None:
+    """Raises: ConfigError unless `mesh` has devices of every process of `group` (None: of one process alone)."""
+    num_processes = len({device.process_index for device in mesh.devices.flat})
+    if group is None and num_processes > 1:
+        raise ConfigError(
+            f"the mesh spans {num_processes} processes. Give their group (jaxllama.distributed.join), or make the mesh "
+            "of jax.local_devices()"
+        )
+    if group is not None and num_processes != group.num_processes:
+        raise ConfigError(
+            f"a mesh of {mesh.devices.size} devices spans {num_processes} of {group.num_processes} processes, expected "
+            "devices of every one"
+        )
+
+
 def follow(config: LlamaConfig, device: Device, group: Group) -> None:
     """Makes process 0's calls on this process's devices until it closes its engine.
 
     Raises: LockstepError for a call that is not understood; whatever a program raises.
     """
+    assert not group.is_leader, "process 0 leads"
     template = row_state(config, SamplingParams(), prompt=[0], generated=[], remaining=1, seed=0)
     row_tree = jax.tree.structure(template)
 
