@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -25,8 +27,9 @@ import tiny
 
 from jaxllama import SamplingParams, checkpoint
 from jaxllama.decode import row_state
-from jaxllama.engine.lockstep import decode, encode
-from jaxllama.errors import LockstepError
+from jaxllama.distributed import join
+from jaxllama.engine.lockstep import check_processes, decode, encode
+from jaxllama.errors import ConfigError, LockstepError
 
 START_TIMEOUT_S = 120.0
 NAMED_WITHIN_S = 15.0
@@ -67,6 +70,71 @@ def test_a_call_survives_its_encoding():
 def test_bytes_that_are_no_call_are_refused(message: bytes):
     with pytest.raises(LockstepError, match="process 0 sent"):
         decode(message)
+
+
+# ---- Who takes part ----
+
+
+def test_a_mesh_has_devices_of_every_process_of_the_group():
+    def mesh(*process_ids: int) -> Any:
+        return SimpleNamespace(devices=np.array([SimpleNamespace(process_index=i) for i in process_ids]))
+
+    two: Any = SimpleNamespace(num_processes=2)
+    check_processes(mesh(0, 0), None)
+    check_processes(mesh(0, 0, 1, 1), two)
+    with pytest.raises(ConfigError, match=r"spans 2 processes\. Give their group"):
+        check_processes(mesh(0, 1), None)
+    with pytest.raises(ConfigError, match="2 devices spans 1 of 2 processes"):
+        check_processes(mesh(0, 0), two)
+
+
+@pytest.mark.parametrize(("num_processes", "process_id"), [(1, 0), (2, 2), (2, -1)])
+def test_a_process_id_out_of_range_is_refused(num_processes: int, process_id: int):
+    with pytest.raises(ConfigError, match=f"process_id={process_id}"):
+        join("127.0.0.1:9", num_processes=num_processes, process_id=process_id)
+
+
+def test_a_coordinator_that_is_unknown_or_taken_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(LockstepError, match=f"process 0 cannot listen at {address}: .*in use"):
+            join(address, num_processes=2, process_id=0)
+    with pytest.raises(LockstepError, match=r"'no-such-host.invalid' is not known"):
+        join("no-such-host.invalid:8492", num_processes=2, process_id=0)
+
+
+def test_who_died_before_all_were_there_may_come_again(capsys: pytest.CaptureFixture[str]):
+    port = free_port()
+    errors: list[LockstepError] = []
+
+    def lead() -> None:
+        try:
+            join(f"127.0.0.1:{port}", num_processes=3, process_id=0, join_timeout_s=3)
+        except LockstepError as error:
+            errors.append(error)
+
+    def say_hello() -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", port), timeout=10)
+        hello = {"process_id": 1, "num_processes": 3, "name": "process 1", "settings": {"jax": jax.__version__}}
+        payload = json.dumps(hello).encode()
+        sock.sendall(struct.pack("!BI", 1, len(payload)) + payload)
+        return sock
+
+    leader = threading.Thread(target=lead)
+    leader.start()
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            say_hello().close()
+            break
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+    with say_hello() as second, say_hello() as third:
+        assert b"process 1 has that process id already" in third.recv(1000)
+        assert b"process 2 has not joined within 3 s" in second.recv(1000)
+    leader.join(10)
+    assert "process 2 has not joined within 3 s" in str(errors[0])
+    assert "Refused: process 1: process 1 has that process id already" in capsys.readouterr().out
 
 
 # ---- Processes ----
@@ -366,7 +434,7 @@ def test_a_process_that_cannot_load_is_named(model, cache, tmp_path):
         for i, folder in enumerate((model, damaged))
     ]
     try:
-        assert [process.code(START_TIMEOUT_S) for process in processes] == [1, 2]
+        assert [process.code(START_TIMEOUT_S) for process in processes] == [1, 1]
         assert "process 1 (host " in processes[0].text
         assert "failed: CheckpointError: " in processes[0].text
         assert "jaxllama serve: " in processes[1].text
