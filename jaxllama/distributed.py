@@ -191,7 +191,9 @@ class Group:
                 if kind == _MESSAGE and not self.is_leader:
                     self._inbox.put(payload)
                 elif kind == _STOP:
-                    # From process 0 it ends this process's work; another's means only that it has done so.
+                    # Process 0 closes first: the others leave when it says so, and not before.
+                    if self.is_leader and not self._closed.is_set():
+                        self._fail(f"{link.name} has left before process 0 closed the engine")
                     link.is_done = True
                     self._inbox.put(None)
                 elif kind == _FAILED:
@@ -208,7 +210,7 @@ class Group:
         last = time.monotonic()
         while not self._closed.wait(_TICK_S):
             now = time.monotonic()
-            if now - last > self._timeout_s / 2:
+            if now - last > _TICK_S + self._timeout_s / 2:
                 # This process itself was stopped for a while: the others' silence is its own.
                 for link in self._links:
                     link.heard = now

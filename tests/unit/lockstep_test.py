@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxllama import SamplingParams, checkpoint
+from jaxllama import SamplingParams, checkpoint, distributed
 from jaxllama.decode import row_state
 from jaxllama.distributed import join
 from jaxllama.engine.lockstep import check_processes, decode, encode
@@ -135,6 +135,102 @@ def test_who_died_before_all_were_there_may_come_again(capsys: pytest.CaptureFix
     leader.join(10)
     assert "process 2 has not joined within 3 s" in str(errors[0])
     assert "Refused: process 1: process 1 has that process id already" in capsys.readouterr().out
+
+
+# ---- One process's view of another ----
+
+
+class Peer:
+    """A group of two in this process, process 0 or 1, and the other end of its connection."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, process_id: int) -> None:
+        self.exits: list[float] = []
+        self.failed = threading.Event()
+        monkeypatch.setattr(distributed, "_exit_after", self.exits.append)
+        here, self.sock = socket.socketpair()
+        self.sock.settimeout(10)
+        link = distributed._Link(here, 1 - process_id, f"process {1 - process_id} (host x, pid 1)")
+        self.group = distributed.Group(process_id, [link], 2, 1.0, None)
+        self.reasons: list[str] = []
+        self.group.on_failure(self._on_failure)
+
+    def _on_failure(self, error: LockstepError) -> None:
+        self.reasons.append(str(error))
+        self.failed.set()
+
+    def send(self, kind: int, payload: bytes = b"") -> None:
+        self.sock.sendall(struct.pack("!BI", kind, len(payload)) + payload)
+
+    def wait(self, timeout_s: float = 10) -> str:
+        assert self.failed.wait(timeout_s)
+        time.sleep(0.2)
+        assert len(self.reasons) == len(self.exits) == 1
+        return self.reasons[0]
+
+
+@pytest.fixture
+def make_peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Peer]]:
+    peers: list[Peer] = []
+
+    def make(process_id: int) -> Peer:
+        peers.append(Peer(monkeypatch, process_id))
+        return peers[-1]
+
+    yield make
+    for peer in peers:
+        # Or the group's threads would end the tests' process once `_exit_after` is itself again.
+        peer.group._closed.set()
+        peer.sock.close()
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (lambda peer: None, "process 1 (host x, pid 1) has stopped answering: nothing from it for 1 s"),
+        (lambda peer: peer.sock.close(), "process 1 (host x, pid 1) is gone: its connection closed"),
+        (lambda peer: peer.send(distributed._FAILED, b"OOM"), "process 1 (host x, pid 1) failed: OOM"),
+        (lambda peer: peer.send(distributed._STOP), "process 1 (host x, pid 1) has left before process 0 closed"),
+        (lambda peer: peer.sock.sendall(b"GET / HTTP/1.1"), "process 1 (host x, pid 1) sent what no jaxllama sends"),
+    ],
+    ids=["silent", "gone", "failed", "left", "nonsense"],
+)
+def test_process_0_names_the_process_at_fault_once(act, reason, make_peer, capsys):
+    peer = make_peer(0)
+    act(peer)
+    assert peer.wait().startswith(reason)
+    assert f"jaxllama: {reason}" in capsys.readouterr().err
+
+
+def test_a_process_that_beats_is_alive_and_one_that_fails_blames_itself_last(make_peer):
+    peer = make_peer(0)
+    for _ in range(6):
+        peer.send(distributed._BEAT)
+        time.sleep(0.4)
+    assert not peer.failed.is_set()
+    # A program broke here because process 1 died, which is seen a moment later.
+    failing = threading.Thread(target=peer.group.fail, args=(RuntimeError("connection reset"),), daemon=True)
+    failing.start()
+    time.sleep(0.1)
+    peer.sock.close()
+    assert peer.wait() == "process 1 (host x, pid 1) is gone: its connection closed"
+
+
+def test_a_process_whose_own_program_fails_names_itself(monkeypatch, make_peer):
+    monkeypatch.setattr(distributed, "_EXPLANATION_S", 0.1)
+    peer = make_peer(0)
+    peer.group.fail(RuntimeError("out of\nmemory"))
+    assert peer.wait() == "process 0 failed: RuntimeError: out of memory"
+    assert distributed._Link(peer.sock, 0, "").receive() == (distributed._FAILED, b"RuntimeError: out of memory")
+
+
+def test_a_follower_takes_messages_in_order_and_process_0s_verdict(make_peer):
+    peer = make_peer(1)
+    for i in range(3):
+        peer.send(distributed._MESSAGE, bytes([i]))
+    messages = peer.group.messages()
+    assert [next(messages) for _ in range(3)] == [b"\0", b"\1", b"\2"]
+    peer.send(distributed._FAILED, b"process 3 (host y, pid 2) is gone: its connection closed")
+    assert peer.wait() == "process 3 (host y, pid 2) is gone: its connection closed"
 
 
 # ---- Processes ----
