@@ -64,10 +64,10 @@ class DecodeState(NamedTuple):
 class RowState(NamedTuple):
     """One row as the host makes it (NumPy), for `insert`. Fields as in `DecodeState`, without the row dimension."""
 
-    length: int
-    last_token: int
-    remaining: int
-    min_remaining: int
+    length: np.int32
+    last_token: np.int32
+    remaining: np.int32
+    min_remaining: np.int32
     generated_counts: np.ndarray
     prompt_mask: np.ndarray
     sampling: SamplingArrays
@@ -202,10 +202,10 @@ def row_state(
     )
     ids = prompt + generated
     return RowState(
-        length=len(ids) - 1,
-        last_token=ids[-1],
-        remaining=remaining,
-        min_remaining=max(0, params.min_tokens - len(generated)),
+        length=np.int32(len(ids) - 1),
+        last_token=np.int32(ids[-1]),
+        remaining=np.int32(remaining),
+        min_remaining=np.int32(max(0, params.min_tokens - len(generated))),
         generated_counts=counts,
         prompt_mask=prompt_mask,
         sampling=sampling,

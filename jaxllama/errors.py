@@ -11,7 +11,8 @@ JaxLlamaError
 ├── EngineError                      the engine cannot run the request
 │   ├── QueueFullError               too many requests or tokens wait
 │   ├── EngineStoppedError           the engine drains, has stopped or has failed
-│   └── NonFiniteLogitsError         the model produced NaN or infinity for this request
+│   ├── NonFiniteLogitsError         the model produced NaN or infinity for this request
+│   └── LockstepError                a many-host engine cannot go on; the message names the process at fault
 └── MissingExtraError (ImportError)  an optional dependency is not installed
 """
 
@@ -69,6 +70,10 @@ class EngineStoppedError(EngineError):
 
 class NonFiniteLogitsError(EngineError):
     """The model produced NaN or infinity for this request."""
+
+
+class LockstepError(EngineError):
+    """A many-host engine cannot go on; the message names the process at fault."""
 
 
 class MissingExtraError(JaxLlamaError, ImportError):

@@ -18,6 +18,7 @@ from jaxllama.cache import KV_POOL_AXES, kv_pool_shape
 from jaxllama.checkpoint import Checkpoint, restore_params
 from jaxllama.config import LlamaConfig
 from jaxllama.decode import prefill_logits
+from jaxllama.distributed import Group
 from jaxllama.engine.engine import Engine
 from jaxllama.engine.options import EngineOptions
 from jaxllama.engine.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
@@ -72,8 +73,12 @@ def load(
     *,
     dtype: Any = None,
     options: EngineOptions | None = None,
+    group: Group | None = None,
 ) -> Llama:
     """Loads a converted checkpoint onto `mesh` (None: all devices, tensor-parallel), as `dtype` (None: as stored).
+
+    `group` is that of many processes (`jaxllama.distributed.join`), each of which calls this alike and reads its own
+    shards. Process 0 then uses the model, and the others call `llama.engine.follow()`.
 
     Raises: CheckpointError, TokenizerError, ChatTemplateError or ConfigError, saying what is wrong with which file.
     """
@@ -96,6 +101,7 @@ def load(
         chat_template=chat_template,
         checkpoint=checkpoint,
         options=options or EngineOptions(),
+        group=group,
     )
 
 
@@ -115,6 +121,7 @@ class Llama:
         chat_template: ChatTemplate | None = None,
         checkpoint: Checkpoint | None = None,
         options: EngineOptions | None = None,
+        group: Group | None = None,
     ) -> None:
         self.config = config
         self.params = params
@@ -122,7 +129,7 @@ class Llama:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.checkpoint = checkpoint
-        self.engine = Engine(config, params, mesh, options or EngineOptions())
+        self.engine = Engine(config, params, mesh, options or EngineOptions(), group)
 
     @property
     def max_context(self) -> int:
@@ -197,8 +204,11 @@ class Llama:
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Scores of every next token after each of `ids`: float32 `[len(ids), vocab_size]`.
 
-        Raises: RequestError for ids outside the vocabulary, ContextLengthError for more than the context.
+        Not over many processes. Raises: RequestError there and for ids outside the vocabulary, ContextLengthError for
+        more than the context.
         """
+        if self.engine.group is not None:
+            raise RequestError("logits are of one process; this model is spread over several")
         tokens = np.asarray(_token_ids(ids, "ids"), np.int32)
         vocab, context = self.config.vocab_size, self.config.max_position_embeddings
         if tokens.ndim != 1 or not tokens.size or tokens.min() < 0 or tokens.max() >= vocab:

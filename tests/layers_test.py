@@ -26,7 +26,15 @@ PACKAGES = {
 LAYERS = (
     ("jaxllama.errors",),
     ("jaxllama.config",),
-    ("jaxllama.params", "jaxllama.rope", "jaxllama.mesh", "jaxllama.text", "jaxllama.compilation"),
+    (
+        "jaxllama.params",
+        "jaxllama.rope",
+        "jaxllama.mesh",
+        "jaxllama.text",
+        "jaxllama.compilation",
+        "jaxllama.distributed",
+        "jaxllama.relay",
+    ),
     ("jaxllama.cache", "jaxllama.sampling", "jaxllama.quant"),
     ("jaxllama.attention",),
     ("jaxllama.model",),
@@ -62,9 +70,10 @@ WITHOUT_JAX = (
     "jaxllama.engine.pages",
     "jaxllama_serving.protocol",
 )
-# The applications use what `jaxllama` exports, its errors and text; the converter also what checkpoints are made of.
+# The applications use what `jaxllama` exports, its errors and text; the server also the processes of many hosts, the
+# converter what checkpoints are made of.
 PUBLIC_TO = {
-    "jaxllama_serving": ("jaxllama", "jaxllama.errors", "jaxllama.text"),
+    "jaxllama_serving": ("jaxllama", "jaxllama.errors", "jaxllama.text", "jaxllama.distributed"),
     "jaxllama_convert": (
         "jaxllama",
         "jaxllama.errors",

@@ -14,27 +14,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxllama.attention import choose_attention
 from jaxllama.cache import kv_bytes_per_token
 from jaxllama.config import LlamaConfig
-from jaxllama.decode import (
-    MAX_STEPS,
-    NOT_FINITE,
-    DecodeState,
-    StepOutput,
-    clear,
-    decode_steps,
-    insert,
-    make_state,
-    prefill,
-    row_state,
-    state_shapes,
-    state_shardings,
-)
+from jaxllama.decode import MAX_STEPS, NOT_FINITE, StepOutput, row_state, state_shapes
+from jaxllama.distributed import Group
+from jaxllama.engine.device import Device, Programs
+from jaxllama.engine.lockstep import Leading, check_processes, follow
 from jaxllama.engine.options import EngineOptions, EngineStats
 from jaxllama.engine.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
 from jaxllama.engine.scheduler import Chunk, Scheduler
@@ -42,6 +31,7 @@ from jaxllama.errors import (
     ConfigError,
     ContextLengthError,
     EngineStoppedError,
+    LockstepError,
     NonFiniteLogitsError,
     QueueFullError,
     RequestError,
@@ -69,18 +59,21 @@ class Engine:
     `submit`, `EngineRequest.cancel`, `stats`, `health`, `drain` and `close` may be called from any thread.
     """
 
-    def __init__(self, config: LlamaConfig, params: Params, mesh: Mesh, options: EngineOptions) -> None:
+    def __init__(
+        self, config: LlamaConfig, params: Params, mesh: Mesh, options: EngineOptions, group: Group | None = None
+    ) -> None:
+        check_processes(mesh, group)
         self.config = config
         self.options = options
+        self.group = group
         self.max_context = min(options.max_context or config.max_position_embeddings, config.max_position_embeddings)
         if mesh.shape["data"] == 1:
             # XLA multiplies one row by another path, with other bits, than two: a row must not notice its batch.
             self._num_rows = max(2, options.max_rows)
             self._row_buckets = _row_buckets(self._num_rows)
         else:
-            self._num_rows = _round_up(options.max_rows, mesh)
+            self._num_rows = -(-options.max_rows // mesh.shape["data"]) * mesh.shape["data"]
             self._row_buckets = (self._num_rows,)
-        self._params = params
         self._dtype = params["norm"].dtype
         self.attention = choose_attention(config, mesh, self._dtype)
         self.page_size = page_size = options.page_size or self.attention.page_size
@@ -105,8 +98,8 @@ class Engine:
             max_context=self._table_width * page_size,
             dtype=self._dtype,
         )
-        self._shardings = state_shardings(config, mesh, self._num_rows)
-        self._state: DecodeState | None = None
+        self._device = Device(config, params, mesh, self._shapes, self.attention)
+        self._programs: Programs = self._device if group is None else Leading(self._device, group)
         self._page_table = np.zeros((self._num_rows, self._table_width), np.int32)
         self._scheduler = Scheduler(
             num_rows=self._num_rows if options.max_rows > 1 else 1,
@@ -119,12 +112,15 @@ class Engine:
         self._inbox: deque[EngineRequest] = deque()
         self._arrivals = itertools.count()
         self._changed = threading.Condition()
+        self._telling = threading.Lock()
         self._thread: threading.Thread | None = None
         self._is_accepting = True
         self._is_closing = False
         self._failure: Exception | None = None
         self._is_warm = False
         self._last_progress = time.monotonic()
+        if group is not None:
+            group.on_failure(self._abandon)
 
     @property
     def kv_bytes(self) -> int:
@@ -152,6 +148,8 @@ class Engine:
         Raises: RequestError or ContextLengthError for a prompt or parameters that cannot run, QueueFullError,
         EngineStoppedError.
         """
+        if self.group is not None and not self.group.is_leader:
+            raise EngineStoppedError("this process follows process 0, which alone takes requests")
         request = self._make_request(prompt_ids, params, on_output, priority)
         with self._changed:
             if self._failure is not None:
@@ -180,21 +178,17 @@ class Engine:
         for done, (name, run) in enumerate(programs):
             on_progress(done, len(programs), name)
             run()
-        jax.block_until_ready(self._state)
+        self._programs.wait()
         on_progress(len(programs), len(programs), "ready")
         self._is_warm = True
 
     def _decode_nobody(self, num_rows: int) -> None:
         """Runs `insert` and the decode program for `num_rows` rows without a step."""
         row = row_state(self.config, SamplingParams(), prompt=[0], generated=[], remaining=1, seed=0)
-        state = insert(self._get_state(), np.int32(0), row)
+        self._programs.insert(np.int32(0), row)
         if self.attention.needs_clean_pages:
-            no_pages = np.zeros(self._table_width, np.int32)
-            state = state._replace(pool=clear(self.config, state.pool, no_pages, np.int32(0)))
-        nobody = np.zeros(self._num_rows, np.bool_)
-        self._state, _ = decode_steps(
-            self.config, self._params, state, np.int32(1), nobody, num_rows=num_rows, attention=self.attention
-        )
+            self._programs.clear(np.zeros(self._table_width, np.int32), np.int32(0))
+        self._programs.decode(np.int32(1), np.zeros(self._num_rows, np.bool_), num_rows)
 
     def stats(self) -> EngineStats:
         """The load now."""
@@ -210,7 +204,8 @@ class Engine:
     def health(self) -> str | None:
         """None if all is well, else what is wrong."""
         if self._failure is not None:
-            return f"the engine has failed: {type(self._failure).__name__}"
+            is_named = isinstance(self._failure, LockstepError)
+            return f"the engine has failed: {self._failure if is_named else type(self._failure).__name__}"
         idle_s = time.monotonic() - self._last_progress
         if self._scheduler.has_work and idle_s > self.options.stall_timeout_s:
             return f"no step has finished for {idle_s:.0f} s"
@@ -231,6 +226,19 @@ class Engine:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         atexit.unregister(self.close)
+        if self.group is not None:
+            self.group.close()
+
+    def follow(self) -> None:
+        """What every process but 0 does: runs process 0's programs until it closes its engine.
+
+        A process that is lost, this one included, is named on stderr, and this one ends with code 1.
+        """
+        assert self.group is not None
+        try:
+            follow(self.config, self._device, self.group)
+        except Exception as error:
+            self.group.fail(error)
 
     # The engine's thread
 
@@ -279,9 +287,18 @@ class Engine:
                 self._turn()
         except Exception as error:
             with self._changed:
-                self._failure = error
+                self._failure = self._failure or error
+            if self.group is not None:
+                self.group.fail(error)
         finally:
             self._end_all()
+
+    def _abandon(self, error: LockstepError) -> None:
+        """Ends every request, on another thread than the engine's, which may hang in a program that never returns."""
+        with self._changed:
+            self._failure = error
+            self._changed.notify_all()
+        self._end_all()
 
     def _wait_for_work(self) -> bool:
         with self._changed:
@@ -291,7 +308,7 @@ class Engine:
                 self._last_progress = time.monotonic()
             while self._inbox:
                 self._scheduler.enqueue(self._inbox.popleft())
-            return not self._is_closing
+            return not self._is_closing and self._failure is None
 
     def _turn(self) -> None:
         """Drops what was cancelled, prefills a little, launches a dispatch, and reads the one before it."""
@@ -305,7 +322,7 @@ class Engine:
         launched = self._launch()
         if not self._in_flight:
             # Prefill alone: wait for it, or chunks would pile up on the device while cancellations wait behind them.
-            jax.block_until_ready(self._state)
+            self._programs.wait()
             self._last_progress = time.monotonic()
         while len(self._in_flight) > (1 if launched else 0):
             self._read(self._in_flight.popleft())
@@ -323,17 +340,13 @@ class Engine:
             self._activate(request)
 
     def _prefill(self, chunk: Chunk) -> None:
-        request, state = chunk.request, self._get_state()
+        request = chunk.request
         tokens = np.zeros(chunk.size, np.int32)
         ids = (request.prompt + request.generated)[chunk.start : chunk.start + chunk.num_tokens]
         tokens[: len(ids)] = ids
         table = np.zeros(self._table_width, np.int32)
         table[: len(request.pages)] = request.pages
-        start, num_tokens = np.int32(chunk.start), np.int32(chunk.num_tokens)
-        pool = prefill(
-            self.config, self._params, state.pool, tokens, table, start, num_tokens, attention=self.attention
-        )
-        self._state = state._replace(pool=pool)
+        self._programs.prefill(tokens, table, np.int32(chunk.start), np.int32(chunk.num_tokens))
 
     def _activate(self, request: EngineRequest) -> None:
         new = row_state(
@@ -345,7 +358,7 @@ class Engine:
             seed=request.seed,
         )
         assert request.row is not None
-        self._state = insert(self._get_state(), np.int32(request.row), new)
+        self._programs.insert(np.int32(request.row), new)
         request.is_running = True
 
     def _launch(self) -> bool:
@@ -363,14 +376,11 @@ class Engine:
             table[request.row, : len(request.pages)] = request.pages
             keep[request.row] = True
             rows[request.row] = request
-        state = self._get_state()
         if not np.array_equal(table, self._page_table):
             self._page_table = table
-            state = state._replace(page_table=jax.device_put(table, self._shardings.page_table))
+            self._programs.set_page_table(table)
         bucket = next(size for size in self._row_buckets if size > max(rows))
-        self._state, output = decode_steps(
-            self.config, self._params, state, np.int32(max_steps), keep, num_rows=bucket, attention=self.attention
-        )
+        output = self._programs.decode(np.int32(max_steps), keep, bucket)
         wants_logprobs = any(request.params.logprobs is not None for request in running)
         output.tokens.copy_to_host_async()
         self._in_flight.append(_Dispatch(output, rows, max_steps, wants_logprobs, time.monotonic()))
@@ -453,20 +463,25 @@ class Engine:
 
     def _clean(self, request: EngineRequest) -> None:
         """Clears a request's pages before they are given back, if the attention needs it."""
-        if self.attention.needs_clean_pages and request.pages and self._failure is None:
+        if self.attention.needs_clean_pages and request.pages and not self._is_closing and self._failure is None:
             pages = np.zeros(self._table_width, np.int32)
             pages[: len(request.pages)] = request.pages
-            state = self._get_state()
-            pool = clear(self.config, state.pool, pages, np.int32(len(request.pages)))
-            self._state = state._replace(pool=pool)
+            self._programs.clear(pages, np.int32(len(request.pages)))
 
     def _tell(self, request: EngineRequest, output: TokenOutput) -> None:
-        """Calls the request's `on_output`. If that raises, this request ends, and no other is hurt."""
-        try:
-            request.on_output(output)
-        except Exception:
-            logger.exception("on_output of request %s failed; the request is cancelled", request.id)
-            request.is_cancelled = True
+        """Calls the request's `on_output`. If that raises, this request ends, and no other is hurt.
+
+        Nothing follows a request's last output, whichever thread gives it.
+        """
+        with self._telling:
+            if request.is_finished:
+                return
+            request.is_finished = output.finish_reason is not None
+            try:
+                request.on_output(output)
+            except Exception:
+                logger.exception("on_output of request %s failed; the request is cancelled", request.id)
+                request.is_cancelled = True
 
     def _end_all(self) -> None:
         """Every request that is left gets its one last output."""
@@ -474,27 +489,22 @@ class Engine:
             left = [*self._inbox, *self._scheduler.waiting, *(r for r in self._scheduler.rows if r is not None)]
             self._inbox.clear()
             self._in_flight.clear()
+        last = TokenOutput(finish_reason="cancelled")
+        if self._failure is not None:
+            error = EngineStoppedError(f"the engine has failed: {self._failure}")
+            error.__cause__ = self._failure
+            last = TokenOutput(finish_reason="error", error=error)
         for request in left:
-            if self._failure is None:
-                self._finish(request, "cancelled")
-            else:
-                error = EngineStoppedError(f"the engine has failed: {self._failure}")
-                error.__cause__ = self._failure
-                self._finish(request, "error", error=error)
-
-    def _get_state(self) -> DecodeState:
-        if self._state is None:
-            self._state = make_state(self._shapes, self._shardings)
-        return self._state
+            self._tell(request, last)
+        with self._changed:
+            for request in left:
+                self._scheduler.remove(request)
+            self._changed.notify_all()
 
 
 def _row_buckets(num_rows: int) -> tuple[int, ...]:
     """Numbers of rows that decode programs are made for: few rows should not pay for many, nor compile for each."""
     return tuple(sorted({2, max(2, num_rows // 4), num_rows}))
-
-
-def _round_up(num_rows: int, mesh: Mesh) -> int:
-    return -(-num_rows // mesh.shape["data"]) * mesh.shape["data"]
 
 
 def _read_logprobs(output: StepOutput) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,10 +20,12 @@ from jaxllama.errors import (
     RequestError,
     TokenizerError,
 )
+from jaxllama_serving import hosts
 from jaxllama_serving.config import ServerConfig, ServerConfigError
 
 if TYPE_CHECKING:
     from jaxllama import Llama
+    from jaxllama_serving.hosts import Hosts
 
 KEYS_VARIABLE = "JAXLLAMA_API_KEYS"
 BAD_INPUT = (ServerConfigError, CheckpointError, ConfigError, TokenizerError, RequestError, MissingExtraError)
@@ -35,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_behaviour(parser.add_argument_group("API behaviour"))
     _add_access(parser.add_argument_group("access"))
     _add_limits(parser.add_argument_group("limits and timeouts (seconds)"))
+    hosts.add_arguments(
+        parser.add_argument_group(
+            "many hosts", "The same command on every host; a TPU slice needs none of these flags."
+        )
+    )
 
 
 def _add_network(group: argparse._ArgumentGroup) -> None:
@@ -148,11 +157,14 @@ def run(args: argparse.Namespace) -> int:
     _set_up_logging(args.log_level)
     try:
         config = make_config(args, os.environ.get(KEYS_VARIABLE))
+        found = hosts.find_hosts(args, os.environ)
+        if found is not None and found.process_id > 0:
+            return _follow(args, found)
         try:
             from jaxllama_serving.server import serve
         except ModuleNotFoundError as error:
             raise MissingExtraError("serve", error.name or "aiohttp") from None
-        return serve(config, lambda: _load(args), started=started)
+        return serve(config, lambda: _load(args, found), started=started)
     except BAD_INPUT as error:
         return _fail(str(error), 2)
     except (JaxLlamaError, OSError) as error:
@@ -170,13 +182,65 @@ def _set_up_logging(level: str) -> None:
         logger.propagate = False
 
 
-def _load(args: argparse.Namespace) -> Llama:
+def _load(args: argparse.Namespace, found: Hosts | None) -> Llama:
     import jaxllama
+    from jaxllama import distributed
 
     options = jaxllama.EngineOptions(max_rows=args.max_rows, max_context=args.max_context, max_queue=args.max_queue)
-    llama = jaxllama.load(args.checkpoint, dtype=args.dtype, options=options)
-    llama.engine.warm_up(lambda done, total, name: print(f"Compiling {done}/{total}: {name}", flush=True))
+    group = None
+    if found is not None:
+        group = distributed.join(
+            found.coordinator,
+            num_processes=found.num_processes,
+            process_id=found.process_id,
+            settings=_settings(args),
+            join_timeout_s=args.join_timeout,
+            heartbeat_timeout_s=args.heartbeat_timeout,
+        )
+    try:
+        llama = jaxllama.load(args.checkpoint, dtype=args.dtype, options=options, group=group)
+        if group is None or group.is_leader:
+            llama.engine.warm_up(lambda done, total, name: print(f"Compiling {done}/{total}: {name}", flush=True))
+    except Exception as error:
+        if group is not None:
+            group.leave(error)
+        raise
     return llama
+
+
+def _settings(args: argparse.Namespace) -> dict[str, object]:
+    """What must be the same in all processes, by the names a user knows."""
+    import jaxllama
+
+    manifest = jaxllama.Checkpoint.open(args.checkpoint).manifest
+    return {
+        "jaxllama": jaxllama.__version__,
+        "the checkpoint": hashlib.sha256(manifest.to_json().encode()).hexdigest()[:12],
+        "--dtype": args.dtype,
+        "--max-rows": args.max_rows,
+        "--max-context": args.max_context,
+    }
+
+
+def _follow(args: argparse.Namespace, found: Hosts) -> int:
+    """What every process but 0 does: no HTTP; it ends when process 0 does. A second signal ends it at once."""
+    signals = []
+
+    def on_signal(number: int, _: object) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            os._exit(1)
+        print("Process 0 decides when to stop: signal it. A second signal stops this process at once.", flush=True)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    print(f"Process {found.process_id} of {found.num_processes} joins {found.coordinator}.", flush=True)
+    llama = _load(args, found)
+    print(f"Process {found.process_id} follows process 0.", flush=True)
+    llama.engine.follow()
+    llama.close()
+    print("Stopped.", flush=True)
+    return 0
 
 
 def _fail(message: str, code: int) -> int:

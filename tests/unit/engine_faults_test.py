@@ -15,8 +15,8 @@ import tiny
 from collector import TIMEOUT_S, Collector, assert_idle, held, run, wait_until
 
 from jaxllama import Engine, SamplingParams
-from jaxllama.decode import prefill
-from jaxllama.errors import EngineStoppedError, NonFiniteLogitsError
+from jaxllama.decode import decode_steps, prefill
+from jaxllama.errors import EngineStoppedError, LockstepError, NonFiniteLogitsError
 
 CONTEXT = tiny.SMALL.max_context or 0
 GREEDY = SamplingParams(temperature=0, ignore_eos=True, max_tokens=8)
@@ -69,15 +69,15 @@ def test_a_stalled_step_shows_in_health():
 def test_a_long_prefill_is_not_a_stall(monkeypatch):
     seen: list[str | None] = []
 
-    def slow(*args: Any) -> Any:
+    def slow(*args: Any, **options: Any) -> Any:
         seen.append(engine.health())
         time.sleep(0.4)
-        return prefill(*args)
+        return prefill(*args, **options)
 
     with tiny.make_llama(options=dataclasses.replace(tiny.SMALL, stall_timeout_s=2.0, chunk_sizes=(8,))) as llama:
         engine = llama.engine
         run(engine, prompt(3), GREEDY)
-        monkeypatch.setattr("jaxllama.engine.engine.prefill", slow)
+        monkeypatch.setattr("jaxllama.engine.device.prefill", slow)
         run(engine, prompt(70), GREEDY)
     assert seen == [None] * 9
 
@@ -92,7 +92,7 @@ def test_a_failed_engine_fails_every_caller_once_and_says_so(monkeypatch, broken
         run(engine, prompt(3), GREEDY)
         with held(engine):
             callers = [Collector(engine, prompt(12), GREEDY) for _ in range(7)]
-            monkeypatch.setattr(f"jaxllama.engine.engine.{broken}", fail)
+            monkeypatch.setattr(f"jaxllama.engine.device.{broken}", fail)
         for done in callers:
             assert done.wait().finish_reason == "error"
             assert isinstance(done.error, EngineStoppedError)
@@ -103,6 +103,33 @@ def test_a_failed_engine_fails_every_caller_once_and_says_so(monkeypatch, broken
         with pytest.raises(EngineStoppedError, match="on fire"):
             engine.submit(prompt(3), GREEDY, pytest.fail)
         assert all(not done.violations for done in callers)
+
+
+def test_requests_end_when_another_process_is_lost_though_the_device_hangs(monkeypatch):
+    hangs, release = threading.Event(), threading.Event()
+
+    def hang(*args: Any, **kwargs: Any) -> Any:
+        hangs.set()
+        release.wait(TIMEOUT_S)
+        return decode_steps(*args, **kwargs)
+
+    with tiny.make_llama() as llama:
+        engine = llama.engine
+        run(engine, prompt(3), GREEDY)
+        monkeypatch.setattr("jaxllama.engine.device.decode_steps", hang)
+        callers = [Collector(engine, prompt(12), GREEDY) for _ in range(7)]
+        assert hangs.wait(TIMEOUT_S)
+        # What the group's watchdog does.
+        engine._abandon(LockstepError("process 1 is gone"))
+        for done in callers:
+            assert done.is_ended
+            assert done.finish_reason == "error"
+            assert "process 1 is gone" in str(done.error)
+        assert "process 1 is gone" in (engine.health() or "")
+        with pytest.raises(EngineStoppedError, match="process 1 is gone"):
+            engine.submit(prompt(3), GREEDY, pytest.fail)
+        release.set()
+    assert all(not done.violations for done in callers)
 
 
 def test_a_callback_that_raises_hurts_nobody_else(engine: Engine):

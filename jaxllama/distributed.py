@@ -1,0 +1,473 @@
+"""The processes of one many-host engine: how they find each other, and how each learns that another is gone.
+
+Process 0 listens; the others connect and say who they are. Once all are there, JAX's own runtime starts, and the
+connections carry process 0's messages and, both ways, a heartbeat. A collective whose peer is gone never returns, so
+a watchdog thread in every process ends it by `os._exit` after printing which process is at fault.
+
+The ports belong on a private network: like JAX's own, they ask for no password.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import json
+import os
+import queue
+import select
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxllama.errors import ConfigError, LockstepError
+
+_HEAD = struct.Struct("!BI")
+_HELLO, _START, _BEAT, _MESSAGE, _STOP, _FAILED = range(1, 7)
+_MAX_HANDSHAKE_BYTES = 1 << 16
+_MAX_MESSAGE_BYTES = 1 << 28
+_HANDSHAKE_TIMEOUT_S = 3.0
+_TICK_S = 0.5
+# Others wait longer than process 0 before they judge it: its verdict, which names the process at fault, comes first.
+_PATIENCE_S = 3.0
+# A dead process breaks the programs of the others: how long they wait to be told before they blame themselves.
+_EXPLANATION_S = 2.0
+# Clients get their errors, and /health its 503, before the server ends.
+_GRACE_S = 3.0
+_JAX_TIMEOUT_S = 60
+
+
+@dataclass(eq=False)
+class _Link:
+    """A connection to another process. `heard` is when anything last came from it."""
+
+    sock: socket.socket
+    process_id: int
+    name: str
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    heard: float = field(default_factory=time.monotonic)
+    is_done: bool = False
+
+    def send(self, kind: int, payload: bytes = b"") -> None:
+        with self.lock:
+            self.sock.sendall(_HEAD.pack(kind, len(payload)) + payload)
+
+    def try_send(self, kind: int, payload: bytes = b"") -> None:
+        """Sends a short message unless that would block: whoever reads nothing must not hold up the others."""
+        if self.lock.acquire(blocking=False):
+            try:
+                if select.select([], [self.sock], [], 0)[1]:
+                    self.sock.sendall(_HEAD.pack(kind, len(payload)) + payload)
+            except (OSError, ValueError):
+                pass  # The reader of this link sees it too, and says so.
+            finally:
+                self.lock.release()
+
+    def is_open(self) -> bool:
+        """Whether the other end still holds the connection."""
+        try:
+            return self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def receive(self, max_bytes: int = _MAX_MESSAGE_BYTES) -> tuple[int, bytes]:
+        """The next message. Raises: OSError or EOFError when the connection is gone, ValueError for nonsense."""
+        kind, size = _HEAD.unpack(self._read(_HEAD.size))
+        if not _HELLO <= kind <= _FAILED or size > max_bytes:
+            raise ValueError(f"a message of kind {kind} and {size} bytes")
+        return kind, self._read(size)
+
+    def _read(self, size: int) -> bytes:
+        data = bytearray(size)
+        view = memoryview(data)
+        while view:
+            count = self.sock.recv_into(view)
+            if not count:
+                raise EOFError
+            self.heard = time.monotonic()
+            view = view[count:]
+        return bytes(data)
+
+
+class Group:
+    """The processes that run one engine, as one of them sees them. `join` makes it."""
+
+    def __init__(
+        self,
+        process_id: int,
+        links: list[_Link],
+        num_processes: int,
+        heartbeat_timeout_s: float,
+        relay: subprocess.Popen[bytes] | None,
+    ) -> None:
+        self.process_id = process_id
+        self.num_processes = num_processes
+        self._links = links
+        self._relay = relay
+        self._timeout_s = heartbeat_timeout_s if process_id == 0 else heartbeat_timeout_s + _PATIENCE_S
+        self._inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._failed = threading.Event()
+        self._closed = threading.Event()
+        self._on_failure: Callable[[LockstepError], None] | None = None
+        for link in links:
+            link.heard = time.monotonic()
+            threading.Thread(target=self._read, args=(link,), name="jaxllama-link", daemon=True).start()
+        threading.Thread(target=self._watch, name="jaxllama-watchdog", daemon=True).start()
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is process 0, which decides."""
+        return self.process_id == 0
+
+    def on_failure(self, callback: Callable[[LockstepError], None]) -> None:
+        """`callback` runs, on a thread of the group's, when a process is lost; this one ends seconds later."""
+        self._on_failure = callback
+
+    def publish(self, message: bytes) -> None:
+        """Process 0 sends `message` to all others, in order.
+
+        Raises: LockstepError when one of them is gone.
+        """
+        try:
+            for link in self._links:
+                link.send(_MESSAGE, message)
+        except OSError as error:
+            raise LockstepError(f"{link.name} cannot be reached: {error}") from error
+
+    def messages(self) -> Iterator[bytes]:
+        """What process 0 publishes, until it closes its group."""
+        while (message := self._inbox.get()) is not None:
+            yield message
+
+    def close(self) -> None:
+        """Ends the group. Process 0 does it first, which tells the others. May be called twice."""
+        if self._closed.is_set() or self._failed.is_set():
+            return
+        self._closed.set()
+        for link in self._links:
+            with contextlib.suppress(OSError):
+                link.send(_STOP)
+        jax.distributed.shutdown()
+        atexit.unregister(_end_now)
+        if self._relay is not None:
+            assert self._relay.stdin is not None
+            self._relay.stdin.close()
+            self._relay.wait()
+
+    def leave(self, error: BaseException) -> None:
+        """Tells the others that this process ends because of `error`. They end too, and name it.
+
+        If another process is at fault, it is named instead, and this call does not return.
+        """
+        if self._failed.wait(_EXPLANATION_S):
+            time.sleep(2 * _GRACE_S)
+        self._closed.set()
+        for link in self._links:
+            link.try_send(_FAILED, _shorten(error).encode())
+
+    def fail(self, error: BaseException) -> None:
+        """As `leave`, and ends this process with code 1."""
+        self.leave(error)
+        self._fail(f"process {self.process_id} failed: {_shorten(error)}")
+
+    # The group's threads
+
+    def _read(self, link: _Link) -> None:
+        try:
+            while True:
+                kind, payload = link.receive()
+                if kind == _MESSAGE and not self.is_leader:
+                    self._inbox.put(payload)
+                elif kind == _STOP:
+                    # Process 0 closes first: the others leave when it says so, and not before.
+                    if self.is_leader and not self._closed.is_set():
+                        self._fail(f"{link.name} has left before process 0 closed the engine")
+                    link.is_done = True
+                    self._inbox.put(None)
+                elif kind == _FAILED:
+                    reason = payload.decode(errors="replace")
+                    named = reason.startswith("process ") and not self.is_leader
+                    self._fail(reason if named else f"{link.name} failed: {reason}")
+        except (OSError, EOFError):
+            if not link.is_done:
+                self._fail(f"{link.name} is gone: its connection closed")
+        except ValueError as error:
+            self._fail(f"{link.name} sent what no jaxllama sends: {error}")
+
+    def _watch(self) -> None:
+        last = time.monotonic()
+        while not self._closed.wait(_TICK_S):
+            now = time.monotonic()
+            if now - last > _TICK_S + self._timeout_s / 2:
+                # This process itself was stopped for a while: the others' silence is its own.
+                for link in self._links:
+                    link.heard = now
+            last = now
+            for link in self._links:
+                link.try_send(_BEAT)
+            for link in self._links:
+                if not link.is_done and now - link.heard > self._timeout_s:
+                    self._fail(f"{link.name} has stopped answering: nothing from it for {self._timeout_s:g} s")
+
+    def _fail(self, reason: str) -> None:
+        """Says whose fault it is, once, and ends the process: at once, or in process 0 after `_GRACE_S`."""
+        with self._lock:
+            if self._failed.is_set() or (
+                self._closed.is_set() and not reason.startswith(f"process {self.process_id} ")
+            ):
+                return
+            self._failed.set()
+        grace_s = _GRACE_S if self.is_leader and self._on_failure is not None else 0.2
+        threading.Thread(target=_exit_after, args=(grace_s,), daemon=True).start()
+        print(
+            f"jaxllama: {reason}. This is process {self.process_id} of {self.num_processes}, which ends too.",
+            file=sys.stderr,
+            flush=True,
+        )
+        for link in self._links:
+            link.try_send(_FAILED, reason.encode())
+        if self._on_failure is not None:
+            self._on_failure(LockstepError(reason))
+
+
+def join(
+    coordinator: str,
+    *,
+    num_processes: int,
+    process_id: int,
+    settings: Mapping[str, Any] | None = None,
+    join_timeout_s: float = 15.0,
+    heartbeat_timeout_s: float = 8.0,
+) -> Group:
+    """Meets the others at `coordinator` ("HOST:PORT", where process 0 listens) and starts JAX over all processes.
+
+    Call it before anything touches a device. `settings` must be the same in all processes. A process that is silent
+    for `heartbeat_timeout_s` counts as gone.
+
+    Raises: ConfigError for arguments out of range; LockstepError naming the processes that have not joined within
+    `join_timeout_s`, or what differs.
+    """
+    host, port = parse_address(coordinator)
+    if num_processes < 2 or not 0 <= process_id < num_processes:
+        raise ConfigError(
+            f"num_processes must be at least 2 and process_id below it, got num_processes={num_processes} and "
+            f"process_id={process_id}"
+        )
+    hello = {
+        "process_id": process_id,
+        "num_processes": num_processes,
+        "name": f"process {process_id} (host {socket.gethostname()}, pid {os.getpid()})",
+        "settings": dict(settings or {}) | {"jax": jax.__version__},
+    }
+    deadline = time.monotonic() + join_timeout_s
+    relay = None
+    if process_id == 0:
+        links, jax_address = _gather(host, port, hello, deadline, join_timeout_s)
+    else:
+        links, jax_port = _report(host, port, hello, deadline, join_timeout_s)
+        relay, relay_port = _start_relay(host, jax_port)
+        jax_address = f"127.0.0.1:{relay_port}"
+    group = Group(process_id, links, num_processes, heartbeat_timeout_s, relay)
+    atexit.register(_end_now)
+    try:
+        # JAX would take SIGTERM for itself.
+        jax.config.update("jax_enable_preemption_service", False)
+        jax.distributed.initialize(
+            jax_address,
+            num_processes,
+            process_id,
+            cluster_detection_method="deactivate",
+            coordinator_bind_address=jax_address,
+            initialization_timeout=_JAX_TIMEOUT_S,
+            shutdown_timeout_seconds=5,
+        )
+        jax.devices()
+    except Exception as error:
+        group.leave(error)
+        raise LockstepError(f"JAX's runtime does not start: {error}") from error
+    return group
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """ "HOST:PORT" as its parts; an IPv6 address stands in brackets. Raises: ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"the coordinator must be HOST:PORT, with a port from 1 to 65535, got {address!r}")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _gather(
+    host: str, port: int, hello: Mapping[str, Any], deadline: float, timeout_s: float
+) -> tuple[list[_Link], str]:
+    """Process 0: waits for all others. Returns their links and the address for JAX's runtime."""
+    num_processes = hello["num_processes"]
+    links: dict[int, _Link] = {}
+    refused = ""
+    with _listen(host, port) as listener:
+        told = time.monotonic()
+        while len(links) < num_processes - 1:
+            now = time.monotonic()
+            missing = [i for i in range(1, num_processes) if i not in links]
+            if now > deadline:
+                reason = f"{_processes(missing)} not joined within {timeout_s:g} s{refused}"
+                for link in links.values():
+                    link.try_send(_FAILED, reason.encode())
+                raise LockstepError(reason)
+            if now - told > 5.0:
+                print(f"Waiting: {_processes(missing)} not joined yet{refused}", flush=True)
+                told = now
+            listener.settimeout(min(0.5, max(0.01, deadline - now)))
+            with contextlib.suppress(TimeoutError):
+                sock, _ = listener.accept()
+                joined, problem = _welcome(sock, hello, links)
+                if joined is not None:
+                    links[joined.process_id] = joined
+                elif problem:
+                    refused = f" ({problem})"
+                    print(f"Refused: {problem}", flush=True)
+        bound = listener.getsockname()[0]
+    jax_port = _free_port(bound)
+    for link in links.values():
+        link.send(_START, json.dumps({"jax_port": jax_port}).encode())
+    address = f"[{bound}]" if ":" in bound else bound
+    return [links[i] for i in sorted(links)], f"{address}:{jax_port}"
+
+
+def _welcome(sock: socket.socket, own: Mapping[str, Any], links: Mapping[int, _Link]) -> tuple[_Link | None, str]:
+    """Reads who connects. Returns its link, or None and what is wrong with it; a stranger is not worth a word."""
+    sock.settimeout(_HANDSHAKE_TIMEOUT_S)
+    link = _Link(sock, 0, "a process")
+    try:
+        kind, payload = link.receive(_MAX_HANDSHAKE_BYTES)
+        hello = json.loads(payload)
+        process_id, name, settings = int(hello["process_id"]), str(hello["name"])[:200], dict(hello["settings"])
+        num_processes = int(hello["num_processes"])
+        if kind != _HELLO:
+            raise ValueError
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
+        sock.close()
+        return None, ""
+    differing = [
+        f"{key} is {settings.get(key)!r} there and {own['settings'].get(key)!r} in process 0"
+        for key in sorted(settings.keys() | own["settings"].keys())
+        if settings.get(key) != own["settings"].get(key)
+    ]
+    if num_processes != own["num_processes"]:
+        differing.insert(0, f"num_processes is {num_processes} there and {own['num_processes']} in process 0")
+    if process_id in links and links[process_id].is_open():
+        differing.insert(0, f"{links[process_id].name} has that process id already")
+    elif not 0 < process_id < own["num_processes"]:
+        differing.insert(0, f"its process id is not from 1 to {own['num_processes'] - 1}")
+    if differing:
+        problem = f"{name}: {'; '.join(differing)}"
+        link.try_send(_FAILED, f"process 0 refuses {problem}".encode())
+        sock.close()
+        return None, problem
+    _set_up(sock)
+    link.process_id, link.name = process_id, name
+    return link, ""
+
+
+def _report(
+    host: str, port: int, hello: Mapping[str, Any], deadline: float, timeout_s: float
+) -> tuple[list[_Link], int]:
+    """Every other process: tells process 0 that it is here. Returns the link to it and the port of JAX's runtime."""
+    address = f"{host}:{port}"
+    while True:
+        try:
+            sock = socket.create_connection((host, port), timeout=_HANDSHAKE_TIMEOUT_S)
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise LockstepError(
+                    f"process 0 cannot be reached at {address} within {timeout_s:g} s: {error}"
+                ) from None
+            time.sleep(0.2)
+    link = _Link(sock, 0, f"process 0 (at {address})")
+    try:
+        link.send(_HELLO, json.dumps(hello).encode())
+        # Process 0 has a deadline of its own, and says what it waits for when that passes.
+        sock.settimeout(timeout_s + _PATIENCE_S)
+        kind, payload = link.receive(_MAX_HANDSHAKE_BYTES)
+        if kind == _FAILED:
+            raise LockstepError(payload.decode(errors="replace"))
+        jax_port = int(json.loads(payload)["jax_port"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise LockstepError(f"{link.name} went away before all processes had joined: {error!r}") from None
+    _set_up(sock)
+    return [link], jax_port
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Listens at `host` alone if that is an address of this machine, else everywhere."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0][4][0]
+    except socket.gaierror as error:
+        raise LockstepError(f"the coordinator's host {host!r} is not known: {error}") from None
+    # Many systems give their own name a loopback address, where no other machine finds it.
+    is_own_name = str(address).startswith("127.") and host != "localhost" and not host.startswith("127.")
+    try:
+        return socket.create_server(("" if is_own_name else host, port), family=family, backlog=128)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise LockstepError(f"process 0 cannot listen at {host}:{port}: {error}") from None
+    return socket.create_server(("", port), family=family, backlog=128)
+
+
+def _set_up(sock: socket.socket) -> None:
+    sock.settimeout(None)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        sock.bind((host, 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def _start_relay(host: str, port: int) -> tuple[subprocess.Popen[bytes], int]:
+    """Starts relay.py, which lives as long as its standard input is open. Returns it and its port."""
+    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("relay.py")), host, str(port)]
+    # A session of its own: Ctrl-C in a terminal must not end it before this process.
+    relay = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    assert relay.stdout is not None
+    line = relay.stdout.readline()
+    if not line.strip():
+        raise LockstepError(f"the relay to process 0 does not start (exit code {relay.wait()})")
+    return relay, int(line)
+
+
+def _end_now() -> None:
+    """Ends a process whose group was not closed: JAX's own end waits a minute and more for processes that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _exit_after(seconds: float) -> None:
+    time.sleep(seconds)
+    os._exit(1)
+
+
+def _processes(ids: list[int]) -> str:
+    names = ", ".join(map(str, ids))
+    return f"process {names} has" if len(ids) == 1 else f"processes {names} have"
+
+
+def _shorten(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__

@@ -1,0 +1,121 @@
+"""The device programs in the order the engine calls them, and the state they change."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Bool, Int
+
+from jaxllama.attention import Attention
+from jaxllama.config import LlamaConfig
+from jaxllama.decode import (
+    DecodeState,
+    RowState,
+    StepOutput,
+    clear,
+    decode_steps,
+    insert,
+    make_state,
+    prefill,
+    state_shardings,
+)
+from jaxllama.params import Params
+
+
+class Programs(Protocol):
+    """What the engine asks of the devices. Arguments are NumPy's; calls return before the devices are done."""
+
+    def prefill(
+        self,
+        tokens: Int[np.ndarray, " chunk"],
+        table: Int[np.ndarray, " max_pages"],
+        start: np.int32,
+        num_tokens: np.int32,
+    ) -> None:
+        """As `decode.prefill`."""
+
+    def clear(self, pages: Int[np.ndarray, " max_pages"], count: np.int32) -> None:
+        """As `decode.clear`."""
+
+    def insert(self, row: np.int32, new: RowState) -> None:
+        """As `decode.insert`."""
+
+    def set_page_table(self, table: Int[np.ndarray, "rows max_pages"]) -> None:
+        """Replaces every row's page table."""
+
+    def decode(self, max_steps: np.int32, keep: Bool[np.ndarray, " rows"], num_rows: int) -> StepOutput:
+        """As `decode.decode_steps`; this process can read the whole output."""
+
+    def wait(self) -> None:
+        """Returns when the devices have done all that was asked."""
+
+
+class Device:
+    """`Programs` on this process's share of `mesh`. The state is made at the first call."""
+
+    def __init__(
+        self, config: LlamaConfig, params: Params, mesh: Mesh, shapes: DecodeState, attention: Attention
+    ) -> None:
+        self._config = config
+        self._attention = attention
+        self._params = params
+        self._shapes = shapes
+        self._shardings = state_shardings(config, mesh, shapes.lengths.shape[0])
+        self._state: DecodeState | None = None
+        self._replicate = jax.jit(lambda output: output, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def prefill(
+        self,
+        tokens: Int[np.ndarray, " chunk"],
+        table: Int[np.ndarray, " max_pages"],
+        start: np.int32,
+        num_tokens: np.int32,
+    ) -> None:
+        """Writes a chunk into the cache."""
+        state = self._get_state()
+        pool = prefill(
+            self._config, self._params, state.pool, tokens, table, start, num_tokens, attention=self._attention
+        )
+        self._state = state._replace(pool=pool)
+
+    def clear(self, pages: Int[np.ndarray, " max_pages"], count: np.int32) -> None:
+        """Zeros in the first `count` of `pages`."""
+        state = self._get_state()
+        self._state = state._replace(pool=clear(self._config, state.pool, pages, count))
+
+    def insert(self, row: np.int32, new: RowState) -> None:
+        """Puts a row in place."""
+        self._state = insert(self._get_state(), row, new)
+
+    def set_page_table(self, table: Int[np.ndarray, "rows max_pages"]) -> None:
+        """Replaces every row's page table."""
+        sharding: Any = self._shardings.page_table
+        if sharding.is_fully_addressable:
+            on_device = jax.device_put(table, sharding)
+        else:
+            # Here `device_put` would compare the table between all processes, a collective at every call.
+            on_device = jax.make_array_from_callback(table.shape, sharding, lambda index: table[index])
+        self._state = self._get_state()._replace(page_table=on_device)
+
+    def decode(self, max_steps: np.int32, keep: Bool[np.ndarray, " rows"], num_rows: int) -> StepOutput:
+        """Runs up to `max_steps` steps."""
+        state = self._get_state()
+        self._state, output = decode_steps(
+            self._config, self._params, state, max_steps, keep, num_rows=num_rows, attention=self._attention
+        )
+        if all(array.is_fully_addressable or array.is_fully_replicated for array in output):
+            return output
+        replicated: StepOutput = self._replicate(output)
+        return replicated
+
+    def wait(self) -> None:
+        """Returns when the devices have done all that was asked."""
+        jax.block_until_ready(self._state)
+
+    def _get_state(self) -> DecodeState:
+        if self._state is None:
+            self._state = make_state(self._shapes, self._shardings)
+        return self._state
