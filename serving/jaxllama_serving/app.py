@@ -141,7 +141,7 @@ def _log(request: web.Request, outcome: str, seconds: float) -> None:
     route = resource.canonical if resource is not None else "unmatched"
     method = request.method if request.method in ("GET", "HEAD", "POST", "OPTIONS") else "OTHER"
     context = request[CONTEXT]
-    level = logging.DEBUG if route in ("/health", "/ready") else logging.INFO
+    level = logging.DEBUG if route in ("/health", "/ready", "/metrics") else logging.INFO
     logger.log(
         level,
         "%s %s %s %s %.0f ms prompt=%d completion=%d",

@@ -195,8 +195,8 @@ def check_processes(objects: list[Object]) -> None:
     assert host == "$(LWS_LEADER_ADDRESS)"
     ports = {port["name"]: port["containerPort"] for port in leader["ports"]}
     assert ports["coordinator"] == int(port), "the coordinator listens on another port"
-    # libtpu's metrics, and the addresses that GKE and LeaderWorkerSet give its processes.
-    assert int(port) not in {8000, 8431, *range(8470, 8480)}, f"port {port} is taken"
+    # libtpu's metrics, the addresses that GKE and LeaderWorkerSet give its processes, and JAX's own coordinator.
+    assert int(port) not in {8000, 8431, *range(8470, 8483)}, f"port {port} is taken"
 
 
 CHECKS = (
