@@ -15,6 +15,7 @@ from jaxllama_serving.chat import chat_completions, log_failure
 from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.context import CONTEXT, RequestContext
 from jaxllama_serving.errors import ApiError, from_exception, from_http_status
+from jaxllama_serving.metrics import metrics
 from jaxllama_serving.page import add_page
 from jaxllama_serving.service import SERVICE, Service
 from jaxllama_serving.status import health, model, models, ready
@@ -53,6 +54,7 @@ def make_app(llama: Llama | None, config: ServerConfig) -> web.Application:
             route = app.router.add_get(f"{prefix}/{name}", handler)
             if not prefix and route.resource is not None:
                 open_resources.add(route.resource)
+        app.router.add_get(f"{prefix}/metrics", metrics)
     open_resources |= add_page(app)
     return app
 
@@ -139,7 +141,7 @@ def _log(request: web.Request, outcome: str, seconds: float) -> None:
     route = resource.canonical if resource is not None else "unmatched"
     method = request.method if request.method in ("GET", "HEAD", "POST", "OPTIONS") else "OTHER"
     context = request[CONTEXT]
-    level = logging.DEBUG if route in ("/health", "/ready") else logging.INFO
+    level = logging.DEBUG if route in ("/health", "/ready", "/metrics") else logging.INFO
     logger.log(
         level,
         "%s %s %s %s %.0f ms prompt=%d completion=%d",

@@ -19,7 +19,7 @@ from jaxllama_serving.errors import unavailable
 from jaxllama_serving.generation import Generation
 
 if TYPE_CHECKING:
-    from jaxllama import Llama
+    from jaxllama import EngineStats, Llama
 
 
 class Service:
@@ -49,6 +49,10 @@ class Service:
     def max_context(self) -> int | None:
         """The longest prompt and completion together, in tokens; None while the model loads."""
         return self._llama.max_context if self._llama is not None else None
+
+    def engine_stats(self) -> EngineStats | None:
+        """Returns the engine's load; None while the model loads."""
+        return self._llama.engine.stats() if self._llama is not None else None
 
     def not_ready_reason(self) -> str | None:
         """Returns why a request would be refused now, or None."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 
@@ -55,7 +56,6 @@ NO_ROUTE = [
     ("GET", "/nowhere", 404, "not_found", "not_found"),
     ("GET", "/v1/", 404, "not_found", "not_found"),
     ("POST", "/v1/completions", 404, "not_found", "not_found"),
-    ("GET", "/metrics", 404, "not_found", "not_found"),
     ("GET", "/version", 404, "not_found", "not_found"),
     ("POST", "/tokenize", 404, "not_found", "not_found"),
     ("GET", "/../chat.js", 404, "not_found", "not_found"),
@@ -371,6 +371,49 @@ def test_no_spelling_of_a_path_goes_past_the_keys():
             status, _, answer = await live.raw(json_post(b"{}", extra=bytes_key))
             assert status in (400, 401)
             assert is_envelope(answer)
+
+    run(test())
+
+
+def test_metrics_are_the_engine_s_load_and_need_a_key():
+    async def scrape(live, **headers):
+        async with live.session.get(live.url + "/metrics", headers=headers) as response:
+            assert response.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+            return response.status, await response.text()
+
+    def values(text):
+        lines = text.splitlines()
+        assert text.endswith("\n")
+        assert [line.split()[:2] for line in lines[::3]] == [["#", "HELP"]] * (len(lines) // 3)
+        for help_line, type_line, sample in zip(lines[::3], lines[1::3], lines[2::3], strict=True):
+            name = sample.split()[0]
+            assert help_line.split()[2] == name
+            assert type_line == f"# TYPE {name} gauge"
+        return {name: int(value) for name, value in (line.split() for line in lines[2::3])}
+
+    async def test():
+        llama = FakeLlama(first_delay_s=5.0)
+        async with serving(None, api_keys=KEYS) as live:
+            key = {"Authorization": "Bearer sk-one"}
+            assert (await live.get("/metrics"))[0] == 401
+            status, text = await scrape(live, **key)
+            assert (status, values(text)) == (200, {"jaxllama_ready": 0})
+            live.service.set_llama(llama)
+            asking = asyncio.create_task(live.post(json=body(n=3), headers=key))
+            while len(llama.engine.rows) < 3:
+                await asyncio.sleep(0.01)
+            _, text = await scrape(live, **key)
+            assert values(text) == {
+                "jaxllama_ready": 1,
+                "jaxllama_requests_waiting": 0,
+                "jaxllama_requests_running": 3,
+                "jaxllama_kv_pages_used": 3,
+                "jaxllama_kv_pages": 64,
+            }
+            live.service.draining = True
+            assert values((await scrape(live, **key))[1])["jaxllama_ready"] == 0
+            asking.cancel()
+        llama.close()
 
     run(test())
 

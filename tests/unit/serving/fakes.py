@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from jaxllama.engine.options import EngineStats
 from jaxllama.errors import ChatTemplateError, ContextLengthError, EngineStoppedError, QueueFullError
 from jaxllama.sampling import SamplingParams
 from jaxllama.text.decoding import ByteDecoder
@@ -169,6 +170,12 @@ class FakeEngine:
 
     def health(self) -> str | None:
         return self.unhealthy
+
+    def stats(self) -> EngineStats:
+        running = self.num_running
+        return EngineStats(
+            num_running=running, num_waiting=0, num_pages_used=running, num_pages=64, ready=self.unhealthy is None
+        )
 
     def drain(self, timeout_s: float) -> bool:
         return True

@@ -1,0 +1,116 @@
+"""Compiles the programs for an NVIDIA H100 without a GPU, and prints their memory.
+
+python bench/gpu_aot.py CONFIG.json [--rows 16] [--context 8192] [--chunk 512]
+
+Needs the packages jax-cuda12-plugin and jax-cuda12-pjrt of JAX's own version, best in an environment of its own (1.3 GB
+with JAX). The CUDA compiler gives memory and the program, but no times: those take a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+# Before JAX's import: the plugin would look for a driver, and fail.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxllama.config import LlamaConfig
+from jaxllama.decode import decode_steps, prefill, state_shapes, state_shardings
+from jaxllama.mesh import make_mesh, param_shardings
+from jaxllama.params import build_params
+
+PAGE_SIZE = 16
+TOKENS_PER_ROW = 2048  # EngineOptions' default
+DTYPE = jnp.bfloat16
+# The fields of XLA's GpuTargetConfigProto, with an H100 SXM's figures.
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def h100_mesh(config: LlamaConfig, num_devices: int = 1) -> Mesh:
+    """A mesh of described devices; there need be none."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", target_config=H100, topology=f"1x1x{num_devices}"
+    )
+    return make_mesh(config, devices=topology.devices)
+
+
+def compile_decode(config: LlamaConfig, mesh: Mesh, *, rows: int, context: int) -> Any:
+    """`decode_steps` with every row in use."""
+    state = _state(config, mesh, rows, context)
+    scalar, keep = _whole(mesh, (), jnp.int32), _whole(mesh, (rows,), jnp.bool_)
+    return decode_steps.lower(config, _params(config, mesh), state, scalar, keep, num_rows=rows).compile()
+
+
+def compile_prefill(config: LlamaConfig, mesh: Mesh, *, rows: int, context: int, chunk: int) -> Any:
+    """`prefill` of one chunk, beside the same cache."""
+    pool = _state(config, mesh, rows, context).pool
+    scalar = _whole(mesh, (), jnp.int32)
+    tokens, pages = _whole(mesh, (chunk,), jnp.int32), _whole(mesh, (-(-context // PAGE_SIZE),), jnp.int32)
+    return prefill.lower(config, _params(config, mesh), pool, tokens, pages, scalar, scalar).compile()
+
+
+def _params(config: LlamaConfig, mesh: Mesh) -> Any:
+    shapes = build_params(config, lambda spec: jax.ShapeDtypeStruct(spec.shape, DTYPE))
+    return _sharded(shapes, param_shardings(config, mesh))
+
+
+def _state(config: LlamaConfig, mesh: Mesh, rows: int, context: int) -> Any:
+    num_pages = rows * TOKENS_PER_ROW // PAGE_SIZE + 1
+    shapes = state_shapes(
+        config, num_rows=rows, num_pages=num_pages, page_size=PAGE_SIZE, max_context=context, dtype=DTYPE
+    )
+    return _sharded(shapes, state_shardings(config, mesh, rows))
+
+
+def _sharded(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _whole(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def main() -> None:
+    """Prints a table in GiB a device."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="a model's config.json")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--chunk", type=int, default=512)
+    args = parser.parse_args()
+    config = LlamaConfig.from_hf(json.loads(args.config.read_text()))
+    mesh = h100_mesh(config, args.devices)
+    sizes = {"rows": args.rows, "context": args.context}
+    print("| program | arguments | aliased | temporaries |\n| --- | --- | --- | --- |")
+    for name, program in (
+        (f"decode_steps, {args.rows} rows", compile_decode(config, mesh, **sizes)),
+        (f"prefill, {args.chunk} tokens", compile_prefill(config, mesh, **sizes, chunk=args.chunk)),
+    ):
+        memory = program.memory_analysis()
+        figures = (memory.argument_size_in_bytes, memory.alias_size_in_bytes, memory.temp_size_in_bytes)
+        print(f"| {name} | " + " | ".join(f"{figure / 2**30:.3f}" for figure in figures) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
