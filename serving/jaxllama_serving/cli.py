@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_limits(parser.add_argument_group("limits and timeouts (seconds)"))
     hosts.add_arguments(
         parser.add_argument_group(
-            "many hosts", "The same command on every host; a TPU slice needs none of these flags."
+            "many hosts", "One command for every host, but for --process-id. A TPU slice needs none of these flags."
         )
     )
 

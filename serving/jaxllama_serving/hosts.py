@@ -38,13 +38,18 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--num-processes", type=int, metavar="N", help="how many, one a host; 1 never looks for others")
     group.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1; process 0 alone serves HTTP")
     group.add_argument(
-        "--join-timeout", type=float, default=15.0, help="seconds to wait for the others (default: %(default)g)"
+        "--join-timeout",
+        type=float,
+        default=15.0,
+        metavar="SECONDS",
+        help="how long to wait for the others (default: %(default)g)",
     )
     group.add_argument(
         "--heartbeat-timeout",
         type=float,
         default=8.0,
-        help="seconds of silence after which a process counts as gone, and all end (default: %(default)g)",
+        metavar="SECONDS",
+        help="how long a process may be silent before it counts as gone, and all end (default: %(default)g)",
     )
 
 

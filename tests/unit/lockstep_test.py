@@ -32,6 +32,7 @@ from jaxllama.engine.lockstep import check_processes, decode, encode
 from jaxllama.errors import ConfigError, LockstepError
 
 START_TIMEOUT_S = 120.0
+REQUEST_TIMEOUT_S = 240.0
 NAMED_WITHIN_S = 15.0
 REQUESTS: list[dict[str, Any]] = [
     {"temperature": 0, "max_tokens": 40},
@@ -280,7 +281,7 @@ class Process:
         url = f"http://127.0.0.1:{self.port}{path}"
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as response:
                 return response.status, json.load(response)
         except urllib.error.HTTPError as error:
             with error:
@@ -377,11 +378,9 @@ def only_shards_of(model: Path, process_id: int, num_processes: int, folder: Pat
     return copy
 
 
-@pytest.fixture(scope="module")
-def one_process(model: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str]]:
-    """What one process with four devices answers."""
-    folder = tmp_path_factory.mktemp("one")
-    server = Process(folder, "one", *common(model, cache), "--num-processes", 1, devices=4)
+def of_one_process(model: Path, folder: Path, cache: Path, devices: int) -> list[tuple[str, str]]:
+    """What one process with all the devices answers."""
+    server = Process(folder, "one", *common(model, cache), "--num-processes", 1, devices=devices)
     try:
         server.wait_for("Ready in")
         return answers(server)
@@ -389,7 +388,8 @@ def one_process(model: Path, cache: Path, tmp_path_factory: pytest.TempPathFacto
         server.end()
 
 
-def test_two_processes_answer_as_one_each_reading_its_own_shards(model, cache, tmp_path, one_process):
+def test_two_processes_answer_as_one_each_reading_its_own_shards(model, cache, tmp_path):
+    expected = of_one_process(model, tmp_path, cache, 4)
     address = f"127.0.0.1:{free_port()}"
     processes = [
         Process(
@@ -402,8 +402,7 @@ def test_two_processes_answer_as_one_each_reading_its_own_shards(model, cache, t
     ]
     try:
         processes[0].wait_for("Ready in")
-        assert answers(processes[0]) == one_process
-        assert answers(processes[0]) == one_process
+        assert answers(processes[0]) == expected
         # A follower's signal alone changes nothing; process 0's ends both.
         processes[1].process.send_signal(signal.SIGTERM)
         processes[1].wait_for("Process 0 decides", 5)
@@ -429,7 +428,7 @@ def lose(processes: list[Process], lost: int, how: signal.Signals, name: str) ->
         json.dumps(payload).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=60) as stream:
+    with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as stream:
         assert stream.readline().startswith(b"data: ")
         began = time.monotonic()
         processes[lost].process.send_signal(how)
@@ -541,7 +540,8 @@ def test_a_process_that_cannot_load_is_named(model, cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_processes_answer_as_one_fail_and_start_again(model, cache, tmp_path, one_process):
+def test_four_processes_answer_as_one_fail_and_start_again(model, cache, tmp_path):
+    expected = of_one_process(model, tmp_path, cache, 8)
     address = f"127.0.0.1:{free_port()}"
     for attempt in range(2):
         folder = tmp_path / str(attempt)
@@ -550,7 +550,7 @@ def test_four_processes_answer_as_one_fail_and_start_again(model, cache, tmp_pat
         processes = [Process(folder, f"process{i}", *flags, *many(address, 4, i)) for i in range(4)]
         try:
             processes[0].wait_for("Ready in")
-            assert answers(processes[0]) == one_process
+            assert answers(processes[0]) == expected
             lose(processes, 2, signal.SIGKILL, "process 2 (host ")
         finally:
             for process in processes:
