@@ -12,17 +12,16 @@ from typing import Any, Self, overload
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from jaxllama.cache import KV_POOL_AXES, kv_pool_shape
 from jaxllama.checkpoint import Checkpoint, restore_params
 from jaxllama.config import LlamaConfig
-from jaxllama.decode import prefill_logits
+from jaxllama.decode import make_pool, prefill_logits
 from jaxllama.engine.engine import Engine
 from jaxllama.engine.options import EngineOptions
 from jaxllama.engine.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
 from jaxllama.errors import ChatTemplateError, ConfigError, ContextLengthError, QueueFullError, RequestError
-from jaxllama.mesh import make_mesh, param_shardings, partition_spec
+from jaxllama.mesh import make_mesh, param_shardings
 from jaxllama.params import Params
 from jaxllama.sampling import SamplingParams
 from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
@@ -210,11 +209,7 @@ class Llama:
         # Powers of two, so that a loop over texts of all lengths compiles a few programs only.
         num_chunks = 1 << (-(-len(tokens) // chunk) - 1).bit_length()
         num_pages = num_chunks * chunk // page_size
-        pool = jnp.zeros(
-            kv_pool_shape(self.config, num_pages, page_size),
-            self.params["norm"].dtype,
-            device=NamedSharding(self.mesh, partition_spec(KV_POOL_AXES, self.config, self.mesh)),
-        )
+        pool = make_pool(self.config, self.mesh, num_pages=num_pages, page_size=page_size, dtype=self.engine.kv_dtype)
         table = np.arange(num_pages, dtype=np.int32)
         rows = []
         for start in range(0, len(tokens), chunk):

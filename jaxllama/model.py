@@ -77,7 +77,7 @@ class Attention(nnx.Module):
         q, k, v = jax.lax.optimization_barrier((self.q_proj(x), self.k_proj(x), self.v_proj(x)))
         q, k, v = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in (q, k, v))
         pool = write(pool, interleave_kv(rotate(k, angles), v), page_table)
-        out = paged_attention(rotate(q, angles).astype(pool.dtype), pool, page_table, positions)
+        out = paged_attention(rotate(q, angles).astype(x.dtype), pool, page_table, positions)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), pool
 
 
@@ -129,7 +129,7 @@ class Llama(nnx.Module):
         """Runs the layers, which write keys and values by `write`; returns normalised hidden states and the pool."""
         x = self.embed_tokens[...][tokens].astype(jnp.float32)
         angles = rotary_angles(self.config, positions)
-        num_pages = pool.shape[0] // self.config.num_layers
+        num_pages = pool.pages.shape[0] // self.config.num_layers
         for index, layer in enumerate(self.layers):
             x, pool = layer(x, positions, angles, pool, page_table + index * num_pages, write)
         return self.norm(x), pool

@@ -15,10 +15,10 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxllama.cache import kv_bytes_per_token
 from jaxllama.config import LlamaConfig
 from jaxllama.decode import (
     MAX_STEPS,
@@ -87,7 +87,7 @@ class Engine:
                 f"{context_pages + 1} pages of {options.page_size}. Lower max_context or raise num_pages"
             )
         self._params = params
-        self._dtype = params["norm"].dtype
+        self.kv_dtype = jnp.dtype(options.kv_dtype or params["norm"].dtype)
         self._table_width = context_pages + max(options.chunk_sizes) // options.page_size
         self._shapes = state_shapes(
             config,
@@ -95,9 +95,9 @@ class Engine:
             num_pages=num_pages,
             page_size=options.page_size,
             max_context=self._table_width * options.page_size,
-            dtype=self._dtype,
+            dtype=self.kv_dtype,
         )
-        self._shardings = state_shardings(config, mesh, self._num_rows)
+        self._shardings = state_shardings(config, mesh, self._shapes)
         self._state: DecodeState | None = None
         self._page_table = np.zeros((self._num_rows, self._table_width), np.int32)
         self._scheduler = Scheduler(
@@ -121,11 +121,7 @@ class Engine:
     @property
     def kv_bytes(self) -> int:
         """Bytes of the KV pool, over all devices."""
-        return (
-            int(np.prod(self._shapes.pool.shape[:2]))
-            // self.config.num_layers
-            * kv_bytes_per_token(self.config, self._dtype)
-        )
+        return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(self._shapes.pool))
 
     # What callers use
 
