@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxllama.checkpoint import Checkpoint, restore_params
+from jaxllama.checkpoint import Checkpoint
 from jaxllama.config import LlamaConfig
 from jaxllama.decode import make_pool, prefill_logits
 from jaxllama.engine.engine import Engine
 from jaxllama.engine.options import EngineOptions
 from jaxllama.engine.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
 from jaxllama.errors import ChatTemplateError, ConfigError, ContextLengthError, QueueFullError, RequestError
-from jaxllama.mesh import make_mesh, param_shardings
+from jaxllama.loading import load_params
+from jaxllama.mesh import make_mesh
 from jaxllama.params import Params
 from jaxllama.sampling import SamplingParams
 from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
@@ -70,9 +71,13 @@ def load(
     mesh: Mesh | None = None,
     *,
     dtype: Any = None,
+    quantize: str | None = None,
     options: EngineOptions | None = None,
 ) -> Llama:
     """Loads a converted checkpoint onto `mesh` (None: all devices, tensor-parallel), as `dtype` (None: as stored).
+
+    `quantize` "int8" rounds the matrices on the way, layer by layer; those of an int8 checkpoint are int8 anyway. Norms
+    and all computation have `dtype`.
 
     Raises: CheckpointError, TokenizerError, ChatTemplateError or ConfigError, saying what is wrong with which file.
     """
@@ -86,7 +91,7 @@ def load(
     tokenizer = load_tokenizer(checkpoint.path, config.vocab_size) if has_tokenizer else None
     has_template = has_tokenizer and has_chat_template(checkpoint.path)
     chat_template = load_chat_template(checkpoint.path) if has_template else None
-    params = restore_params(checkpoint, dtype, param_shardings(config, mesh))
+    params = load_params(checkpoint, mesh, dtype, quantize)
     return Llama(
         config,
         params,

@@ -1,4 +1,4 @@
-"""Symmetric int8: what is rounded, and what is multiplied without ever being turned back.
+"""Symmetric int8, for weights (`QuantizedWeight`) and for the KV cache.
 
 A weight has one scale an output channel, a key or value one a token and head. Both are rows of their last dimension.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from jaxtyping import Array, Float, Int8
 
 _LARGEST = 127
@@ -15,7 +16,7 @@ _SMALLEST = 1e-30
 
 
 def quantize_rows(
-    x: Float[Array, "*rows width"],
+    x: Float[Array, "*rows width"] | np.ndarray,
 ) -> tuple[Int8[Array, "*rows width"], Float[Array, "*rows"]]:
     """`(values, scale)` with `x ≈ values * scale` to half a scale; a scale is the row's largest magnitude / 127.
 

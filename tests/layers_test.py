@@ -32,7 +32,7 @@ LAYERS = (
     ("jaxllama.attention",),
     ("jaxllama.model",),
     ("jaxllama.decode", "jaxllama.checkpoint"),
-    ("jaxllama.engine", "jaxllama.plan"),
+    ("jaxllama.engine", "jaxllama.plan", "jaxllama.loading"),
     ("jaxllama.llama", "jaxllama"),
     ("jaxllama_convert", "jaxllama_serving", "jaxllama.__main__"),
 )
@@ -72,6 +72,7 @@ PUBLIC_TO = {
         "jaxllama.text",
         "jaxllama.config",
         "jaxllama.params",
+        "jaxllama.quant",
         "jaxllama.checkpoint",
     ),
 }

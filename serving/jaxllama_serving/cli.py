@@ -51,6 +51,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="of weights and cache (default: the checkpoint's)"
     )
+    group.add_argument("--quantize", choices=("int8",), help="round the weights on loading (default: as stored)")
     group.add_argument("--kv-dtype", choices=("int8",), help="of the cache (default: as the weights)")
     group.add_argument("--max-rows", type=int, default=16, help="sequences decoded together (default: %(default)s)")
     group.add_argument("--max-context", type=int, help="longest prompt and completion together (default: the model's)")
@@ -177,7 +178,7 @@ def _load(args: argparse.Namespace) -> Llama:
     options = jaxllama.EngineOptions(
         max_rows=args.max_rows, max_context=args.max_context, max_queue=args.max_queue, kv_dtype=args.kv_dtype
     )
-    llama = jaxllama.load(args.checkpoint, dtype=args.dtype, options=options)
+    llama = jaxllama.load(args.checkpoint, dtype=args.dtype, quantize=args.quantize, options=options)
     llama.engine.warm_up(lambda done, total, name: print(f"Compiling {done}/{total}: {name}", flush=True))
     return llama
 
