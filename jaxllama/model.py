@@ -142,8 +142,13 @@ class Llama(nnx.Module):
 
 def _product(letters: str, x: Array, weight: Array | QuantizedWeight) -> Array:
     if isinstance(weight, QuantizedWeight):
-        # A TPU's product converts the integers as it reads them: no matrix of `x`'s dtype is ever made.
-        return _product(letters, x, weight.values.astype(x.dtype)) * weight.scale
+        # A TPU's product converts the integers as it reads them. A CPU's does not, and XLA would convert every matrix
+        # once, before the loop of decoding, and hold all of them: the barrier ties each to a value of the loop. On a
+        # TPU it would cost 6 µs a layer (bench/LOG.md).
+        values = jax.lax.platform_dependent(
+            weight.values, x, tpu=lambda values, _: values, default=lambda *both: jax.lax.optimization_barrier(both)[0]
+        )
+        return _product(letters, x, values.astype(x.dtype)) * weight.scale
     # A TPU multiplies float32 in one bfloat16 pass unless told otherwise.
     precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
     return jnp.einsum(letters, x, weight, precision=precision, preferred_element_type=jnp.float32)

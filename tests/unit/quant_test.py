@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,12 @@ from unit.convert.sources import CONFIG, weights, write_hf
 import jaxllama
 from jaxllama import SamplingParams
 from jaxllama.checkpoint import MANIFEST, Checkpoint, restore_params
+from jaxllama.decode import decode_steps, state_shapes
 from jaxllama.errors import CheckpointError, ConfigError, ConversionError
 from jaxllama.loading import load_params
 from jaxllama.mesh import make_mesh, param_shardings
 from jaxllama.model import Llama as Model
-from jaxllama.params import Params, QuantizedWeight, get_param, param_specs, stored_specs
+from jaxllama.params import Params, QuantizedWeight, build_params, get_param, param_specs, stored_specs
 from jaxllama.quant import quantize_rows
 
 INT8_KV = dataclasses.replace(tiny.SMALL, kv_dtype="int8")
@@ -163,7 +165,27 @@ def test_no_product_makes_a_matrix_of_scaled_weights():
 
     jaxpr = jax.make_jaxpr(logits)(params, jnp.ones((3, 2, config.hidden_size)))
     made = [(eqn.primitive.name, var.aval.shape) for eqn in jaxpr.jaxpr.eqns for var in eqn.outvars]
-    assert [name for name, shape in made if shape in matrices] == ["convert_element_type"] * 4
+    # The choice of a platform's form, which passes the integers on, and the conversion, which a product takes in.
+    assert [name for name, shape in made if shape in matrices] == ["cond", "convert_element_type"] * 4
+
+
+def test_decoding_does_not_hold_the_weights_in_another_dtype():
+    """XLA moves what a loop does not change before the loop: there all matrices would be converted at once."""
+    config = tiny.config_of("smollm2_like", vocab_size=520)
+    mesh = make_mesh(config, tp=1)
+    shapes = state_shapes(config, num_rows=2, num_pages=5, page_size=4, max_context=16, dtype=jnp.float32)
+    temporary = []
+    for quantize in (None, "int8"):
+        shardings = param_shardings(config, mesh, quantize)
+
+        def leaf(spec: Any, shardings: Params = shardings) -> Any:
+            return jax.ShapeDtypeStruct(spec.shape, spec.dtype or jnp.float32, sharding=get_param(shardings, spec))
+
+        params = build_params(config, leaf, quantize)
+        lowered = decode_steps.lower(config, params, shapes, np.int32(1), np.ones(2, bool), num_rows=2)
+        temporary.append(lowered.compile().memory_analysis().temp_size_in_bytes)
+    # Two matrices or three are in work at a time, of fifteen.
+    assert temporary[1] - temporary[0] < config.num_params * 4 / 2
 
 
 @pytest.mark.parametrize("name", ["divisible", "biased", "wide_heads_tied"])
