@@ -76,6 +76,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue, or '-' to read it from standard input")
     parser.add_argument("--json", action="store_true", help="print the completion as JSON")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="compute dtype (default: the checkpoint's)")
+    parser.add_argument("--quantize", choices=("int8",), help="round the weights on loading (default: as stored)")
+    parser.add_argument("--kv-dtype", choices=("int8",), help="of the KV cache (default: the compute dtype)")
     sampling = parser.add_argument_group("sampling")
     kinds: dict[str, type] = {"max_tokens": int, "min_tokens": int, "top_k": int, "seed": int, "logprobs": int}
     defaults = jaxllama.SamplingParams()
@@ -112,7 +114,8 @@ def _generate(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt:
         raise RequestError("the prompt is empty", "prompt")
-    with jaxllama.load(args.checkpoint, dtype=args.dtype, options=jaxllama.EngineOptions(max_rows=1)) as llama:
+    options = jaxllama.EngineOptions(max_rows=1, kv_dtype=args.kv_dtype)
+    with jaxllama.load(args.checkpoint, dtype=args.dtype, quantize=args.quantize, options=options) as llama:
         if args.json:
             print(json.dumps(dataclasses.asdict(llama.generate(prompt, params)), ensure_ascii=False, indent=2))
             return 0

@@ -7,25 +7,49 @@ a table's unused entries are 0.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllama.config import LlamaConfig
-
-type KVPool = Float[Array, "pages page_size kv2 head_dim"]
-
-KV_POOL_AXES = ("pages", "page", "kv_heads", "head_dim")
+from jaxllama.quant import quantize_rows
 
 
-def kv_pool_shape(config: LlamaConfig, num_pages: int, page_size: int) -> tuple[int, int, int, int]:
-    """`[num_layers * num_pages, page_size, 2 * num_kv_heads, head_dim]`."""
-    return (config.num_layers * num_pages, page_size, 2 * config.num_kv_heads, config.head_dim)
+class KVPool(NamedTuple):
+    """Keys and values of every layer: floats, or int8 with one scale a token and head.
+
+    `scales` is float32, and None for floats: another tree, so another program, but a pool never changes its kind.
+    """
+
+    pages: Float[Array, "pages page_size kv2 head_dim"]
+    scales: Float[Array, "pages page_size kv2"] | None
 
 
-def kv_bytes_per_token(config: LlamaConfig, dtype: jnp.dtype) -> int:
-    """Bytes that one token takes in all layers."""
-    return config.num_layers * 2 * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+# A tree of the same form that holds something else than arrays: shapes, axes.
+_pool_of: Any = KVPool
+
+
+def kv_pool_shapes(config: LlamaConfig, num_pages: int, page_size: int, dtype: Any) -> KVPool:
+    """Shapes and dtypes: pages of `dtype` `[num_layers * num_pages, page_size, 2 * num_kv_heads, head_dim]`."""
+    shape = (config.num_layers * num_pages, page_size, 2 * config.num_kv_heads, config.head_dim)
+    scales = jax.ShapeDtypeStruct(shape[:3], jnp.float32) if dtype == jnp.int8 else None
+    pool: KVPool = _pool_of(jax.ShapeDtypeStruct(shape, dtype), scales)
+    return pool
+
+
+def kv_pool_axes(dtype: Any) -> KVPool:
+    """The logical axes of a pool of `dtype` (see `mesh.py`)."""
+    axes = ("pages", "page", "kv_heads", "head_dim")
+    pool: KVPool = _pool_of(axes, axes[:3] if dtype == jnp.int8 else None)
+    return pool
+
+
+def kv_bytes_per_token(config: LlamaConfig, dtype: Any) -> int:
+    """Bytes that one token takes in all layers, scales included."""
+    pool = kv_pool_shapes(config, 1, 1, dtype)
+    return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(pool))
 
 
 def interleave_kv(
@@ -46,11 +70,15 @@ def write_tokens(
 
     `page_table` holds pages of the layer that is written (already offset).
     """
-    num_pages, page_size = pool.shape[:2]
+    num_pages, page_size = pool.pages.shape[:2]
     pages = jnp.take_along_axis(page_table, positions[:, None] // page_size, axis=1)[:, 0]
     slots = jnp.where(valid, pages * page_size + positions % page_size, num_pages * page_size)
-    flat = pool.reshape(num_pages * page_size, *pool.shape[2:])
-    return flat.at[slots].set(kv.astype(pool.dtype), mode="drop").reshape(pool.shape)
+
+    def write(old: Array, new: Array) -> Array:
+        flat = old.reshape(num_pages * page_size, *old.shape[2:])
+        return flat.at[slots].set(new, mode="drop").reshape(old.shape)
+
+    return jax.tree.map(write, pool, _stored(kv, pool))
 
 
 def write_pages(
@@ -65,20 +93,34 @@ def write_pages(
     `start` and the chunk's length are multiples of the page size. Of the chunk, `num_tokens` are real: pages past them
     are not written, and what the last page holds past them is never read before it is overwritten.
     """
-    num_pages, page_size = pool.shape[:2]
+    num_pages, page_size = pool.pages.shape[:2]
     chunk_pages = kv.shape[0] // page_size
     pages = jax.lax.dynamic_slice_in_dim(page_table, start // page_size, chunk_pages)
     pages = jnp.where(jnp.arange(chunk_pages) * page_size < num_tokens, pages, num_pages)
-    blocks = kv.astype(pool.dtype).reshape(chunk_pages, page_size, *kv.shape[1:])
-    return pool.at[pages].set(blocks, mode="drop")
+
+    def write(old: Array, new: Array) -> Array:
+        return old.at[pages].set(new.reshape(chunk_pages, page_size, *new.shape[1:]), mode="drop")
+
+    return jax.tree.map(write, pool, _stored(kv, pool))
 
 
 def clear_pages(pool: KVPool, pages: Int[Array, " max_pages"], count: Int[Array, ""], num_layers: int) -> KVPool:
     """Zeros in the first `count` of `pages` (numbers of layer 0), in every layer."""
-    layers = pool.reshape(num_layers, -1, *pool.shape[1:])
-    zeros = jnp.zeros((num_layers, 1, *pool.shape[1:]), pool.dtype)
 
-    def clear(index: Array, layers: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(layers, zeros, pages[index], axis=1)
+    def clear_in(array: Array) -> Array:
+        layers = array.reshape(num_layers, -1, *array.shape[1:])
+        zeros = jnp.zeros((num_layers, 1, *array.shape[1:]), array.dtype)
 
-    return jax.lax.fori_loop(0, count, clear, layers).reshape(pool.shape)
+        def clear(index: Array, layers: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(layers, zeros, pages[index], axis=1)
+
+        return jax.lax.fori_loop(0, count, clear, layers).reshape(array.shape)
+
+    return jax.tree.map(clear_in, pool)
+
+
+def _stored(kv: Float[Array, "tokens kv2 head_dim"], pool: KVPool) -> KVPool:
+    """Tokens as `pool` keeps them. One with NaN or infinity has a scale of NaN, which attention carries on."""
+    if pool.scales is None:
+        return KVPool(kv.astype(pool.pages.dtype), None)
+    return KVPool(*quantize_rows(kv))

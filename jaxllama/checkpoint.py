@@ -5,7 +5,7 @@
     DST/manifest.json    written last: without it the checkpoint is incomplete
 
 Each tensor is a zarr array of its own, uncompressed, cut along the dimension that tensor parallelism cuts, so that a
-device reads its shard and nothing else.
+device reads its shard and nothing else. A matrix of an int8 checkpoint is two, NAME.values and NAME.scale.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,7 +29,16 @@ import orbax.checkpoint as ocp
 
 from jaxllama.config import LlamaConfig
 from jaxllama.errors import CheckpointError, ConfigError
-from jaxllama.params import Params, ParamSpec, build_params, get_param, param_specs
+from jaxllama.params import (
+    QUANTIZATIONS,
+    Params,
+    ParamSpec,
+    QuantizedWeight,
+    build_params,
+    get_param,
+    param_specs,
+    stored_specs,
+)
 
 FORMAT = "jaxllama-checkpoint"
 VERSION = 1
@@ -59,18 +68,20 @@ class Manifest:
     """What a checkpoint consists of and came from.
 
     `files` are relative to the checkpoint. `source` has `kind`, `name` and `files` (name to size and sha256).
+    `quantize` is "int8" if the matrices are; norms and biases have `dtype` all the same.
     """
 
     dtype: str
     source: Mapping[str, Any]
     files: Mapping[str, FileRecord]
     versions: Mapping[str, str]
+    quantize: str | None = None
 
     def to_json(self) -> str:
         """The text of manifest.json."""
         files = {name: asdict(self.files[name]) for name in sorted(self.files)}
-        value = {"format": FORMAT, "version": VERSION, "dtype": self.dtype, "source": self.source, "files": files}
-        return json.dumps({**value, "versions": self.versions}, indent=1) + "\n"
+        value = {"format": FORMAT, "version": VERSION, "dtype": self.dtype, "quantize": self.quantize}
+        return json.dumps({**value, "source": self.source, "files": files, "versions": self.versions}, indent=1) + "\n"
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -93,6 +104,9 @@ class Manifest:
             raise CheckpointError(
                 f"{path}: dtype {value.get('dtype')!r} is not supported, expected one of {', '.join(DTYPES)}"
             )
+        quantize = value.get("quantize")
+        if quantize not in (None, *QUANTIZATIONS):
+            raise CheckpointError(f"{path}: quantization {quantize!r} is not supported, expected int8 or null")
         try:
             files = {name: FileRecord(int(r["size"]), str(r["sha256"])) for name, r in value["files"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -100,14 +114,15 @@ class Manifest:
         for name in files:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise CheckpointError(f"{path}: file name {name!r} leads out of the checkpoint")
-        return cls(value["dtype"], value.get("source", {}), files, value.get("versions", {}))
+        return cls(value["dtype"], value.get("source", {}), files, value.get("versions", {}), quantize)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: everything but the weights.
 
-    `config.eos_token_ids` are generation_config.json's where it names any. `dtype` is the weights' dtype on disk.
+    `config.eos_token_ids` are generation_config.json's where it names any. `dtype` is the weights' dtype on disk,
+    beside int8 matrices that of the rest.
     """
 
     path: Path
@@ -161,30 +176,39 @@ def hash_file(path: Path) -> FileRecord:
         return FileRecord(file.tell(), digest)
 
 
-def restore_params(checkpoint: Checkpoint, dtype: Any, shardings: Params) -> Params:
-    """Reads the weights straight to their devices, each device its own shard, cast to `dtype`.
+def restore_params(
+    checkpoint: Checkpoint, dtype: Any, shardings: Params, only: Collection[ParamSpec] | None = None
+) -> Params:
+    """Reads the weights straight to their devices, each device its own shard, cast to `dtype` (None: as stored).
 
-    `shardings` has the structure of the Params tree with a `jax.sharding.Sharding` at every leaf. The host holds a few
-    gigabytes at most, whatever the model's size.
+    The matrices of an int8 checkpoint stay int8. `shardings` has the structure of the tree that is stored, with a
+    `jax.sharding.Sharding` at every leaf. With `only` nothing else is read, and `...` stands in its place. The host
+    holds a few gigabytes at most, whatever the model's size.
 
     Raises: CheckpointError when the stored tensors cannot be read or do not fit the config.
     """
-    specs = param_specs(checkpoint.config)
-    for spec in specs:
-        _check_stored_shape(checkpoint, spec)
+    config, quantize = checkpoint.config, checkpoint.manifest.quantize
+    specs = param_specs(config)
+    parts = [part for spec in specs if only is None or spec in only for part in stored_specs(spec, quantize)]
+    for part in parts:
+        _check_stored_shape(checkpoint, part)
     largest = max(spec.size for spec in specs) * 4
     # One more than it needs: Orbax refuses a tensor of exactly the limit.
     limit_gb = max(_RESTORE_BYTES_IN_FLIGHT, largest) // 10**9 + 1
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, restore_concurrent_gb=limit_gb)
+    wanted = {part.path for part in parts}
 
-    def restore_args(spec: ParamSpec) -> Any:
-        sharding = get_param(shardings, spec)
-        return ocp.ArrayRestoreArgs(dtype=jnp.dtype(dtype), sharding=sharding, global_shape=spec.shape)
+    def restore_args(part: ParamSpec) -> Any:
+        if part.path not in wanted:
+            return ocp.PLACEHOLDER
+        to = None if dtype is None else jnp.dtype(part.dtype or dtype)
+        return ocp.ArrayRestoreArgs(dtype=to, sharding=get_param(shardings, part), global_shape=part.shape)
 
-    tree = build_params(checkpoint.config, restore_args)
+    tree = build_params(config, restore_args, quantize)
+    args = ocp.args.PyTreeRestore(item=tree, restore_args=tree)
     with _quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
         try:
-            return checkpointer.restore(checkpoint.path / PARAMS, args=ocp.args.PyTreeRestore(restore_args=tree))
+            return checkpointer.restore(checkpoint.path / PARAMS, args=args)
         except (ValueError, KeyError, OSError) as error:
             raise CheckpointError(f"{checkpoint.path / PARAMS}: cannot be restored ({_one_line(error)})") from error
 
@@ -196,11 +220,12 @@ class ParamsWriter:
     it, so the whole tree is never in memory. A staged tensor outlives the process: `is_staged` tells a second run.
     """
 
-    def __init__(self, folder: Path, config: LlamaConfig, dtype: str) -> None:
+    def __init__(self, folder: Path, config: LlamaConfig, dtype: str, quantize: str | None = None) -> None:
         self._folder = folder
         self._staging = folder / "tensors"
         self._config = config
         self._dtype = jnp.dtype(dtype)
+        self._quantize = quantize
         self._staging.mkdir(exist_ok=True)
         self._recover()
 
@@ -209,26 +234,39 @@ class ParamsWriter:
         sizes = (_size(self._staging / PurePosixPath(name).relative_to(PARAMS)) for name in files)
         return bool(files) and all(size == record.size for size, record in zip(sizes, files.values(), strict=True))
 
-    def write(self, spec: ParamSpec, array: np.ndarray) -> dict[str, FileRecord]:
+    def write(self, spec: ParamSpec, weight: np.ndarray | QuantizedWeight) -> dict[str, FileRecord]:
         """Stages one tensor and returns its files as the manifest names them.
 
         Raises: OSError when the disk is full or unwritable.
         """
-        if array.shape != spec.shape or array.dtype != self._dtype:
-            raise CheckpointError(f"{spec.name}: got {array.dtype}{array.shape}, expected {self._dtype}{spec.shape}")
-        folder = self._staging / spec.name
+        parts = stored_specs(spec, self._quantize)
+        arrays = tuple(weight) if isinstance(weight, QuantizedWeight) else (weight,)
+        got = [f"{array.dtype}{array.shape}" for array in arrays]
+        expected = [f"{self._dtype_of(part)}{part.shape}" for part in parts]
+        if got != expected:
+            raise CheckpointError(f"{spec.name}: got {' and '.join(got)}, expected {' and '.join(expected)}")
+        files: dict[str, FileRecord] = {}
+        for part, array in zip(parts, arrays, strict=True):
+            files |= self._write_array(part, array)
+        return files
+
+    def _write_array(self, part: ParamSpec, array: np.ndarray) -> dict[str, FileRecord]:
+        folder = self._staging / part.name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        chunk = _chunk_shape(spec, self._dtype.itemsize)
-        parts = {".zarray": _zarr_metadata(spec.shape, chunk, self._dtype)}
-        files = {name: _write_file(folder / name, data) for name, data in parts.items()}
+        chunk = _chunk_shape(part, array.itemsize)
+        files = {".zarray": _write_file(folder / ".zarray", _zarr_metadata(part.shape, chunk, array.dtype))}
         for name, data in _chunks(array, chunk):
             files[name] = _write_file(folder / name, data)
-        return {f"{PARAMS}/{spec.name}/{name}": record for name, record in files.items()}
+        return {f"{PARAMS}/{part.name}/{name}": record for name, record in files.items()}
 
     def commit(self) -> None:
         """Turns the staged tensors into the Orbax checkpoint `folder/params`. Every tensor must be staged."""
-        tree = build_params(self._config, lambda spec: _Staged(spec.shape, self._dtype, self._staging / spec.name))
+
+        def staged(part: ParamSpec) -> _Staged:
+            return _Staged(part.shape, self._dtype_of(part), self._staging / part.name)
+
+        tree = build_params(self._config, staged, self._quantize)
         registry = ocp.type_handlers.create_type_handler_registry((_Staged, _MoveStaged()))
         with _quiet_orbax():
             handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
@@ -236,12 +274,16 @@ class ParamsWriter:
                 checkpointer.save(self._folder / PARAMS, args=ocp.args.PyTreeSave(tree))
         self._staging.rmdir()
 
+    def _dtype_of(self, part: ParamSpec) -> np.dtype:
+        return jnp.dtype(part.dtype or self._dtype)
+
     def _recover(self) -> None:
         # A commit that was killed has moved some tensors, or all of them, out of the staging folder.
         for params in self._folder.glob(f"{PARAMS}*"):
             for spec in param_specs(self._config):
-                if (params / spec.name).is_dir() and not (self._staging / spec.name).exists():
-                    os.rename(params / spec.name, self._staging / spec.name)
+                for part in stored_specs(spec, self._quantize):
+                    if (params / part.name).is_dir() and not (self._staging / part.name).exists():
+                        os.rename(params / part.name, self._staging / part.name)
             shutil.rmtree(params)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllama.attention import Attention, ReferenceAttention
 from jaxllama.attention.reference import chunk_positions
-from jaxllama.cache import KV_POOL_AXES, KVPool, clear_pages, kv_pool_shape
+from jaxllama.cache import KVPool, clear_pages, kv_pool_axes, kv_pool_shapes
 from jaxllama.config import LlamaConfig
 from jaxllama.mesh import partition_spec
 from jaxllama.model import Llama
@@ -88,7 +88,7 @@ _state_of: Any = DecodeState
 _sampling_of: Any = SamplingArrays
 
 _STATE_AXES: DecodeState = _state_of(
-    pool=KV_POOL_AXES,
+    pool=None,  # `state_shardings` sets it: an int8 pool has more parts
     page_table=("rows", None),
     lengths=("rows",),
     last_token=("rows",),
@@ -116,14 +116,14 @@ _STATE_AXES: DecodeState = _state_of(
 def state_shapes(
     config: LlamaConfig, *, num_rows: int, num_pages: int, page_size: int, max_context: int, dtype: Any
 ) -> DecodeState:
-    """The shapes and dtypes of a `DecodeState`; `num_pages` counts page 0, which no row is given."""
+    """The shapes and dtypes of a `DecodeState` with a pool of `dtype`; `num_pages` counts page 0, given to no row."""
     f32, i32 = jnp.float32, jnp.int32
 
     def rows(dtype: Any, *rest: int) -> Any:
         return jax.ShapeDtypeStruct((num_rows, *rest), dtype)
 
     shapes: DecodeState = _state_of(
-        pool=jax.ShapeDtypeStruct(kv_pool_shape(config, num_pages, page_size), dtype),
+        pool=kv_pool_shapes(config, num_pages, page_size, dtype),
         page_table=rows(i32, -(-max_context // page_size)),
         lengths=rows(i32),
         last_token=rows(i32),
@@ -149,13 +149,27 @@ def state_shapes(
     return shapes
 
 
-def state_shardings(config: LlamaConfig, mesh: Mesh, num_rows: int) -> DecodeState:
+def state_shardings(config: LlamaConfig, mesh: Mesh, shapes: DecodeState) -> DecodeState:
     """Rows over `data`, KV heads over `kv`, vocabulary over `kv` and `rep`."""
+    axes = _STATE_AXES._replace(pool=kv_pool_axes(shapes.pool.pages.dtype))
+    shardings: DecodeState = _shardings(axes, config, mesh, num_rows=shapes.lengths.shape[0])
+    return shardings
+
+
+def _shardings(axes: Any, config: LlamaConfig, mesh: Mesh, num_rows: int | None = None) -> Any:
     return jax.tree.map(
-        lambda axes: NamedSharding(mesh, partition_spec(axes, config, mesh, num_rows=num_rows)),
-        _STATE_AXES,
+        lambda names: NamedSharding(mesh, partition_spec(names, config, mesh, num_rows=num_rows)),
+        axes,
         is_leaf=lambda x: type(x) is tuple,
     )
+
+
+def make_pool(config: LlamaConfig, mesh: Mesh, *, num_pages: int, page_size: int, dtype: Any) -> KVPool:
+    """An empty pool by itself, for `prefill_logits`."""
+    shapes = kv_pool_shapes(config, num_pages, page_size, dtype)
+    shardings = _shardings(kv_pool_axes(dtype), config, mesh)
+    pool: KVPool = jax.tree.map(lambda s, where: jnp.zeros(s.shape, s.dtype, device=where), shapes, shardings)
+    return pool
 
 
 def make_state(shapes: DecodeState, shardings: DecodeState) -> DecodeState:

@@ -12,18 +12,18 @@ from typing import Any, Self, overload
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from jaxllama.cache import KV_POOL_AXES, kv_pool_shape
-from jaxllama.checkpoint import Checkpoint, restore_params
+from jaxllama.checkpoint import Checkpoint
 from jaxllama.config import LlamaConfig
-from jaxllama.decode import prefill_logits
+from jaxllama.decode import make_pool, prefill_logits
 from jaxllama.distributed import Group
 from jaxllama.engine.engine import Engine
 from jaxllama.engine.options import EngineOptions
 from jaxllama.engine.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
 from jaxllama.errors import ChatTemplateError, ConfigError, ContextLengthError, QueueFullError, RequestError
-from jaxllama.mesh import make_mesh, param_shardings, partition_spec
+from jaxllama.loading import load_params
+from jaxllama.mesh import make_mesh
 from jaxllama.params import Params
 from jaxllama.sampling import SamplingParams
 from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
@@ -72,10 +72,14 @@ def load(
     mesh: Mesh | None = None,
     *,
     dtype: Any = None,
+    quantize: str | None = None,
     options: EngineOptions | None = None,
     group: Group | None = None,
 ) -> Llama:
     """Loads a converted checkpoint onto `mesh` (None: all devices, tensor-parallel), as `dtype` (None: as stored).
+
+    `quantize` "int8" rounds the matrices on the way, layer by layer; those of an int8 checkpoint are int8 anyway. Norms
+    and all computation have `dtype`.
 
     `group` is that of many processes (`jaxllama.distributed.join`), each of which calls this alike and reads its own
     shards. Process 0 then uses the model, and the others call `llama.engine.follow()`.
@@ -92,7 +96,7 @@ def load(
     tokenizer = load_tokenizer(checkpoint.path, config.vocab_size) if has_tokenizer else None
     has_template = has_tokenizer and has_chat_template(checkpoint.path)
     chat_template = load_chat_template(checkpoint.path) if has_template else None
-    params = restore_params(checkpoint, dtype, param_shardings(config, mesh))
+    params = load_params(checkpoint, mesh, dtype, quantize)
     return Llama(
         config,
         params,
@@ -220,11 +224,7 @@ class Llama:
         # Powers of two, so that a loop over texts of all lengths compiles a few programs only.
         num_chunks = 1 << (-(-len(tokens) // chunk) - 1).bit_length()
         num_pages = num_chunks * chunk // page_size
-        pool = jnp.zeros(
-            kv_pool_shape(self.config, num_pages, page_size),
-            self.params["norm"].dtype,
-            device=NamedSharding(self.mesh, partition_spec(KV_POOL_AXES, self.config, self.mesh)),
-        )
+        pool = make_pool(self.config, self.mesh, num_pages=num_pages, page_size=page_size, dtype=self.engine.kv_dtype)
         table = np.arange(num_pages, dtype=np.int32)
         rows = []
         for start in range(0, len(tokens), chunk):

@@ -84,6 +84,6 @@ def partition_spec(
     return PartitionSpec(*entries)
 
 
-def param_shardings(config: LlamaConfig, mesh: Mesh) -> Params:
+def param_shardings(config: LlamaConfig, mesh: Mesh, quantize: str | None = None) -> Params:
     """The sharding of every weight, in the shape of the `Params` tree."""
-    return build_params(config, lambda spec: NamedSharding(mesh, partition_spec(spec.axes, config, mesh)))
+    return build_params(config, lambda spec: NamedSharding(mesh, partition_spec(spec.axes, config, mesh)), quantize)

@@ -7,6 +7,7 @@ are unrolled: TPU.md's measurements give 50 to 80 % more time to a scan over sta
 
 Between matrix products everything is float32, the residual stream included; only what enters a product is rounded to
 the weights' dtype. It costs next to nothing and keeps greedy replies in bfloat16 close to float32's (bench/LOG.md).
+Beside int8 matrices it is the norms that have that dtype.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllama.cache import KVPool, interleave_kv
 from jaxllama.config import LlamaConfig
-from jaxllama.params import Params
+from jaxllama.params import Params, QuantizedWeight
 from jaxllama.rope import RotaryAngles, rotary_angles, rotate
 
 type Attend = Callable[[Array, Array, KVPool, Array], tuple[Array, KVPool]]
@@ -44,19 +45,19 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
     """`x @ weight.T + bias` in float32, with the weight in Hugging Face's `[out, in]` layout."""
 
-    def __init__(self, weights: Mapping[str, Array], name: str) -> None:
+    def __init__(self, weights: Mapping[str, Any], name: str) -> None:
         self.weight = nnx.Param(weights[name])
         self.bias = nnx.Param(weights[f"{name}_bias"]) if f"{name}_bias" in weights else None
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        y = _product("...i,oi->...o", x, self.weight[...])
+        y = _product("...i,oi->...o", x, self.weight.get_value())
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
 
 
 class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) over the paged cache."""
 
-    def __init__(self, config: LlamaConfig, weights: Mapping[str, Array]) -> None:
+    def __init__(self, config: LlamaConfig, weights: Mapping[str, Any]) -> None:
         self.config = config
         self.q_proj = Linear(weights, "q_proj")
         self.k_proj = Linear(weights, "k_proj")
@@ -82,7 +83,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """The SwiGLU feed-forward block (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, weights: Mapping[str, Array]) -> None:
+    def __init__(self, weights: Mapping[str, Any]) -> None:
         self.gate_proj = Linear(weights, "gate_proj")
         self.up_proj = Linear(weights, "up_proj")
         self.down_proj = Linear(weights, "down_proj")
@@ -94,7 +95,7 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One pre-norm transformer layer."""
 
-    def __init__(self, config: LlamaConfig, weights: Mapping[str, Array]) -> None:
+    def __init__(self, config: LlamaConfig, weights: Mapping[str, Any]) -> None:
         self.input_layernorm = RMSNorm(weights["input_layernorm"], config.rms_norm_eps)
         self.self_attn = Attention(config, weights)
         self.post_attention_layernorm = RMSNorm(weights["post_attention_layernorm"], config.rms_norm_eps)
@@ -107,7 +108,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A Llama decoder around the weights of a `Params` tree, which decide the compute dtype."""
+    """A Llama decoder around the weights of a `Params` tree, whose norms' dtype is that of all computation."""
 
     def __init__(self, config: LlamaConfig, params: Params) -> None:
         self.config = config
@@ -125,19 +126,34 @@ class Llama(nnx.Module):
         attend: Attend,
     ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
         """Runs the layers, which reach the cache by `attend` alone; returns normalised hidden states and the pool."""
-        x = self.embed_tokens[...][tokens].astype(jnp.float32)
+        x = _rows(self.embed_tokens.get_value(), tokens)
         angles = rotary_angles(self.config, positions)
-        num_pages = pool.shape[0] // self.config.num_layers
+        num_pages = pool.pages.shape[0] // self.config.num_layers
         for index, layer in enumerate(self.layers):
             x, pool = layer(x, angles, pool, page_table + index * num_pages, attend)
         return self.norm(x), pool
 
     def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """Float32 scores of every token of the vocabulary."""
-        return _product("...e,ve->...v", hidden, self.lm_head[...])
+        return _product("...e,ve->...v", hidden, self.lm_head.get_value())
 
 
-def _product(letters: str, x: Array, weight: Array) -> Array:
+def _product(letters: str, x: Array, weight: Array | QuantizedWeight) -> Array:
+    if isinstance(weight, QuantizedWeight):
+        # A TPU's product converts the integers as it reads them. A CPU's does not, and XLA would convert every matrix
+        # once, before the loop of decoding, and hold all of them: the barrier ties each to a value of the loop. On a
+        # TPU it would cost 6 µs a layer (bench/LOG.md).
+        values = jax.lax.platform_dependent(
+            weight.values, x, tpu=lambda values, _: values, default=lambda *both: jax.lax.optimization_barrier(both)[0]
+        )
+        return _product(letters, x, values.astype(x.dtype)) * weight.scale
     # A TPU multiplies float32 in one bfloat16 pass unless told otherwise.
     precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
     return jnp.einsum(letters, x, weight, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _rows(weight: Array | QuantizedWeight, ids: Array) -> Array:
+    """The rows `ids` of a matrix, in float32."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.values[ids].astype(jnp.float32) * weight.scale[ids][..., None]
+    return weight[ids].astype(jnp.float32)

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from jaxllama.config import LlamaConfig
 
+QUANTIZATIONS = ("int8",)
+
 type Params = dict[str, Any]
 """`{"embed_tokens", "layers": [{"q_proj", …}, …], "norm", "lm_head"?}`: plain dicts and lists, so that `jax.jit`
-flattens them in C++. One leaf per tensor and layer, in the layout of Hugging Face (`[out, in]`)."""
+flattens them in C++. One leaf per tensor and layer, in the layout of Hugging Face (`[out, in]`). A matrix may be a
+`QuantizedWeight` instead; then every matrix is."""
+
+
+class QuantizedWeight(NamedTuple):
+    """A matrix whose row o is `values[o] * scale[o]`: int8 `[out, in]` and float32 `[out]`."""
+
+    values: Any
+    scale: Any
 
 
 @dataclass(frozen=True)
@@ -20,12 +30,14 @@ class ParamSpec:
 
     `path` leads to it in the `Params` tree, `axes` are the logical names of its dimensions (see `mesh.py`), `hf_name`
     is its name in a Hugging Face checkpoint. Values and layout are the same in both: nothing is folded or permuted.
+    `dtype` None is the model's own; the parts of a quantised matrix have theirs (`stored_specs`).
     """
 
     path: tuple[str | int, ...]
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     hf_name: str
+    dtype: str | None = None
 
     @property
     def size(self) -> int:
@@ -70,20 +82,30 @@ def _layer_specs(c: LlamaConfig, layer: int) -> Iterator[ParamSpec]:
             yield spec(f"{name}_bias", f"{block}.{name}", shape[:1], axes[:1], "bias")
 
 
-def build_params(config: LlamaConfig, leaf: Callable[[ParamSpec], Any]) -> Params:
-    """The `Params` tree with `leaf(spec)` for every tensor."""
+def stored_specs(spec: ParamSpec, quantize: str | None) -> tuple[ParamSpec, ...]:
+    """The arrays that a tensor consists of: itself, or a quantised matrix's values and scale."""
+    if quantize is None or len(spec.shape) != 2:
+        return (spec,)
+    values = replace(spec, path=(*spec.path, "values"), dtype="int8")
+    scale = replace(spec, path=(*spec.path, "scale"), shape=spec.shape[:1], axes=spec.axes[:1], dtype="float32")
+    return values, scale
+
+
+def build_params(config: LlamaConfig, leaf: Callable[[ParamSpec], Any], quantize: str | None = None) -> Params:
+    """The `Params` tree with `leaf(spec)` for every array; with `quantize`, matrices are `QuantizedWeight`s of two."""
     params: Params = {"layers": [{} for _ in range(config.num_layers)]}
     for spec in param_specs(config):
         node: Any = params
         for key in spec.path[:-1]:
             node = node[key]
-        node[spec.path[-1]] = leaf(spec)
+        parts = [leaf(part) for part in stored_specs(spec, quantize)]
+        node[spec.path[-1]] = parts[0] if len(parts) == 1 else QuantizedWeight(*parts)
     return params
 
 
 def get_param(params: Mapping[str, Any], spec: ParamSpec) -> Any:
-    """The leaf that `spec` describes."""
+    """The leaf that `spec` describes, or a part of it."""
     node: Any = params
     for key in spec.path:
-        node = node[key]
+        node = getattr(node, str(key)) if isinstance(node, QuantizedWeight) else node[key]
     return node

@@ -35,11 +35,12 @@ LAYERS = (
         "jaxllama.distributed",
         "jaxllama.relay",
     ),
-    ("jaxllama.cache", "jaxllama.sampling", "jaxllama.quant"),
+    ("jaxllama.quant",),
+    ("jaxllama.cache", "jaxllama.sampling"),
     ("jaxllama.attention",),
     ("jaxllama.model",),
     ("jaxllama.decode", "jaxllama.checkpoint"),
-    ("jaxllama.engine", "jaxllama.plan"),
+    ("jaxllama.engine", "jaxllama.plan", "jaxllama.loading"),
     ("jaxllama.llama", "jaxllama"),
     ("jaxllama_convert", "jaxllama_serving", "jaxllama.__main__"),
 )
@@ -80,6 +81,7 @@ PUBLIC_TO = {
         "jaxllama.text",
         "jaxllama.config",
         "jaxllama.params",
+        "jaxllama.quant",
         "jaxllama.checkpoint",
     ),
 }

@@ -7,7 +7,7 @@ checkpoint.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 type Array = NDArray[np.float64]
 type Weights = Mapping[str, NDArray[Any]]
+type Cached = Callable[[Array], Array]
 
 
 # ---- The forward pass ----
@@ -77,12 +78,20 @@ def _linear(weights: Weights, name: str, x: Array) -> Array:
     return y if bias is None else y + np.asarray(bias, np.float64)
 
 
-def _attention(weights: Weights, config: LlamaConfig, prefix: str, x: Array, positions: NDArray[Any]) -> Array:
+def round_to_int8(x: Array) -> Array:
+    """Each row of the last axis to the nearest of 255 values, from minus its largest magnitude to plus."""
+    step = np.abs(x).max(axis=-1, keepdims=True) / 127
+    return np.rint(x / np.where(step > 0, step, 1)) * step
+
+
+def _attention(
+    weights: Weights, config: LlamaConfig, prefix: str, x: Array, positions: NDArray[Any], cached: Cached
+) -> Array:
     num_tokens, inv_freq = len(x), inverse_frequencies(config.rope, config.head_dim)
     q = _linear(weights, f"{prefix}.q_proj", x).reshape(num_tokens, config.num_heads, config.head_dim)
     k = _linear(weights, f"{prefix}.k_proj", x).reshape(num_tokens, config.num_kv_heads, config.head_dim)
     v = _linear(weights, f"{prefix}.v_proj", x).reshape(num_tokens, config.num_kv_heads, config.head_dim)
-    q, k = rotate(q, positions, inv_freq), rotate(k, positions, inv_freq)
+    q, k, v = rotate(q, positions, inv_freq), cached(rotate(k, positions, inv_freq)), cached(v)
     future = np.triu(np.ones((num_tokens, num_tokens), bool), 1)
     heads = []
     for head in range(config.num_heads):
@@ -100,12 +109,17 @@ def _mlp(weights: Weights, prefix: str, x: Array) -> Array:
 
 
 def llama_logits(
-    weights: Weights, config: LlamaConfig, ids: Sequence[int], positions: int | Sequence[int] = 0
+    weights: Weights,
+    config: LlamaConfig,
+    ids: Sequence[int],
+    positions: int | Sequence[int] = 0,
+    cached: Cached = lambda x: x,
 ) -> Array:
     """Logits `[T, V]` after each token of one sequence.
 
     `weights` has Hugging Face names and layouts. `positions` is the first token's position, or every token's; attention
-    sees all earlier tokens of `ids` whatever their positions.
+    sees all earlier tokens of `ids` whatever their positions. `cached` is what a cache makes of keys and values,
+    `[T, kv_heads, D]`.
 
     Source: Touvron et al. 2023, arXiv:2302.13971, section 2.2; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
     """
@@ -114,7 +128,7 @@ def llama_logits(
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}"
         normed = rms_norm(x, weights[f"{prefix}.input_layernorm.weight"], config.rms_norm_eps)
-        x = x + _attention(weights, config, f"{prefix}.self_attn", normed, at)
+        x = x + _attention(weights, config, f"{prefix}.self_attn", normed, at, cached)
         normed = rms_norm(x, weights[f"{prefix}.post_attention_layernorm.weight"], config.rms_norm_eps)
         x = x + _mlp(weights, f"{prefix}.mlp", normed)
     x = rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps)

@@ -23,7 +23,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from jaxllama import EngineOptions, Llama, LlamaConfig, make_mesh
 from jaxllama.checkpoint import MANIFEST, Manifest, ParamsWriter, hash_file
 from jaxllama.mesh import param_shardings
-from jaxllama.params import Params, build_params, get_param, param_specs
+from jaxllama.params import Params, QuantizedWeight, build_params, get_param, param_specs, stored_specs
+from jaxllama.quant import quantize_rows
 
 type Weights = Mapping[str, np.ndarray]
 
@@ -78,10 +79,33 @@ def weights_of(name: str) -> Weights:
     return random_weights(MODELS[name], SEEDS[name])
 
 
-def make_params(config: LlamaConfig, weights: Weights, mesh: jax.sharding.Mesh, dtype: Any = jnp.float32) -> Params:
+def make_params(
+    config: LlamaConfig,
+    weights: Weights,
+    mesh: jax.sharding.Mesh,
+    dtype: Any = jnp.float32,
+    quantize: str | None = None,
+) -> Params:
     """The weights on `mesh`, sharded by the rules."""
-    params = build_params(config, lambda spec: np.asarray(weights[spec.hf_name], dtype))
-    return jax.device_put(params, param_shardings(config, mesh))
+    arrays: dict[tuple[str | int, ...], Any] = {}
+    for spec in param_specs(config):
+        array = np.asarray(weights[spec.hf_name], dtype)
+        parts = stored_specs(spec, quantize)
+        halves = (array,) if len(parts) == 1 else quantize_rows(jnp.asarray(array))
+        arrays |= {part.path: half for part, half in zip(parts, halves, strict=True)}
+    params = build_params(config, lambda part: arrays[part.path], quantize)
+    return jax.device_put(params, param_shardings(config, mesh, quantize))
+
+
+def dequantized(config: LlamaConfig, params: Params) -> Weights:
+    """What int8 weights stand for, in float64, by their Hugging Face names."""
+
+    def exact(weight: Any) -> np.ndarray:
+        if not isinstance(weight, QuantizedWeight):
+            return np.asarray(weight, np.float64)
+        return np.asarray(weight.values, np.float64) * np.asarray(weight.scale, np.float64)[:, None]
+
+    return {spec.hf_name: exact(get_param(params, spec)) for spec in param_specs(config)}
 
 
 def make_llama(
@@ -90,6 +114,7 @@ def make_llama(
     tp: int = 1,
     data: int = 1,
     dtype: Any = jnp.float32,
+    quantize: str | None = None,
     options: EngineOptions = SMALL,
     weights: Weights | None = None,
     tokenizer_folder: Path | None = None,
@@ -101,7 +126,7 @@ def make_llama(
 
     config = config_of(name, **changes)
     mesh = make_mesh(config, tp=tp, data=data)
-    params = make_params(config, weights_of(name) if weights is None else weights, mesh, dtype)
+    params = make_params(config, weights_of(name) if weights is None else weights, mesh, dtype, quantize)
     folder = tokenizer_folder
     return Llama(
         config,

@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("bfloat16", "float32"),
         help="dtype of the stored weights (default: float32 if every matrix of SRC is float32, else bfloat16)",
     )
+    parser.add_argument(
+        "--quantize", choices=("int8",), help="round the matrices, with a scale an output channel (default: no)"
+    )
     parser.add_argument("--force", action="store_true", help="replace DST if it is a jaxllama checkpoint")
     parser.add_argument("--verify", action="store_true", help="read everything back and compare its sha256")
 
@@ -34,7 +37,13 @@ def run(args: argparse.Namespace) -> int:
     try:
         with _progress() as progress:
             report = convert(
-                args.src, args.dst, dtype=args.dtype, force=args.force, verify=args.verify, progress=progress
+                args.src,
+                args.dst,
+                dtype=args.dtype,
+                quantize=args.quantize,
+                force=args.force,
+                verify=args.verify,
+                progress=progress,
             )
     except KeyboardInterrupt:
         _say("interrupted; run the same command again to resume")
@@ -44,9 +53,10 @@ def run(args: argparse.Namespace) -> int:
         return 1 if isinstance(error, OutputError) else 2
     for warning in report.warnings:
         _say(f"warning: {_one_line(warning)}")
+    kind = f"{report.quantize} and {report.dtype}" if report.quantize else report.dtype
     resumed = f" ({report.num_resumed} tensors were there already)" if report.num_resumed else ""
     _say(
-        f"wrote {report.path}: {report.num_params:,} parameters, {report.num_bytes:,} bytes of {report.dtype}{resumed} "
+        f"wrote {report.path}: {report.num_params:,} parameters, {report.num_bytes:,} bytes of {kind}{resumed} "
         f"in {report.seconds:.1f} s; peak RAM {report.peak_ram_bytes / _GB:.2f} GB"
     )
     return 0

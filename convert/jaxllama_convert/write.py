@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -30,7 +31,8 @@ from jaxllama.checkpoint import (
 )
 from jaxllama.config import LlamaConfig
 from jaxllama.errors import CheckpointError, ConversionError
-from jaxllama.params import ParamSpec
+from jaxllama.params import QUANTIZATIONS, ParamSpec, QuantizedWeight, stored_specs
+from jaxllama.quant import quantize_rows
 from jaxllama_convert.mapping import match_tensors
 from jaxllama_convert.memory import peak_ram_bytes
 from jaxllama_convert.source import Source, SourceTensor, open_source
@@ -41,6 +43,7 @@ type Progress = Callable[[int, int, str], None]
 """Called with bytes written, bytes in all, and the tensor's name."""
 
 type Pairs = Sequence[tuple[ParamSpec, SourceTensor]]
+type Weight = np.ndarray | QuantizedWeight
 
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 # Elements converted at a time: what is in memory beyond the tensors themselves is a few times 16 MB.
@@ -58,6 +61,7 @@ class ConversionReport:
 
     path: Path
     dtype: str
+    quantize: str | None
     num_params: int
     num_bytes: int
     num_resumed: int
@@ -71,13 +75,15 @@ def convert(
     dst: str | os.PathLike[str],
     *,
     dtype: str | None = None,
+    quantize: str | None = None,
     force: bool = False,
     verify: bool = False,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Converts a folder of safetensors or a GGUF file to a checkpoint that `jaxllama.load` reads.
 
-    `dtype` None keeps float32 if every matrix of the source is float32 and means bfloat16 otherwise. At most two
+    `dtype` None keeps float32 if every matrix of the source is float32 and means bfloat16 otherwise. `quantize` "int8"
+    rounds the matrices, once they have that dtype, as `jaxllama.load` with `quantize` does: the same bits. At most two
     tensors are in memory. Nothing appears at `dst` before it is complete; a killed conversion resumes when it is
     started again. `force` replaces an existing checkpoint, which stays until the new one is complete. `verify` hashes
     the files again afterwards.
@@ -87,6 +93,8 @@ def convert(
     started = time.monotonic()
     if dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"dtype {dtype!r} is not supported, expected one of {', '.join(DTYPES)}")
+    if quantize not in (None, *QUANTIZATIONS):
+        raise ConversionError(f"quantize {quantize!r} is not supported, expected 'int8' or None")
     source_path, destination = Path(src).expanduser(), Path(os.path.realpath(Path(dst).expanduser()))
     if source_path.resolve().is_relative_to(destination):
         raise ConversionError(f"{destination}: holds the source; choose another folder")
@@ -99,7 +107,7 @@ def convert(
         pairs = match_tensors(config, source.tensors, source.name)
         dtype = dtype or _default_dtype(pairs)
         with open_staging(destination, force=force) as staging:
-            job = _Job(source, config, pairs, dtype, staging, progress or (lambda done, total, name: None))
+            job = _Job(source, config, pairs, _Storage(dtype, quantize), staging, progress)
             warnings = job.run()
     except OSError as error:
         raise OutputError(
@@ -110,10 +118,16 @@ def convert(
         source.close()
     if verify:
         _verify(destination)
-    num_bytes = config.num_params * _DTYPES[dtype].itemsize
-    seconds = time.monotonic() - started
     return ConversionReport(
-        destination, dtype, config.num_params, num_bytes, job.num_resumed, seconds, peak_ram_bytes(), warnings
+        destination,
+        dtype,
+        quantize,
+        config.num_params,
+        job.storage.num_bytes(pairs),
+        job.num_resumed,
+        time.monotonic() - started,
+        peak_ram_bytes(),
+        warnings,
     )
 
 
@@ -124,21 +138,43 @@ def _verify(path: Path) -> None:
         raise OutputError(f"the checkpoint reads back wrong: {error}") from None
 
 
+@dataclass(frozen=True)
+class _Storage:
+    """How weights are stored; see `convert`."""
+
+    dtype: str
+    quantize: str | None
+
+    def is_quantized(self, spec: ParamSpec) -> bool:
+        return len(stored_specs(spec, self.quantize)) > 1
+
+    def num_bytes(self, pairs: Pairs) -> int:
+        """What the tensors take on disk."""
+        parts = [part for spec, _ in pairs for part in stored_specs(spec, self.quantize)]
+        return sum(part.size * (np.dtype(part.dtype) if part.dtype else _DTYPES[self.dtype]).itemsize for part in parts)
+
+
 class _Job:
     def __init__(
-        self, source: Source, config: LlamaConfig, pairs: Pairs, dtype: str, staging: Staging, progress: Progress
+        self,
+        source: Source,
+        config: LlamaConfig,
+        pairs: Pairs,
+        storage: _Storage,
+        staging: Staging,
+        progress: Progress | None,
     ) -> None:
         self.source = source
         self.config = config
         self.pairs = pairs
-        self.dtype = dtype
+        self.storage = storage
         self.staging = staging
-        self.progress = progress
+        self.progress = progress or (lambda done, total, name: None)
         self.num_resumed = 0
 
     def run(self) -> tuple[str, ...]:
         """Writes everything and puts it in place. Returns the warnings."""
-        warnings = [*self.source.warnings, *_precision_warnings(self.pairs, self.dtype)]
+        warnings = [*self.source.warnings, *_precision_warnings(self.pairs, self.storage.dtype)]
         done = self.staging.begin(self._identity())
         folder = self.staging.checkpoint
         for name, data in self.source.sidecars.items():
@@ -146,7 +182,7 @@ class _Job:
         read_configs(folder)
         check_tokenizer(folder, self.config.vocab_size, self.source.name)
         warnings += check_chat_template(folder)
-        writer = ParamsWriter(folder, self.config, self.dtype)
+        writer = ParamsWriter(folder, self.config, self.storage.dtype, self.storage.quantize)
         files = self._write_tensors(writer, done)
         source_hashes = {file.name: FileRecord(file.size, file.sha256()) for file in self.source.files}
         self._commit(writer)
@@ -165,16 +201,15 @@ class _Job:
             else:
                 todo.append((spec, tensor))
         self.num_resumed = len(self.pairs) - len(todo)
-        itemsize = _DTYPES[self.dtype].itemsize
-        total = sum(spec.size for spec, _ in self.pairs) * itemsize
-        written = total - sum(spec.size for spec, _ in todo) * itemsize
+        total = self.storage.num_bytes(self.pairs)
+        written = total - self.storage.num_bytes(todo)
         _check_space(self.staging.root, total - written)
-        for spec, array in _read_ahead(todo, _DTYPES[self.dtype]):
-            self.progress(written, total, spec.name)
-            records = writer.write(spec, array)
-            self.staging.record(spec.name, records)
+        for pair, weight in _read_ahead(todo, self.storage):
+            self.progress(written, total, pair[0].name)
+            records = writer.write(pair[0], weight)
+            self.staging.record(pair[0].name, records)
             files.update(records)
-            written += array.nbytes
+            written += self.storage.num_bytes([pair])
         self.progress(total, total, "")
         return files
 
@@ -195,7 +230,7 @@ class _Job:
             "name": self.source.name,
             "files": {name: {"size": r.size, "sha256": r.sha256} for name, r in source_hashes.items()},
         }
-        text = Manifest(self.dtype, source, files, _versions()).to_json()
+        text = Manifest(self.storage.dtype, source, files, _versions(), self.storage.quantize).to_json()
         # A manifest is there whole or not at all.
         partial = folder / f"{MANIFEST}.partial"
         with partial.open("w") as file:
@@ -207,41 +242,55 @@ class _Job:
     def _identity(self) -> dict[str, object]:
         files = [[file.name, file.size, file.mtime_ns] for file in self.source.files]
         sidecars = {name: hashlib.sha256(data).hexdigest() for name, data in self.source.sidecars.items()}
-        return {"dtype": self.dtype, "files": files, "sidecars": sidecars, "versions": _versions()}
+        return {**asdict(self.storage), "files": files, "sidecars": sidecars, "versions": _versions()}
 
 
-def _read_ahead(pairs: Pairs, dtype: np.dtype) -> Iterator[tuple[ParamSpec, np.ndarray]]:
+def _read_ahead(pairs: Pairs, storage: _Storage) -> Iterator[tuple[tuple[ParamSpec, SourceTensor], Weight]]:
     """Every tensor in turn, the next one being read while the caller writes: two in memory, never three."""
     with ThreadPoolExecutor(1) as reader:
-        future = reader.submit(_read_tensor, pairs[0][1], dtype) if pairs else None
-        for index, (spec, _) in enumerate(pairs):
+        future = reader.submit(_read_tensor, *pairs[0], storage) if pairs else None
+        for index, pair in enumerate(pairs):
             assert future is not None
-            array = future.result()
-            future = reader.submit(_read_tensor, pairs[index + 1][1], dtype) if index + 1 < len(pairs) else None
-            yield spec, array
-            del array
+            weight = future.result()
+            future = reader.submit(_read_tensor, *pairs[index + 1], storage) if index + 1 < len(pairs) else None
+            yield pair, weight
+            del weight
 
 
-def _read_tensor(tensor: SourceTensor, dtype: np.dtype) -> np.ndarray:
-    """The whole tensor in `dtype`, converted in slices.
+def _read_tensor(spec: ParamSpec, tensor: SourceTensor, storage: _Storage) -> Weight:
+    """The whole tensor as it is stored, converted in slices.
 
-    Raises: ConversionError when it has a NaN, an infinity, or a value that `dtype` cannot hold.
+    Raises: ConversionError when it has a NaN, an infinity, or a value that the dtype cannot hold.
     """
-    array = np.empty(tensor.shape, dtype)
-    row_elements = array.size // array.shape[0]
+    dtype = _DTYPES[storage.dtype]
+    if storage.is_quantized(spec):
+        weight = QuantizedWeight(np.empty(tensor.shape, np.int8), np.empty(tensor.shape[0], np.float32))
+        for rows, array in _read_slices(tensor, dtype):
+            weight.values[rows], weight.scale[rows] = quantize_rows(array)
+        return weight
+    whole = np.empty(tensor.shape, dtype)
+    for rows, array in _read_slices(tensor, dtype):
+        whole[rows] = array
+    return whole
+
+
+def _read_slices(tensor: SourceTensor, dtype: np.dtype) -> Iterator[tuple[slice, np.ndarray]]:
+    """Which rows, and their finite values in `dtype`."""
+    row_elements = math.prod(tensor.shape[1:])
     step = max(1, _SLICE_ELEMENTS // (row_elements * tensor.row_multiple)) * tensor.row_multiple
-    for start in range(0, array.shape[0], step):
-        stop = min(start + step, array.shape[0])
-        rows = tensor.read_rows(start, stop)
-        with np.errstate(over="ignore", invalid="ignore"):
-            # float16 goes through float32, which holds it exactly, so that it is rounded once.
-            array[start:stop] = rows if rows.dtype == dtype else rows.astype(np.float32, copy=False).astype(dtype)
-        if bad := _num_non_finite(array[start:stop]):
+    for start in range(0, tensor.shape[0], step):
+        rows = slice(start, min(start + step, tensor.shape[0]))
+        array = tensor.read_rows(rows.start, rows.stop)
+        if array.dtype != dtype:
+            with np.errstate(over="ignore", invalid="ignore"):
+                # float16 goes through float32, which holds it exactly, so that it is rounded once.
+                array = array.astype(np.float32, copy=False).astype(dtype)
+        if bad := _num_non_finite(array):
             raise ConversionError(
                 f"{tensor.file.path}: {tensor.name} has {bad} or more values that are NaN, "
                 f"infinite or beyond {dtype.name}"
             )
-    return array
+        yield rows, array
 
 
 def _num_non_finite(array: np.ndarray) -> int:

@@ -60,9 +60,9 @@ class Attention(Protocol):
         ...
 
 
-def choose_attention(config: LlamaConfig, mesh: Mesh, dtype: Any) -> Attention:
-    """The TPU kernels where they run (a TPU mesh, bfloat16, heads of 128), else the reference."""
+def choose_attention(config: LlamaConfig, mesh: Mesh, kv_dtype: Any) -> Attention:
+    """The TPU kernels where they run (a TPU mesh, a bfloat16 cache, heads of 128), else the reference."""
     is_tpu = mesh.devices.flat[0].platform == "tpu"
-    if is_tpu and jnp.dtype(dtype) == jnp.bfloat16 and config.head_dim % 128 == 0 and mesh.shape["data"] == 1:
+    if is_tpu and jnp.dtype(kv_dtype) == jnp.bfloat16 and config.head_dim % 128 == 0 and mesh.shape["data"] == 1:
         return TpuAttention(config, mesh)
     return ReferenceAttention()

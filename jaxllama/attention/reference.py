@@ -54,9 +54,8 @@ class ReferenceAttention:
     ) -> tuple[Float[Array, "tokens heads head_dim"], KVPool]:
         """As `Attention.prefill`."""
         pool = write_pages(pool, kv, page_table, start, num_tokens)
-        return paged_attention(q[None], pool, page_table[None], chunk_positions(len(q), start, num_tokens)[None])[
-            0
-        ], pool
+        positions = chunk_positions(len(q), start, num_tokens)
+        return paged_attention(q[None], pool, page_table[None], positions[None])[0], pool
 
 
 def chunk_positions(size: int, start: Int[Array, ""], num_tokens: Int[Array, ""]) -> Int[Array, " size"]:
@@ -78,7 +77,8 @@ def paged_attention(
     the others are. A long chunk's queries are taken `QUERY_BLOCK` at a time, so that early ones do not visit late keys.
 
     `page_table` holds pages of the layer that is read (already offset). `positions` are 0 or more and do not
-    fall in a row. Scores and sums are float32.
+    fall in a row. Scores and sums are float32. Of an int8 pool the integers are multiplied, which `q`'s dtype holds
+    exactly, and the scales go to scores and probabilities.
 
     Source: Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax); Kwon et al. 2023, arXiv:2309.06180 (pages).
     """
@@ -93,7 +93,7 @@ def paged_attention(
 
 def _attend(q: Array, pool: KVPool, page_table: Array, positions: Array) -> Array:
     rows, tokens, heads, head_dim = q.shape
-    page_size, kv_heads = pool.shape[1], pool.shape[2] // 2
+    page_size, kv_heads = pool.pages.shape[1], pool.pages.shape[2] // 2
     pages_per_block = max(1, min(BLOCK_TOKENS // page_size, page_table.shape[1]))
     block = pages_per_block * page_size
     page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages_per_block)))
@@ -103,17 +103,15 @@ def _attend(q: Array, pool: KVPool, page_table: Array, positions: Array) -> Arra
     def visit(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         largest, total, weighted = carry
         pages = jax.lax.dynamic_slice_in_dim(page_table, index * pages_per_block, pages_per_block, axis=1)
-        kv = pool.at[pages].get(mode="promise_in_bounds").reshape(rows, block, 2 * kv_heads, head_dim)
         kv_positions = index * block + jnp.arange(block)
-        # Pages are reused without being cleared; 0 × NaN would carry a failed row's values into another's.
-        kv = jnp.where((kv_positions <= last[:, None])[:, :, None, None], kv, 0)
+        kv, scales = _read(pool, pages, kv_positions <= last[:, None], q)
         visible = (kv_positions <= positions[:, :, None])[:, None]
-        scores = jnp.where(visible, products.scores(kv) * head_dim**-0.5, _MASKED)
+        scores = jnp.where(visible, scales.of_keys(products.scores(kv)) * head_dim**-0.5, _MASKED)
         # Every row sees position 0, so from the first block on `new_largest` is a score and masked ones become 0.
         new_largest = jnp.maximum(largest, scores.max(axis=-1))
         probs = jnp.exp(scores - new_largest[..., None])
         decay = jnp.exp(largest - new_largest)
-        weighted = weighted * decay[..., None] + products.weighted(probs.astype(kv.dtype), kv)
+        weighted = weighted * decay[..., None] + products.weighted(scales.of_values(probs).astype(kv.dtype), kv)
         return new_largest, total * decay + probs.sum(axis=-1), weighted
 
     shape = (rows, heads, tokens)
@@ -121,6 +119,31 @@ def _attend(q: Array, pool: KVPool, page_table: Array, positions: Array) -> Arra
     num_blocks = jnp.maximum(last.max(), 0) // block + 1
     _, total, weighted = jax.lax.fori_loop(0, num_blocks, visit, start)
     return (weighted / total[..., None]).astype(q.dtype).transpose(0, 2, 1, 3)
+
+
+class _Scales(NamedTuple):
+    """Multiply scores and probabilities, [rows, heads, tokens, block], by the scales of keys and values."""
+
+    of_keys: Callable[[Array], Array]
+    of_values: Callable[[Array], Array]
+
+
+def _read(pool: KVPool, pages: Array, is_own: Array, q: Array) -> tuple[Array, _Scales]:
+    """A block of every row, [rows, block, 2K, D], and its scales. `is_own`: [rows, block]."""
+
+    def read(part: Array) -> Array:
+        part = part.at[pages].get(mode="promise_in_bounds").reshape(*is_own.shape, *part.shape[2:])
+        # Pages are reused without being cleared; 0 × NaN would carry a failed row's values into another's.
+        return jnp.where(is_own.reshape(*is_own.shape, *[1] * (part.ndim - 2)), part, 0)
+
+    kv, scales = jax.tree.map(read, pool)
+    if scales is None:
+        return kv, _Scales(lambda scores: scores, lambda probs: probs)
+    num_queries = 2 * q.shape[2] // scales.shape[2]
+    of_keys, of_values = (jnp.repeat(scales[:, :, i::2], num_queries, axis=2).swapaxes(1, 2) for i in (0, 1))
+    return kv.astype(q.dtype), _Scales(
+        lambda scores: scores * of_keys[:, :, None], lambda probs: probs * of_values[:, :, None]
+    )
 
 
 class _Products(NamedTuple):

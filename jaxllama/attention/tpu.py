@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllama.cache import KV_POOL_AXES, KVPool
+from jaxllama.cache import KVPool, kv_pool_axes
 from jaxllama.config import LlamaConfig
 from jaxllama.errors import ConfigError, MissingExtraError
 from jaxllama.mesh import partition_spec
@@ -58,17 +59,16 @@ class TpuAttention:
         active: Bool[Array, " rows"],
     ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
         """As `Attention.decode`. Rows that are not active write to page 0, which no row is given."""
+        num_pages = pool.pages.shape[0] // self.config.num_layers
         positions = jnp.where(active, positions, 0)
         kv = jnp.where(active[:, None, None], kv, 0)
-        page_table = jnp.where(
-            active[:, None], page_table, page_table - page_table % (len(pool) // self.config.num_layers)
-        )
+        page_table = jnp.where(active[:, None], page_table, page_table - page_table % num_pages)
 
-        def attend(q: Array, kv: Array, pool: Array, page_table: Array, positions: Array) -> tuple[Array, Array]:
+        def attend(q: Array, kv: Array, pages: Array, page_table: Array, positions: Array) -> tuple[Array, Array]:
             k, v = kv[:, 0::2], kv[:, 1::2]
-            out, pool = _kernel()(
+            out, pages = _kernel()(
                 q[:, None],
-                pool,
+                pages,
                 None,
                 k[:, None],
                 v[:, None],
@@ -77,7 +77,7 @@ class TpuAttention:
                 causal=True,
                 interpret=self.interpret,
             )
-            return out[:, 0], pool
+            return out[:, 0], pages
 
         return self._on_each_device(attend, q, kv, pool, page_table, positions)
 
@@ -93,10 +93,10 @@ class TpuAttention:
         """As `Attention.prefill`. Zeros for the padding."""
         ends = jnp.stack((jnp.zeros_like(num_tokens), num_tokens))
 
-        def attend(q: Array, kv: Array, pool: Array, table: Array, start: Array, ends: Array) -> tuple[Array, Array]:
-            out, pool = _kernel()(
+        def attend(q: Array, kv: Array, pages: Array, table: Array, start: Array, ends: Array) -> tuple[Array, Array]:
+            out, pages = _kernel()(
                 q,
-                pool,
+                pages,
                 None,
                 kv[:, 0::2],
                 kv[:, 1::2],
@@ -106,14 +106,15 @@ class TpuAttention:
                 causal=True,
                 interpret=self.interpret,
             )
-            return out, pool
+            return out, pages
 
         return self._on_each_device(attend, q, kv, pool, page_table, start, ends)
 
     def _on_each_device(
-        self, attend: Callable[..., tuple[Array, Array]], q: Array, kv: Array, pool: Array, *rest: Array
-    ) -> tuple[Array, Array]:
-        pages = partition_spec(KV_POOL_AXES, self.config, self.mesh)
+        self, attend: Callable[..., tuple[Array, Array]], q: Array, kv: Array, pool: KVPool, *rest: Array
+    ) -> tuple[Array, KVPool]:
+        axes: Any = kv_pool_axes(pool.pages.dtype).pages
+        pages = partition_spec(axes, self.config, self.mesh)
         q_spec, kv_spec = PartitionSpec(None, self._query_axes(), None), PartitionSpec(None, pages[2], None)
         shards = jax.shard_map(
             attend,
@@ -122,7 +123,8 @@ class TpuAttention:
             out_specs=(q_spec, pages),
             check_vma=False,
         )
-        return shards(q, kv, pool, *rest)
+        out, new_pages = shards(q, kv, pool.pages, *rest)
+        return out, pool._replace(pages=new_pages)
 
     def _query_axes(self) -> tuple[str, ...]:
         """Query heads go where their KV head is, and over `rep` too where each device has one KV head."""

@@ -63,7 +63,7 @@ class Device:
         self._attention = attention
         self._params = params
         self._shapes = shapes
-        self._shardings = state_shardings(config, mesh, shapes.lengths.shape[0])
+        self._shardings = state_shardings(config, mesh, shapes)
         self._state: DecodeState | None = None
         self._replicate = jax.jit(lambda output: output, out_shardings=NamedSharding(mesh, PartitionSpec()))
 

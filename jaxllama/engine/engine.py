@@ -10,19 +10,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxllama.attention import choose_attention
-from jaxllama.cache import kv_bytes_per_token
 from jaxllama.config import LlamaConfig
-from jaxllama.decode import MAX_STEPS, NOT_FINITE, StepOutput, row_state, state_shapes
+from jaxllama.decode import MAX_STEPS, NOT_FINITE, row_state, state_shapes
 from jaxllama.distributed import Group
 from jaxllama.engine.device import Device, Programs
+from jaxllama.engine.dispatch import Dispatch
 from jaxllama.engine.lockstep import Leading, check_processes, follow
 from jaxllama.engine.options import EngineOptions, EngineStats
 from jaxllama.engine.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
@@ -40,17 +40,6 @@ from jaxllama.params import Params
 from jaxllama.sampling import SamplingParams
 
 logger = logging.getLogger("jaxllama.engine")
-
-
-@dataclass(frozen=True)
-class _Dispatch:
-    """A launched `decode_steps` whose output is not read yet. `rows` is who held which row when it was launched."""
-
-    output: StepOutput
-    rows: dict[int, EngineRequest]
-    max_steps: int
-    wants_logprobs: bool
-    launched: float
 
 
 class Engine:
@@ -74,8 +63,8 @@ class Engine:
         else:
             self._num_rows = -(-options.max_rows // mesh.shape["data"]) * mesh.shape["data"]
             self._row_buckets = (self._num_rows,)
-        self._dtype = params["norm"].dtype
-        self.attention = choose_attention(config, mesh, self._dtype)
+        self.kv_dtype = jnp.dtype(options.kv_dtype or params["norm"].dtype)
+        self.attention = choose_attention(config, mesh, self.kv_dtype)
         self.page_size = page_size = options.page_size or self.attention.page_size
         self.chunk_sizes = self.attention.chunk_sizes if options.chunk_sizes is None else options.chunk_sizes
         if not self.chunk_sizes or any(size < 1 or size % page_size for size in self.chunk_sizes):
@@ -96,7 +85,7 @@ class Engine:
             num_pages=num_pages,
             page_size=page_size,
             max_context=self._table_width * page_size,
-            dtype=self._dtype,
+            dtype=self.kv_dtype,
         )
         self._device = Device(config, params, mesh, self._shapes, self.attention)
         self._programs: Programs = self._device if group is None else Leading(self._device, group)
@@ -107,7 +96,7 @@ class Engine:
             page_size=page_size,
             chunk_sizes=self.chunk_sizes,
         )
-        self._in_flight: deque[_Dispatch] = deque()
+        self._in_flight: deque[Dispatch] = deque()
         self._step_s = 0.02
         self._inbox: deque[EngineRequest] = deque()
         self._arrivals = itertools.count()
@@ -125,11 +114,7 @@ class Engine:
     @property
     def kv_bytes(self) -> int:
         """Bytes of the KV pool, over all devices."""
-        return (
-            int(np.prod(self._shapes.pool.shape[:2]))
-            // self.config.num_layers
-            * kv_bytes_per_token(self.config, self._dtype)
-        )
+        return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(self._shapes.pool))
 
     # What callers use
 
@@ -381,9 +366,8 @@ class Engine:
             self._programs.set_page_table(table)
         bucket = next(size for size in self._row_buckets if size > max(rows))
         output = self._programs.decode(np.int32(max_steps), keep, bucket)
-        wants_logprobs = any(request.params.logprobs is not None for request in running)
         output.tokens.copy_to_host_async()
-        self._in_flight.append(_Dispatch(output, rows, max_steps, wants_logprobs, time.monotonic()))
+        self._in_flight.append(Dispatch(output, rows, max_steps, time.monotonic()))
         return True
 
     def _steps_in_flight(self, request: EngineRequest) -> int:
@@ -409,7 +393,7 @@ class Engine:
                 self._scheduler.set_aside(youngest)
         return True
 
-    def _read(self, dispatch: _Dispatch) -> None:
+    def _read(self, dispatch: Dispatch) -> None:
         num_steps = int(dispatch.output.num_steps)
         tokens = np.asarray(dispatch.output.tokens)
         now = time.monotonic()
@@ -417,12 +401,11 @@ class Engine:
             took_s = (now - max(dispatch.launched, self._last_progress)) / num_steps
             self._step_s = 0.5 * self._step_s + 0.5 * max(took_s, 1e-4)
         self._last_progress = now
-        logprobs = _read_logprobs(dispatch.output) if dispatch.wants_logprobs else None
         for row, request in dispatch.rows.items():
             if not request.is_finished:
-                self._deliver(request, row, tokens[:num_steps, row], logprobs)
+                self._deliver(request, row, tokens[:num_steps, row], dispatch)
 
-    def _deliver(self, request: EngineRequest, row: int, tokens: np.ndarray, logprobs: Any) -> None:
+    def _deliver(self, request: EngineRequest, row: int, tokens: np.ndarray, dispatch: Dispatch) -> None:
         new: list[int] = []
         entries: list[TokenLogprob] = []
         for step, token in enumerate(tokens.tolist()):
@@ -435,7 +418,7 @@ class Engine:
             new.append(token)
             request.generated.append(token)
             if request.params.logprobs is not None:
-                entries.append(_token_logprob(token, request.params.logprobs, step, row, logprobs))
+                entries.append(dispatch.token_logprob(token, request.params.logprobs, step, row))
             if token in request.stop_ids:
                 self._finish(request, "stop", tuple(new), tuple(entries), stop_token_id=token)
                 return
@@ -505,13 +488,3 @@ class Engine:
 def _row_buckets(num_rows: int) -> tuple[int, ...]:
     """Numbers of rows that decode programs are made for: few rows should not pay for many, nor compile for each."""
     return tuple(sorted({2, max(2, num_rows // 4), num_rows}))
-
-
-def _read_logprobs(output: StepOutput) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.asarray(output.logprobs), np.asarray(output.top_ids), np.asarray(output.top_logprobs)
-
-
-def _token_logprob(token: int, count: int, step: int, row: int, logprobs: tuple[np.ndarray, ...]) -> TokenLogprob:
-    chosen, ids, values = logprobs
-    top = zip(ids[step, row, :count].tolist(), values[step, row, :count].tolist(), strict=True)
-    return TokenLogprob(token, float(chosen[step, row]), tuple(top))

@@ -15,7 +15,9 @@ class EngineOptions:
     one whole context. `chunk_sizes` are the prefill programs, in tokens, multiples of `page_size`; None leaves both
     to the device's attention (CPU: 16 and 32, 128, 512; TPU kernels: 128 and 128, 512, 2,048). A dispatch runs as
     many steps as take about `dispatch_s` seconds, at most 32: longer is less host work, shorter a smoother stream.
-    With work pending and no step finished for `stall_timeout_s`, `Engine.health` says so.
+    With work pending and no step finished for `stall_timeout_s`, `Engine.health` says so. `kv_dtype` None caches keys
+    and values in the model's dtype, "int8" with a float32 scale a token and head: half of bfloat16's memory and a
+    little more.
     """
 
     max_rows: int = 16
@@ -26,12 +28,15 @@ class EngineOptions:
     chunk_sizes: tuple[int, ...] | None = None
     dispatch_s: float = 0.05
     stall_timeout_s: float = 15.0
+    kv_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("max_rows", 1), ("page_size", 1), ("max_queue", 1), ("max_context", 2), ("num_pages", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
+        if self.kv_dtype not in (None, "int8"):
+            raise ConfigError(f"kv_dtype must be 'int8' or None, got {self.kv_dtype!r}")
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="of weights and cache (default: the checkpoint's)"
     )
+    group.add_argument("--quantize", choices=("int8",), help="round the weights on loading (default: as stored)")
+    group.add_argument("--kv-dtype", choices=("int8",), help="of the cache (default: as the weights)")
     group.add_argument("--max-rows", type=int, default=16, help="sequences decoded together (default: %(default)s)")
     group.add_argument("--max-context", type=int, help="longest prompt and completion together (default: the model's)")
     group.add_argument("--max-queue", type=int, default=256, help="requests that may wait (default: %(default)s)")
@@ -186,7 +188,9 @@ def _load(args: argparse.Namespace, found: Hosts | None) -> Llama:
     import jaxllama
     from jaxllama import distributed
 
-    options = jaxllama.EngineOptions(max_rows=args.max_rows, max_context=args.max_context, max_queue=args.max_queue)
+    options = jaxllama.EngineOptions(
+        max_rows=args.max_rows, max_context=args.max_context, max_queue=args.max_queue, kv_dtype=args.kv_dtype
+    )
     group = None
     if found is not None:
         group = distributed.join(
@@ -198,7 +202,7 @@ def _load(args: argparse.Namespace, found: Hosts | None) -> Llama:
             heartbeat_timeout_s=args.heartbeat_timeout,
         )
     try:
-        llama = jaxllama.load(args.checkpoint, dtype=args.dtype, options=options, group=group)
+        llama = jaxllama.load(args.checkpoint, dtype=args.dtype, quantize=args.quantize, options=options, group=group)
         if group is None or group.is_leader:
             llama.engine.warm_up(lambda done, total, name: print(f"Compiling {done}/{total}: {name}", flush=True))
     except Exception as error:
@@ -217,6 +221,8 @@ def _settings(args: argparse.Namespace) -> dict[str, object]:
         "jaxllama": jaxllama.__version__,
         "the checkpoint": hashlib.sha256(manifest.to_json().encode()).hexdigest()[:12],
         "--dtype": args.dtype,
+        "--quantize": args.quantize,
+        "--kv-dtype": args.kv_dtype,
         "--max-rows": args.max_rows,
         "--max-context": args.max_context,
     }

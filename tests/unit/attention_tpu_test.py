@@ -13,6 +13,7 @@ import tiny
 from jaxllama import EngineOptions, Llama, SamplingParams
 from jaxllama.attention import ReferenceAttention, choose_attention
 from jaxllama.attention.tpu import TpuAttention
+from jaxllama.cache import KVPool
 from jaxllama.config import LlamaConfig
 from jaxllama.errors import ConfigError, NonFiniteLogitsError
 from jaxllama.mesh import make_mesh
@@ -62,7 +63,7 @@ class Inputs:
             for position in range(length, count * case.page_size):
                 page = self.table[row, position // case.page_size] + self.pages_per_layer
                 pool[page, position % case.page_size] = 1e4
-        self.pool = jnp.asarray(pool, jnp.bfloat16)
+        self.pool = KVPool(jnp.asarray(pool, jnp.bfloat16), None)
         self.table += self.pages_per_layer
 
     def array(self, *shape: int) -> jax.Array:
@@ -104,9 +105,9 @@ def test_decode_writes_and_attends_as_the_reference(case):
     got, got_pool = jax.jit(kernel.decode)(*args)
     is_active = np.asarray(active)
     assert_near(got[is_active], want[is_active])
-    given = np.ones(len(got_pool), bool)
+    given = np.ones(len(got_pool.pages), bool)
     given[inputs.pages_per_layer] = False  # the second layer's page 0 takes what inactive rows write
-    np.testing.assert_array_equal(np.asarray(got_pool)[given], np.asarray(want_pool)[given])
+    np.testing.assert_array_equal(np.asarray(got_pool.pages)[given], np.asarray(want_pool.pages)[given])
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_prefill_writes_and_attends_as_the_reference(case, size, start, num_toke
     assert_near(got[:num_tokens], want[:num_tokens])
     for position in range(start + num_tokens):
         slot = (table[position // case.page_size], position % case.page_size)
-        np.testing.assert_array_equal(np.asarray(got_pool[slot]), np.asarray(want_pool[slot]))
+        np.testing.assert_array_equal(np.asarray(got_pool.pages[slot]), np.asarray(want_pool.pages[slot]))
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from collector import Collector, held
 
 from jaxllama import EngineOptions, Llama, SamplingParams
 from jaxllama.attention.reference import ReferenceAttention
-from jaxllama.cache import kv_pool_shape
+from jaxllama.cache import kv_pool_shapes
 from jaxllama.decode import (
     MAX_STEPS,
     decode_steps,
@@ -161,7 +161,7 @@ def rows(llama: Llama) -> Rows:
         max_context=width * options.page_size,
         dtype=jnp.float32,
     )
-    state = make_state(shapes, state_shardings(llama.config, make_mesh(llama.config, tp=1), 4))
+    state = make_state(shapes, state_shardings(llama.config, make_mesh(llama.config, tp=1), shapes))
     table = np.zeros((4, width), np.int32)
     table[:, :context_pages] = 1 + np.random.default_rng(0).permutation(4 * context_pages).reshape(4, -1)
     state = state._replace(page_table=jax.device_put(table, state.page_table.sharding))
@@ -230,8 +230,7 @@ def test_a_step_without_work_changes_nothing(rows: Rows):
 
 def test_the_state_is_made_of_arrays_of_one_shape(llama: Llama):
     shapes = state_shapes(llama.config, num_rows=3, num_pages=5, page_size=4, max_context=10, dtype=jnp.bfloat16)
-    assert shapes.pool.shape == kv_pool_shape(llama.config, 5, 4)
-    assert shapes.pool.dtype == jnp.bfloat16
+    assert shapes.pool == kv_pool_shapes(llama.config, 5, 4, jnp.bfloat16)
     assert shapes.page_table.shape == (3, 3)
     assert all(leaf.shape[0] == 3 for name, leaf in shapes._asdict().items() if name not in ("pool", "sampling"))
     assert all(leaf.shape[0] == 3 for leaf in shapes.sampling)
