@@ -31,7 +31,8 @@ LAYERS = (
     ("jaxllama.attention",),
     ("jaxllama.model",),
     ("jaxllama.decode", "jaxllama.checkpoint"),
-    ("jaxllama.engine", "jaxllama.plan"),
+    ("jaxllama.engine",),
+    ("jaxllama.plan",),
     ("jaxllama.llama", "jaxllama"),
     ("jaxllama_convert", "jaxllama_serving", "jaxllama.__main__"),
 )
@@ -52,6 +53,7 @@ CORNERS = {
     "tokenizers": ("jaxllama.text",),
     "sentencepiece": ("jaxllama.text",),
     "jinja2": ("jaxllama.text",),
+    "matplotlib": ("jaxllama.plan.plot",),
     "flax": ("jaxllama.model", "jaxllama.quant"),
 }
 WITHOUT_JAX = (
