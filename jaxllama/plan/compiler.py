@@ -35,6 +35,7 @@ from jaxllama.plan.setup import Setup
 from jaxllama.plan.topology import GIB, Topology
 
 PROGRAMS = ("decode", "prefill")
+MISSING = "libtpu, the TPU compiler, is not installed: pip install 'jaxllama[tpu-compiler]'"
 
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -80,7 +81,7 @@ def compile_program(setup: Setup, program: str) -> Compiled:
     Raises: CompilerError when libtpu is missing or fails; PlanError for what cannot be compiled yet.
     """
     if not is_available():
-        raise CompilerError("libtpu, the TPU compiler, is not installed: pip install 'jaxllama[tpu-compiler]'")
+        raise CompilerError(MISSING)
     job = dataclasses.asdict(setup) | {"topology": setup.topology.name, "program": program}
     done = subprocess.run(
         [sys.executable, "-m", "jaxllama.plan.compiler"],

@@ -26,13 +26,43 @@ _COLLECTIVES = (
     "ragged-all-to-all",
     "collective-broadcast",
 )
-_FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "iota", "async-update")
-_FREE += ("partition-id", "replica-id", "add-dependency", "opt-barrier")
+_FREE = frozenset(
+    {
+        "parameter",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "constant",
+        "after-all",
+        "iota",
+        "async-update",
+        "partition-id",
+        "replica-id",
+        "add-dependency",
+        "opt-barrier",
+    }
+)
 _SLICES = ("dynamic-slice", "slice", "gather")
 _IN_PLACE = ("dynamic-update-slice", "scatter")
 _ALIASES = ("bitcast", "reshape")
-_MOVES = ("parameter", "constant", "tuple", "bitcast", "reshape", "copy", "transpose", "convert", "concatenate", "pad")
-_MOVES += ("slice", "dynamic-slice", "dynamic-update-slice", "broadcast")
+_MOVES = frozenset(
+    {
+        "parameter",
+        "constant",
+        "tuple",
+        "bitcast",
+        "reshape",
+        "copy",
+        "transpose",
+        "convert",
+        "concatenate",
+        "pad",
+        "slice",
+        "dynamic-slice",
+        "dynamic-update-slice",
+        "broadcast",
+    }
+)
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32}
 _BITS |= {"u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "f8e4m3fn": 8, "f8e5m2": 8}
 _SHAPE = re.compile(rf"\b({'|'.join(_BITS)})\[([0-9,]*)\](\{{[^{{}}]*\}})?")
@@ -54,7 +84,7 @@ class KernelWork:
 
 @dataclass(frozen=True)
 class LargeCopy:
-    """Data moved from HBM to HBM without a computation, at least `LARGE_COPY_BYTES` at a time."""
+    """Data moved to another place in HBM without a computation, at least `LARGE_COPY_BYTES` at a time."""
 
     op: str
     shape: str
@@ -302,7 +332,7 @@ class _Walk:
     def _steps(
         self, computation: _Computation, depth: int
     ) -> Iterator[tuple[_Instruction, _Computation | None, int, int]]:
-        """What runs, in order: an instruction, or a computation that it enters, how often, and the unknown loops around."""
+        """What runs, in order: an instruction, or what it enters, how often, and the number of unknown loops around."""
         for instruction in computation.instructions.values():
             if instruction.op in _FREE:
                 continue
@@ -384,7 +414,13 @@ class _Walk:
         cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
         read, written, moves = _traffic(self._program, instruction)
         copy = None
-        if moves and min(read, written) >= LARGE_COPY_BYTES:
+        # A copy may come through VMEM; what a copy-start moves from there is a result, not a copy.
+        source = (
+            read
+            if op == "copy-start"
+            else sum(shape.size for i in range(len(instruction.operands)) for shape in instruction.operand_shapes(i))
+        )
+        if moves and min(source, written) >= LARGE_COPY_BYTES:
             copy = (op, instruction.type[:60], _source(instruction), int(written))
         return _Cost(read + written, int(cycles.group(1)) if cycles else 0, large_copy=copy)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxllama.errors import PlanError
 from jaxllama.plan import roofline
-from jaxllama.plan.compiler import Compiled, CompilerError, compile_program, is_available
+from jaxllama.plan.compiler import MISSING, Compiled, CompilerError, compile_program, is_available
 from jaxllama.plan.hlo import Measurement
 from jaxllama.plan.setup import Setup, resident_bytes
 from jaxllama.plan.topology import all_topologies
@@ -97,7 +97,7 @@ class Plan:
         return self.dollars_per_chip_hour * self.setup.topology.num_chips / 3600 / self.tokens_per_s * 1e6
 
     def step_seconds_at(self, rows: int) -> float:
-        """The step's time with other rows: the roofline there, scaled as the estimate for `setup.rows` is to its own."""
+        """The step's time with other rows: the roofline there, scaled as the estimate is to its own roofline."""
         other = dataclasses.replace(self.setup, rows=rows)
         return roofline.decode_seconds(other) * self.step.seconds / self.step.roofline
 
@@ -116,7 +116,9 @@ def plan(
     """
     compiled: dict[str, Compiled] = {}
     notes: list[str] = []
-    if use_compiler:
+    if use_compiler and not is_available():
+        notes.append(f"{MISSING}. The analytic model answers instead")
+    elif use_compiler:
         try:
             for program in ("decode", "prefill"):
                 progress(f"compiling {program} for {describe_mesh(setup)} ...")
@@ -179,19 +181,23 @@ def _basis(setup: Setup, is_compiled: bool) -> list[str]:
 def _memory(setup: Setup, compiled: Mapping[str, Compiled], anchor: Setup | None = None) -> Memory:
     """Of `setup`, from programs compiled for `anchor` (None: for `setup` itself)."""
     resident = resident_bytes(setup)
-    padding = 0
-    temporaries = roofline.temporary_bytes(setup)
-    programs = [c for c in compiled.values() if c.fits]
-    if programs:
-        # A step's temporaries grow with its rows; a chunk's do not.
-        growth = max(1.0, setup.rows / anchor.rows) if anchor is not None else 1.0
-        decode, prefill = compiled.get("decode"), compiled.get("prefill")
-        step = decode.temporary_bytes + decode.output_bytes if decode is not None and decode.fits else 0
-        chunk = prefill.temporary_bytes + prefill.output_bytes if prefill is not None and prefill.fits else 0
-        temporaries = max(math.ceil(step * growth), chunk) + sum(c.code_bytes for c in programs)
-        if decode is not None and decode.fits:
-            padding = max(0, decode.argument_bytes - resident_bytes(anchor or setup).total)
+    anchor = setup if anchor is None else anchor
+    at_anchor = resident if anchor == setup else resident_bytes(anchor)
     available = setup.topology.generation.hbm_bytes
+    decode = compiled.get("decode")
+    padding = max(0, decode.argument_bytes - at_anchor.total) if decode is not None and decode.fits else 0
+    temporaries = 0
+    for name, program in compiled.items():
+        if program.fits:
+            own = program.temporary_bytes + program.output_bytes
+        else:
+            own = max(roofline.temporary_bytes(anchor), program.required_bytes - at_anchor.total)
+        # A step's temporaries grow with its rows; a chunk's do not.
+        growth = max(1.0, setup.rows / anchor.rows) if name == "decode" else 1.0
+        temporaries = max(temporaries, math.ceil(own * growth))
+    temporaries = temporaries + sum(c.code_bytes for c in compiled.values())
+    if not compiled:
+        temporaries = roofline.temporary_bytes(setup)
     return Memory(resident.weights, resident.kv, resident.state + padding, temporaries, available)
 
 
@@ -248,9 +254,13 @@ def search(
 
 
 def candidates(setup: Setup, *, everywhere: bool) -> list[Setup]:
-    """The meshes of the setup's topology or, `everywhere`, of all topologies, that split rows and KV heads evenly."""
+    """The meshes that split rows and heads evenly, of the setup's topology or, `everywhere`, of all slices.
+
+    Slices with more devices than query heads are left out of the latter.
+    """
     found = []
-    for topology in all_topologies() if everywhere else (setup.topology,):
+    small = [topology for topology in all_topologies() if topology.num_devices <= setup.config.num_heads]
+    for topology in small if everywhere else (setup.topology,):
         for data in range(1, topology.num_devices + 1):
             tp = topology.num_devices // data
             splits_evenly = topology.num_devices % data == 0 and setup.rows % data == 0
