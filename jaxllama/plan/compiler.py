@@ -30,7 +30,7 @@ from jaxllama.decode import decode_steps, prefill
 from jaxllama.errors import PlanError
 from jaxllama.mesh import make_mesh
 from jaxllama.plan import roofline
-from jaxllama.plan.hlo import KernelWork, LargeCopy, Measurement, measure
+from jaxllama.plan.measure import KernelWork, LargeCopy, Measurement, measure
 from jaxllama.plan.setup import Setup
 from jaxllama.plan.topology import GIB, Topology
 

@@ -11,7 +11,7 @@ from typing import Any
 from jaxllama.errors import PlanError
 from jaxllama.plan import roofline
 from jaxllama.plan.compiler import MISSING, Compiled, CompilerError, compile_program, is_available
-from jaxllama.plan.hlo import Measurement
+from jaxllama.plan.measure import Measurement
 from jaxllama.plan.setup import Setup, resident_bytes
 from jaxllama.plan.topology import all_topologies
 

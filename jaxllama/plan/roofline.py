@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from jaxllama.config import LlamaConfig
 from jaxllama.params import param_specs
-from jaxllama.plan.hlo import KernelWork
+from jaxllama.plan.measure import KernelWork
 from jaxllama.plan.setup import PARTS, Setup, kv_bytes_per_token, weight_bytes
 
 EFFICIENCY = 0.75

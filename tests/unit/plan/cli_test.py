@@ -14,17 +14,7 @@ import tiny
 
 from jaxllama.__main__ import main
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 131072,
-}
+CONFIG = json.loads((Path(__file__).parents[3] / "bench" / "configs" / "llama3-8b.json").read_text())
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,25 +14,14 @@ from jaxllama import LlamaConfig
 from jaxllama.errors import PlanError
 from jaxllama.plan import Plan, Setup, Topology, as_json, candidates, plan, planner, roofline, search
 from jaxllama.plan.compiler import Compiled, CompilerError, compile_program
-from jaxllama.plan.hlo import LargeCopy, Measurement
+from jaxllama.plan.measure import LargeCopy, Measurement
 from jaxllama.plan.report import as_table, as_text
 from jaxllama.plan.setup import resident_bytes
 from jaxllama.plan.topology import GENERATIONS
 
-_LLAMA3 = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "max_position_embeddings": 131072,
-}
-LLAMA_70B = LlamaConfig.from_hf(
-    _LLAMA3 | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
-)
-LLAMA_8B = LlamaConfig.from_hf(
-    _LLAMA3 | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+CONFIGS = Path(__file__).parents[3] / "bench" / "configs"
+LLAMA_70B, LLAMA_8B = (
+    LlamaConfig.from_hf(json.loads((CONFIGS / f"llama3-{size}.json").read_text())) for size in ("70b", "8b")
 )
 GIB = 2**30
 

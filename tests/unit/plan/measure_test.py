@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxllama.plan.hlo import KernelWork, measure
+from jaxllama.plan.measure import KernelWork, measure
 from jaxllama.plan.topology import GENERATIONS
 
 V6E = GENERATIONS["v6e"]
