@@ -19,6 +19,7 @@ from jaxllama import LlamaConfig
 from jaxllama.errors import PlanError
 from jaxllama.plan import Setup, Topology, roofline
 from jaxllama.plan.compiler import Compiled, CompilerError, compile_program
+from jaxllama.plan.planner import collectives
 from jaxllama.plan.setup import resident_bytes
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -85,16 +86,15 @@ def misses(case: Case, setup: Setup, got: Compiled, ms: float, least_bytes: floa
     found = ["time"] if case.bar_ms is not None and ms > case.bar_ms else []
     if case.program != "decode" or got.measurement is None:
         return found
-    layers, m = setup.config.num_layers, got.measurement
+    m = got.measurement
+    kinds = collectives(m, setup.config.num_layers)
     slack = 1.03 if case.topology.startswith("v5p") else 1.01
-    inside = {name: count // layers for name, count in m.collectives.items() if count >= layers}
-    outside = sum(count % layers for count in m.collectives.values())
     bars = {
         "temporaries": got.temporary_bytes <= 0.1 * 2**30,
         "copies": not m.large_copies,
         "traffic": m.hbm_bytes <= slack * least_bytes,
-        "collectives a layer": inside == ({"all-reduce": 2} if setup.tp > 1 else {}),
-        "collectives outside": outside <= 4,
+        "collectives a layer": kinds["per_layer"] == ({"all-reduce": 2} if setup.tp > 1 else {}),
+        "collectives outside": sum(kinds["outside_layers"].values()) <= 4,
         "async": case.bar_async is None or m.async_share >= case.bar_async,
         "compile": got.compile_s <= 25,
     }
@@ -126,15 +126,15 @@ def run(case: Case) -> dict[str, object]:
     line |= {"fits": got.fits, "compile s": round(got.compile_s)}
     if got.measurement is None:
         return line | {"misses": f"needs {got.required_bytes / 2**30:.2f} GiB"}
-    m, layers = got.measurement, config.num_layers
+    m, found = got.measurement, collectives(got.measurement, config.num_layers)
     least_bytes = least_s * topology.generation.hbm_bytes_per_s if is_decode else 0.0
     ms = 1e3 * m.seconds
     return line | {
         "temporaries GiB": round(got.temporary_bytes / 2**30, 3),
         "code MiB": round(got.code_bytes / 2**20),
         "copies > 4 MiB": sum(copy.count for copy in m.large_copies),
-        "a layer": ", ".join(f"{c // layers} {n}" for n, c in m.collectives.items() if c >= layers) or "-",
-        "outside": ", ".join(f"{c % layers} {n}" for n, c in m.collectives.items() if c % layers) or "-",
+        "a layer": ", ".join(f"{count} {name}" for name, count in found["per_layer"].items()) or "-",
+        "outside": ", ".join(f"{count} {name}" for name, count in found["outside_layers"].items()) or "-",
         "HBM / least": round(m.hbm_bytes / least_bytes, 3) if is_decode else "-",
         "async": round(m.async_share, 2),
         "ms": round(ms, 1),

@@ -161,21 +161,24 @@ def _plan(setup: Setup, compiled: Mapping[str, Compiled], notes: list[str], doll
         first_token=Estimate.within(band, chunks * chunk + step, chunks * chunk_roof + step_roof),
         compiled=compiled,
         dollars_per_chip_hour=dollars,
-        notes=tuple(notes + (_basis(setup, is_compiled) if fits else [])),
+        notes=tuple(notes + (_basis(setup, measured["decode"] if is_compiled else None) if fits else [])),
     )
 
 
-def _basis(setup: Setup, is_compiled: bool) -> list[str]:
+def _basis(setup: Setup, decode: Measurement | None) -> list[str]:
     chip = setup.topology.generation.name
-    if not is_compiled:
+    if decode is None:
         return [f"times are the roofline over {roofline.EFFICIENCY}, within {_BAND_ANALYTIC:.0%}"]
     checked = "the same method gave -4 to +13 % against published times of a v5e-16"
     unchecked = "" if chip == "v5e" else f"; {chip} was not compared with hardware"
-    return [
+    notes = [
         f"times are read from the compiled schedule: {checked}{unchecked}",
         "links between chips and the host are not in them",
         "other rows and contexts are scaled from the compiled ones by the analytic model",
     ]
+    if not decode.num_kernel_calls:
+        notes.append("attention is plain JAX in these programs; the compiler overrates such work up to ten times")
+    return notes
 
 
 def _memory(setup: Setup, compiled: Mapping[str, Compiled], anchor: Setup | None = None) -> Memory:
@@ -280,12 +283,11 @@ def describe_mesh(setup: Setup) -> str:
 
 
 def as_json(p: Plan) -> dict[str, Any]:
-    """Every figure by name: bytes per device, seconds, tokens per second of all rows, dollars."""
+    """Every figure by name: bytes per device, seconds, tokens per second of all rows, dollars. None where unknown."""
     s, memory = p.setup, p.memory
-    layers = s.config.num_layers
-    decode = p.decode
-    times = {"step_s": p.step, "time_to_first_token_s": p.first_token} if p.fits else {}
-    answer: dict[str, Any] = {
+    asked = ("weights", "kv", "rows", "context", "page_size", "chunk_tokens", "prompt_tokens")
+    by_time = {"low": p.step.high, "estimate": p.step.seconds, "high": p.step.low, "roofline": p.step.roofline}
+    return {
         "fits": p.fits,
         "method": p.method,
         "topology": s.topology.name,
@@ -293,37 +295,28 @@ def as_json(p: Plan) -> dict[str, Any]:
         "num_devices": s.topology.num_devices,
         "mesh": dict(s.mesh.shape),
         "num_params": s.config.num_params,
-        **{
-            name: getattr(s, name)
-            for name in ("weights", "kv", "rows", "context", "page_size", "chunk_tokens", "prompt_tokens")
-        },
-        "bytes_per_device": {
-            **dataclasses.asdict(memory),
-            "total": memory.total,
-            "free": memory.free,
-        },
+        **{name: getattr(s, name) for name in asked},
+        "bytes_per_device": dataclasses.asdict(memory) | {"total": memory.total, "free": memory.free},
         "max_rows": p.max_rows,
         "max_context": p.max_context,
         "error_band": p.band,
-        "step_s": None,
-        "time_to_first_token_s": None,
-        "tokens_per_s": None,
+        "step_s": dataclasses.asdict(p.step) if p.fits else None,
+        "time_to_first_token_s": dataclasses.asdict(p.first_token) if p.fits else None,
+        "tokens_per_s": {name: s.rows / seconds for name, seconds in by_time.items()} if p.fits else None,
         "dollars_per_million_tokens": p.dollars_per_million_tokens if p.fits else None,
-        "compile_s": {name: program.compile_s for name, program in p.compiled.items()},
-        "required_bytes": {name: c.required_bytes for name, c in p.compiled.items() if not c.fits},
-        "decode_program": None,
+        "collectives": None if p.decode is None else collectives(p.decode, s.config.num_layers),
+        "programs": {name: dataclasses.asdict(program) for name, program in p.compiled.items()},
         "notes": list(p.notes),
     }
-    answer |= {name: dataclasses.asdict(estimate) for name, estimate in times.items()}
-    if p.fits:
-        by_time = {"low": p.step.high, "estimate": p.step.seconds, "high": p.step.low, "roofline": p.step.roofline}
-        answer["tokens_per_s"] = {name: s.rows / seconds for name, seconds in by_time.items()}
-    if decode is not None:
-        answer["decode_program"] = dataclasses.asdict(decode) | {
-            "collectives_per_layer": {name: count // layers for name, count in decode.collectives.items()},
-            "collectives_outside_layers": {name: count % layers for name, count in decode.collectives.items()},
-        }
-    return answer
+
+
+def collectives(m: Measurement, num_layers: int) -> dict[str, dict[str, int]]:
+    """How often each kind runs: `per_run`, and of that `per_layer` and `outside_layers`."""
+    return {
+        "per_run": m.collectives,
+        "per_layer": {name: count // num_layers for name, count in m.collectives.items() if count >= num_layers},
+        "outside_layers": {name: count % num_layers for name, count in m.collectives.items() if count % num_layers},
+    }
 
 
 def _gib(value: float) -> str:

@@ -74,5 +74,5 @@ def _latency_curve(axes: Any, p: Plan) -> None:
     axes.set(xlabel=f"rows of {p.setup.context:,} tokens", ylabel="ms a step (one token of every row)")
     axes.set_xlim(0, 1.04 * rows[-1])
     axes.set_ylim(0, 1.1 * max(high))
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="lower center")
     axes.grid(alpha=0.3)

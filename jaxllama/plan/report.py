@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from jaxllama.plan.planner import Estimate, Plan, describe_mesh
+from jaxllama.plan.planner import Estimate, Plan, collectives, describe_mesh
 
 _GIB = 2**30
+_WHAT = {"decode": "decode step", "prefill": "prefill chunk"}
 
 
 def as_text(p: Plan) -> str:
@@ -29,8 +30,7 @@ def _lines(p: Plan) -> Iterator[str]:
     yield f"largest: {p.max_rows:,} rows of {s.context:,} tokens, or {s.rows:,} rows of {p.max_context:,} tokens"
     if p.fits:
         yield from _speed(p)
-    if p.decode is not None:
-        yield from _program(p)
+    yield from _program(p)
     yield ""
     yield from (f"note: {note}" for note in p.notes)
 
@@ -54,23 +54,24 @@ def _speed(p: Plan) -> Iterator[str]:
 
 
 def _program(p: Plan) -> Iterator[str]:
-    decode, layers = p.decode, p.setup.config.num_layers
-    assert decode is not None
-    inside = {name: count // layers for name, count in decode.collectives.items() if count >= layers}
-    outside = {name: count % layers for name, count in decode.collectives.items() if count % layers}
-    yield ""
-    yield "the compiled decode step, on one device:"
-    yield f"  collectives    {_counts(inside)} a layer; {_counts(outside)} outside the layers"
-    yield f"  HBM traffic    {decode.hbm_bytes / 1e9:.2f} GB, {decode.async_share:.0%} of it copied beside computation"
-    copies = sum(copy.count for copy in decode.large_copies)
-    most = f", the largest {max(c.bytes for c in decode.large_copies) / 2**20:.0f} MiB" if copies else ""
-    yield f"  large copies   {copies or 'none'}{most}"
-    times = ", ".join(f"{name} {program.compile_s:.0f} s" for name, program in p.compiled.items())
-    yield f"  compiled in    {times}"
+    layers = p.setup.config.num_layers
+    for name, program in p.compiled.items():
+        m = program.measurement
+        if m is None:
+            continue
+        found = collectives(m, layers)
+        copies = sum(copy.count for copy in m.large_copies)
+        most = f", the largest {max(c.bytes for c in m.large_copies) / 2**20:.0f} MiB" if copies else ""
+        yield ""
+        yield f"the compiled {_WHAT[name]}, on one device:"
+        yield f"  collectives    {_counts(found['per_layer'])} a layer; {_counts(found['outside_layers'])} outside"
+        yield f"  HBM traffic    {m.hbm_bytes / 1e9:.2f} GB, {m.async_share:.0%} of it copied beside computation"
+        yield f"  large copies   {copies or 'none'}{most}"
+        yield f"  temporaries    {program.temporary_bytes / _GIB:.2f} GiB, compiled in {program.compile_s:.0f} s"
 
 
-def _counts(collectives: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in collectives.items()) or "none"
+def _counts(kinds: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in kinds.items()) or "none"
 
 
 def as_table(plans: Sequence[Plan]) -> str:

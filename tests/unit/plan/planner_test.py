@@ -208,7 +208,8 @@ def test_running_out_of_memory_means_that_it_does_not_fit(monkeypatch):
     assert got.memory.total == required
     assert "40.00 GiB of 31.24 GiB" in got.notes[0]
     value = as_json(got)
-    assert value["required_bytes"] == {"decode": required}
+    assert value["programs"]["decode"]["required_bytes"] == required
+    assert value["collectives"] is None
     assert value["tokens_per_s"] is value["step_s"] is value["time_to_first_token_s"] is None
     assert "fits: NO, 8.76 GiB too much" in as_text(got)
 
@@ -252,10 +253,13 @@ def test_json_has_every_figure():
     assert value["tokens_per_s"]["low"] < value["tokens_per_s"]["estimate"] < value["tokens_per_s"]["high"]
     assert value["tokens_per_s"]["roofline"] == pytest.approx(64 / value["step_s"]["roofline"])
     assert value["dollars_per_million_tokens"] == pytest.approx(8 * 2.0 / 3600 / 4000 * 1e6)
-    program = value["decode_program"]
-    assert program["collectives_per_layer"] == {"all-reduce": 2, "all-gather": 0}
-    assert program["collectives_outside_layers"] == {"all-reduce": 1, "all-gather": 2}
-    assert program["large_copies"][0]["count"] == 2
+    assert value["collectives"] == {
+        "per_run": {"all-reduce": 161, "all-gather": 2},
+        "per_layer": {"all-reduce": 2},
+        "outside_layers": {"all-reduce": 1, "all-gather": 2},
+    }
+    assert value["programs"]["decode"]["measurement"]["large_copies"][0]["count"] == 2
+    assert value["programs"]["prefill"]["compile_s"] == 10.0
     assert value["error_band"] == 0.25
 
 
