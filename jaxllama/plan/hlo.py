@@ -144,5 +144,7 @@ class Program:
         return self.computations.get(name or "")
 
     def wrapped(self, instruction: Instruction) -> Computation | None:
-        """The computation that a fusion, call or asynchronous instruction runs."""
-        return self.computations.get(instruction.called("calls") or instruction.called("to_apply") or "")
+        """The computation that a fusion, a call, an asynchronous or a custom instruction runs."""
+        # On newer chips collectives are custom calls on their own cores, with the collective inside.
+        named = re.search(r"\b(?:calls=|to_apply=|called_computations=\{)%([\w.\-]+)", instruction.attributes)
+        return self.computations.get(named.group(1)) if named else None

@@ -263,7 +263,7 @@ class _Walk:
                 collective_bytes=instruction.size() / (2 if op.endswith("-start") else 1),
             )
         wrapped = self._program.wrapped(instruction) if op in ("fusion", "async-start") else None
-        if wrapped is not None and (kind := _collective_in(wrapped)):
+        if wrapped is not None and (kind := _collective_in(self._program, wrapped)):
             return _Cost(collective=kind, collective_bytes=wrapped.root.size())
         if op == "async-start":
             inner = [self.cost(i) for i in wrapped.instructions.values()] if wrapped is not None else []
@@ -359,11 +359,17 @@ def _bytes_written(program: Program, root: Instruction) -> float:
     return float(root.size())
 
 
-def _collective_in(computation: Computation) -> str:
+def _collective_in(program: Program, computation: Computation) -> str:
     """The collective inside a fusion or an asynchronous computation, "" for none."""
-    found = next((i.base_op for i in computation.instructions.values() if i.base_op in _COLLECTIVES), "")
-    # XLA names a sum of which every device keeps its own slice so.
-    return "reduce-scatter" if found == "all-reduce" and "all-reduce-scatter" in computation.name else found
+    for instruction in computation.instructions.values():
+        if instruction.base_op in _COLLECTIVES:
+            # XLA names a sum of which every device keeps its own slice so.
+            is_scatter = instruction.base_op == "all-reduce" and "all-reduce-scatter" in computation.name
+            return "reduce-scatter" if is_scatter else instruction.base_op
+        inner = program.wrapped(instruction) if instruction.op in ("fusion", "custom-call") else None
+        if inner is not None and (found := _collective_in(program, inner)):
+            return found
+    return ""
 
 
 def _is_kernel(instruction: Instruction) -> bool:

@@ -15,7 +15,7 @@ from jaxllama.plan.measure import Measurement
 from jaxllama.plan.setup import Setup, resident_bytes
 from jaxllama.plan.topology import all_topologies
 
-MAX_ROWS = 4096
+MAX_ROWS = 2**16
 _BAND_MEASURED = 0.15
 _BAND_COMPILED = 0.25
 _BAND_ANALYTIC = 0.4

@@ -129,6 +129,19 @@ def test_a_collective_inside_a_fusion_counts():
     assert got.collective_bytes == {"reduce-scatter": 8}
 
 
+def test_a_collective_on_cores_of_its_own_counts():
+    inner = "%inner (a: f32[8]) -> f32[8] {\n  %a = f32[8]{0} parameter(0)\n  ROOT %sum = f32[8]{0} all-reduce(%a)\n}"
+    custom = 'custom-call(%b), custom_call_target="TODO", called_computations={%inner}'
+    outer = f"%outer (b: f32[8]) -> f32[8] {{\n  %b = f32[8]{{0}} parameter(0)\n  ROOT %c = f32[8]{{0}} {custom}\n}}"
+    entry = (
+        "  %p = f32[8]{0} parameter(0)\n  %s = ((f32[8]{0}), f32[8]{0}) async-start(%p), calls=%outer\n"
+        "  ROOT %d = f32[8]{0} async-done(%s)"
+    )
+    got = measure(module(entry, inner, outer), V6E)
+    assert got.collectives == {"all-reduce": 1}
+    assert got.collective_bytes == {"all-reduce": 32}
+
+
 def test_a_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         measure("HloModule nothing", V6E)
