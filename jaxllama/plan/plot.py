@@ -60,10 +60,10 @@ def _latency_curve(axes: Any, p: Plan) -> None:
     last = max(p.max_rows, p.setup.rows) // data
     rows = sorted({data * max(1, round(last * i / 60)) for i in range(61)} | {p.setup.rows})
     step = [1e3 * p.step_seconds_at(r) for r in rows]
-    roof = [value * p.step.roofline / p.step.seconds for value in step]
-    low = [max(r, value * (1 - p.band)) for r, value in zip(roof, step, strict=True)]
-    high = [value * (1 + p.band) for value in step]
-    axes.fill_between(rows, low, high, color="#2b5c8a", alpha=0.15, label=f"within {p.band:.0%}")
+    low, high, roof = (
+        [value * bound / p.step.seconds for value in step] for bound in (p.step.low, p.step.high, p.step.roofline)
+    )
+    axes.fill_between(rows, low, high, color="#2b5c8a", alpha=0.15, label="range")
     axes.plot(rows, step, color="#2b5c8a", label="estimate")
     axes.plot(rows, roof, color="grey", linestyle=":", label="roofline")
     axes.plot([p.setup.rows], [1e3 * p.step.seconds], "o", color="#b0473c", label=f"{p.setup.rows:,} rows: asked for")
@@ -73,6 +73,6 @@ def _latency_curve(axes: Any, p: Plan) -> None:
         )
     axes.set(xlabel=f"rows of {p.setup.context:,} tokens", ylabel="ms a step (one token of every row)")
     axes.set_xlim(0, 1.04 * rows[-1])
-    axes.set_ylim(0, 1.1 * max(high))
-    axes.legend(fontsize=8, loc="lower center")
+    axes.set_ylim(0, 1.4 * max(high))
+    axes.legend(fontsize=8, loc="upper left", ncols=2)
     axes.grid(alpha=0.3)

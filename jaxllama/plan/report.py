@@ -38,7 +38,7 @@ def _lines(p: Plan) -> Iterator[str]:
 def _speed(p: Plan) -> Iterator[str]:
     s = p.setup
     yield ""
-    yield f"{p.method:<26}{'estimate':>10}{f'within {p.band:.0%}':>20}{'roofline':>11}"
+    yield f"{p.method:<26}{'estimate':>10}{'range':>20}{'roofline':>11}"
 
     def row(name: str, e: Estimate) -> str:
         span = f"{e.low * 1e3:.1f} to {e.high * 1e3:.1f}"

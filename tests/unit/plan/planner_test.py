@@ -191,6 +191,16 @@ def test_a_plan_adds_up_what_the_compiler_says():
     )
 
 
+def test_plain_attention_may_be_as_fast_as_the_roofline(monkeypatch):
+    def without_kernels(s: Setup, program: str) -> Compiled:
+        return dataclasses.replace(compiled(s, program), measurement=dataclasses.replace(DECODE, num_kernel_calls=0))
+
+    use_compiler(monkeypatch, without_kernels)
+    got = plan(setup())
+    assert (got.step.low, got.step.high) == (got.step.roofline, pytest.approx(1.25 * 0.016))
+    assert "plain JAX" in got.notes[-1]
+
+
 @pytest.mark.usefixtures("fake_compiler")
 def test_temporaries_grow_with_the_rows():
     most = plan(setup()).max_rows
