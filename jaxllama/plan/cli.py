@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model = parser.add_argument_group("what is planned")
     model.add_argument("--topology", metavar="NAME", help="TPU slice, such as v6e:2x4")
-    model.add_argument("--data", type=int, default=1, help="groups of devices that rows are split over (default: 1)")
+    model.add_argument("--data", type=int, help="groups of devices that rows are split over (default: 1)")
     model.add_argument("--weights", choices=DTYPES, default="bf16", help="default: %(default)s")
     model.add_argument("--kv", choices=DTYPES, default="bf16", help="default: %(default)s")
     model.add_argument("--rows", type=int, default=16, help="sequences decoded together (default: %(default)s)")
@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     """Plans, and prints the answer. Whether it fits does not change the exit code."""
     if args.topology is None and not args.search:
         raise PlanError("--topology is missing; give one such as v6e:2x4, or --search to compare all")
+    if args.data is not None and args.search:
+        raise PlanError("--data and --search exclude each other: a search tries every split")
     if args.plot is not None:
         check_plotting()
     price = _prices(args.dollars_per_chip_hour)
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         topology=Topology.parse(args.topology or "v6e:2x4"),
         rows=args.rows,
         context=args.context,
-        data=args.data,
+        data=1 if args.data is None else args.data,
         weights=args.weights,
         kv=args.kv,
         page_size=args.page_size,

@@ -106,6 +106,7 @@ def test_a_plot_without_matplotlib_says_how_to_install_it(config, tmp_path, caps
     [
         (("--topology", "v6e:3x3"), ("'v6e:3x3'", "v6e: 1x1, 2x2, 2x4")),
         ((), ("--topology is missing", "--search")),
+        (("--search", "--data", 2), ("--data and --search",)),
         (("--topology", "v6e:2x4", "--rows", 0), ("rows must be at least 1",)),
         (("--topology", "v6e:2x4", "--context", 200000), ("131072",)),
         (("--topology", "v6e:2x4", "--data", 3), ("data=3",)),
