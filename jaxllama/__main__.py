@@ -13,6 +13,7 @@ from pathlib import Path
 import jaxllama
 from jaxllama.compilation import enable_compilation_cache
 from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError, RequestError
+from jaxllama.plan import cli as plan_cli
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,6 +42,12 @@ def _parser() -> argparse.ArgumentParser:
     serve = _add_application(commands, "serve", "serve a checkpoint over OpenAI's chat API, with a chat page")
     generate = commands.add_parser("generate", help="complete a prompt", description="Completes a prompt.")
     _add_generate(generate)
+    plan = commands.add_parser(
+        "plan",
+        help="say whether a model fits a TPU slice, and how fast it is; needs no TPU",
+        description="Compiles the real programs for a TPU slice, on any machine, and says what fits and how fast.",
+    )
+    plan_cli.add_arguments(plan)
     for command in (serve, generate):
         command.add_argument(
             "--compilation-cache",

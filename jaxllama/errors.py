@@ -6,6 +6,7 @@ JaxLlamaError
 ├── ConversionError                  a source checkpoint cannot be converted
 ├── TokenizerError                   tokenizer files are missing, damaged or do not fit the model
 ├── ChatTemplateError (ValueError)   a chat template is missing, refuses the messages or exceeds its bounds
+├── PlanError (ValueError)           a plan was asked for an unknown topology or for values that contradict each other
 ├── RequestError (ValueError)        a prompt or a sampling parameter is out of range; `param` names it
 │   └── ContextLengthError           the prompt does not fit the context
 ├── EngineError                      the engine cannot run the request
@@ -39,6 +40,10 @@ class TokenizerError(JaxLlamaError):
 
 class ChatTemplateError(JaxLlamaError, ValueError):
     """A chat template is missing, refuses the messages or exceeds its bounds."""
+
+
+class PlanError(JaxLlamaError, ValueError):
+    """A plan was asked for an unknown topology or for values that contradict each other."""
 
 
 class RequestError(JaxLlamaError, ValueError):

@@ -48,8 +48,14 @@ def make_mesh(
     tp = max(1, len(devices) // data) if tp is None else tp
     if data * tp > len(devices):
         raise ConfigError(f"a mesh of data={data} × tp={tp} needs {data * tp} devices, there are {len(devices)}")
+    shape = mesh_shape(config, tp=tp, data=data)
+    return Mesh(np.asarray(devices[: data * tp]).reshape(shape), MESH_AXES)
+
+
+def mesh_shape(config: LlamaConfig, *, tp: int, data: int) -> tuple[int, int, int]:
+    """The sizes of `MESH_AXES`."""
     kv = math.gcd(config.num_kv_heads, tp)
-    return Mesh(np.asarray(devices[: data * tp]).reshape(data, kv, tp // kv), MESH_AXES)
+    return data, kv, tp // kv
 
 
 def partition_spec(

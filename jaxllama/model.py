@@ -6,13 +6,14 @@ Modules are made at trace time around a plain `Params` tree, so that only dicts 
 are unrolled: TPU.md's measurements give 50 to 80 % more time to a scan over stacked weights.
 
 Between matrix products everything is float32, the residual stream included; only what enters a product is rounded to
-the weights' dtype. It costs next to nothing and keeps greedy replies in bfloat16 close to float32's (bench/LOG.md).
-Beside int8 matrices it is the norms that have that dtype.
+the weights' dtype (and, on TPUs, what devices sum). It costs next to nothing and keeps greedy replies in bfloat16 close
+to float32's (bench/LOG.md). Beside int8 matrices it is the norms that have that dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -43,14 +44,18 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """`x @ weight.T + bias` in float32, with the weight in Hugging Face's `[out, in]` layout."""
+    """`x @ weight.T + bias` in float32, with the weight in Hugging Face's `[out, in]` layout.
 
-    def __init__(self, weights: Mapping[str, Any], name: str) -> None:
+    `sums_shares`: tensor parallelism splits the inputs, so each device has a share of the sum.
+    """
+
+    def __init__(self, weights: Mapping[str, Any], name: str, *, sums_shares: bool = False) -> None:
+        self.sums_shares = sums_shares
         self.weight = nnx.Param(weights[name])
         self.bias = nnx.Param(weights[f"{name}_bias"]) if f"{name}_bias" in weights else None
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        y = _product("...i,oi->...o", x, self.weight.get_value())
+        y = _product("...i,oi->...o", x, self.weight.get_value(), sums_shares=self.sums_shares)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
 
 
@@ -62,7 +67,7 @@ class Attention(nnx.Module):
         self.q_proj = Linear(weights, "q_proj")
         self.k_proj = Linear(weights, "k_proj")
         self.v_proj = Linear(weights, "v_proj")
-        self.o_proj = Linear(weights, "o_proj")
+        self.o_proj = Linear(weights, "o_proj", sums_shares=True)
 
     def __call__(
         self,
@@ -86,7 +91,7 @@ class MLP(nnx.Module):
     def __init__(self, weights: Mapping[str, Any]) -> None:
         self.gate_proj = Linear(weights, "gate_proj")
         self.up_proj = Linear(weights, "up_proj")
-        self.down_proj = Linear(weights, "down_proj")
+        self.down_proj = Linear(weights, "down_proj", sums_shares=True)
 
     def __call__(self, x: Float[Array, "rows tokens embed"]) -> Float[Array, "rows tokens embed"]:
         return self.down_proj((nnx.silu(self.gate_proj(x)) * self.up_proj(x)).astype(x.dtype))
@@ -138,7 +143,7 @@ class Llama(nnx.Module):
         return _product("...e,ve->...v", hidden, self.lm_head.get_value())
 
 
-def _product(letters: str, x: Array, weight: Array | QuantizedWeight) -> Array:
+def _product(letters: str, x: Array, weight: Array | QuantizedWeight, *, sums_shares: bool = False) -> Array:
     if isinstance(weight, QuantizedWeight):
         # A TPU's product converts the integers as it reads them. A CPU's does not, and XLA would convert every matrix
         # once, before the loop of decoding, and hold all of them: the barrier ties each to a value of the loop. On a
@@ -146,10 +151,19 @@ def _product(letters: str, x: Array, weight: Array | QuantizedWeight) -> Array:
         values = jax.lax.platform_dependent(
             weight.values, x, tpu=lambda values, _: values, default=lambda *both: jax.lax.optimization_barrier(both)[0]
         )
-        return _product(letters, x, values.astype(x.dtype)) * weight.scale
+        return _product(letters, x, values.astype(x.dtype), sums_shares=sums_shares) * weight.scale
     # A TPU multiplies float32 in one bfloat16 pass unless told otherwise.
     precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
-    return jnp.einsum(letters, x, weight, precision=precision, preferred_element_type=jnp.float32)
+    einsum = partial(jnp.einsum, letters, precision=precision)
+    if not sums_shares:
+        return einsum(x, weight, preferred_element_type=jnp.float32)
+    # TPUs send their shares as they compute: half the bytes on the links.
+    return jax.lax.platform_dependent(
+        x,
+        weight,
+        tpu=lambda x, w: einsum(x, w, preferred_element_type=x.dtype).astype(jnp.float32),
+        default=lambda x, w: einsum(x, w, preferred_element_type=jnp.float32),
+    )
 
 
 def _rows(weight: Array | QuantizedWeight, ids: Array) -> Array:

@@ -40,7 +40,8 @@ LAYERS = (
     ("jaxllama.attention",),
     ("jaxllama.model",),
     ("jaxllama.decode", "jaxllama.checkpoint"),
-    ("jaxllama.engine", "jaxllama.plan", "jaxllama.loading"),
+    ("jaxllama.engine", "jaxllama.loading"),
+    ("jaxllama.plan",),
     ("jaxllama.llama", "jaxllama"),
     ("jaxllama_convert", "jaxllama_serving", "jaxllama.__main__"),
 )
@@ -61,6 +62,7 @@ CORNERS = {
     "tokenizers": ("jaxllama.text",),
     "sentencepiece": ("jaxllama.text",),
     "jinja2": ("jaxllama.text",),
+    "matplotlib": ("jaxllama.plan.plot",),
     "flax": ("jaxllama.model", "jaxllama.quant"),
 }
 WITHOUT_JAX = (

@@ -165,12 +165,12 @@ def run(*args: str, code: str | None = None) -> subprocess.CompletedProcess[str]
 def test_help_lists_the_commands():
     done = run("--help")
     assert done.returncode == 0, done.stderr
-    for name in ("convert", "serve", "generate"):
+    for name in ("convert", "serve", "generate", "plan"):
         assert name in done.stdout
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("name", ["convert", "serve", "generate"])
+@pytest.mark.parametrize("name", ["convert", "serve", "generate", "plan"])
 def test_every_command_explains_its_options(capsys, name):
     with pytest.raises(SystemExit) as caught:
         main([name, "--help"])

@@ -1,0 +1,139 @@
+"""`jaxllama plan`: flags to one `Setup`, and the answer as text, JSON or a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxllama.checkpoint import read_configs
+from jaxllama.config import LlamaConfig
+from jaxllama.errors import ConfigError, PlanError
+from jaxllama.plan.planner import Plan, as_json, candidates, describe_mesh, plan, search
+from jaxllama.plan.plot import check_plotting, save_plot
+from jaxllama.plan.report import as_table, as_text
+from jaxllama.plan.setup import DTYPES, Setup
+from jaxllama.plan.topology import GENERATIONS, Topology
+
+_SHOWN = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `plan`, in groups."""
+    parser.add_argument(
+        "model", metavar="CONFIG_OR_CHECKPOINT", type=Path, help="config.json, or a folder that holds one"
+    )
+    model = parser.add_argument_group("what is planned")
+    model.add_argument("--topology", metavar="NAME", help="TPU slice, such as v6e:2x4")
+    model.add_argument("--data", type=int, help="groups of devices that rows are split over (default: 1)")
+    model.add_argument("--weights", choices=DTYPES, default="bf16", help="default: %(default)s")
+    model.add_argument("--kv", choices=DTYPES, default="bf16", help="default: %(default)s")
+    model.add_argument("--rows", type=int, default=16, help="sequences decoded together (default: %(default)s)")
+    model.add_argument(
+        "--context", type=int, default=2048, metavar="TOKENS", help="length of every row (default: %(default)s)"
+    )
+    model.add_argument(
+        "--prompt", type=int, metavar="TOKENS", help="for the time to first token (default: half the context)"
+    )
+    model.add_argument("--page-size", type=int, default=Setup.page_size, help="tokens (default: %(default)s)")
+    model.add_argument(
+        "--chunk", type=int, default=Setup.chunk_tokens, help="of prefill, tokens (default: %(default)s)"
+    )
+    answer = parser.add_argument_group("the answer")
+    answer.add_argument(
+        "--search",
+        action="store_true",
+        help="compare the meshes of --topology, or without it of every slice, and recommend one",
+    )
+    answer.add_argument("--json", action="store_true", help="print it as JSON")
+    answer.add_argument("--plot", metavar="FILE", type=Path, help="draw HBM and latency, e.g. out.png")
+    answer.add_argument(
+        "--dollars-per-chip-hour", metavar="X", help="a price, or one for each generation: v5e=1.2,v6e=2.7"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plans, and prints the answer. Whether it fits does not change the exit code."""
+    if args.topology is None and not args.search:
+        raise PlanError("--topology is missing; give one such as v6e:2x4, or --search to compare all")
+    if args.data is not None and args.search:
+        raise PlanError("--data and --search exclude each other: a search tries every split")
+    if args.plot is not None:
+        check_plotting()
+    price = _prices(args.dollars_per_chip_hour)
+    setup = Setup(
+        config=_load_config(args.model),
+        topology=Topology.parse(args.topology or "v6e:2x4"),
+        rows=args.rows,
+        context=args.context,
+        data=1 if args.data is None else args.data,
+        weights=args.weights,
+        kv=args.kv,
+        page_size=args.page_size,
+        chunk_tokens=args.chunk,
+        prompt_tokens=max(1, args.context // 2) if args.prompt is None else args.prompt,
+    )
+    if args.search:
+        plans = search(candidates(setup, everywhere=args.topology is None), dollars=price, progress=_progress)
+    else:
+        dollars = price(setup.topology.generation.name)
+        plans = [plan(setup, dollars_per_chip_hour=dollars, progress=_progress)]
+    print(_answer(plans, as_search=args.search, in_json=args.json), end="")
+    if args.plot is not None:
+        save_plot(plans[0], args.plot)
+    return 0
+
+
+def _answer(plans: list[Plan], *, as_search: bool, in_json: bool) -> str:
+    best = plans[0]
+    if in_json:
+        value: dict[str, Any] = as_json(best)
+        if as_search:
+            value = {"recommended": value, "fits": best.fits, "candidates": [as_json(p) for p in plans[:_SHOWN]]}
+        return json.dumps(value, indent=2) + "\n"
+    if not as_search:
+        return as_text(best)
+    left_out = f"{len(plans) - _SHOWN} more fit\n" if len(plans) > _SHOWN else ""
+    return f"{as_table(plans[:_SHOWN])}{left_out}\nrecommended: {describe_mesh(best.setup)}\n\n{as_text(best)}"
+
+
+def _load_config(path: Path) -> LlamaConfig:
+    if path.is_dir():
+        return read_configs(path)[0]
+    if not path.is_file():
+        raise PlanError(f"{path} does not exist; expected a config.json, a Hugging Face folder or a checkpoint")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON ({str(error)[:100]})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return LlamaConfig.from_hf(value)
+
+
+def _prices(text: str | None) -> Callable[[str], float | None]:
+    """The price of a chip's hour by generation. Raises: PlanError."""
+    if text is None:
+        return lambda _: None
+    prices: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.rpartition("=")
+        try:
+            price = float(number)
+        except ValueError:
+            price = -1.0
+        if not 0 < price < float("inf") or (name and name not in GENERATIONS):
+            raise PlanError(
+                f"--dollars-per-chip-hour: {part!r} is neither a positive price nor GENERATION=PRICE with one of "
+                f"{', '.join(GENERATIONS)}"
+            )
+        prices[name] = price
+    return lambda generation: prices.get(generation, prices.get(""))
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

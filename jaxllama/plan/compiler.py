@@ -1,0 +1,197 @@
+"""The TPU compiler, in a process of its own: `python -m jaxllama.plan.compiler` reads one job from standard input.
+
+A process, because libtpu takes its settings from the environment before JAX is imported, writes to standard error,
+may abort, and must not meet the JAX of the caller, which may run on a TPU. It needs no TPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from jaxllama.attention import choose_attention
+from jaxllama.attention.reference import BLOCK_TOKENS
+from jaxllama.config import LlamaConfig, RopeScaling
+from jaxllama.decode import decode_steps, prefill
+from jaxllama.errors import PlanError
+from jaxllama.mesh import make_mesh
+from jaxllama.plan import roofline
+from jaxllama.plan.measure import KernelWork, LargeCopy, Measurement, measure
+from jaxllama.plan.setup import Setup
+from jaxllama.plan.topology import GIB, Topology
+
+PROGRAMS = ("decode", "prefill")
+MISSING = "libtpu, the TPU compiler, is not installed: pip install 'jaxllama[tpu]'"
+
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # A cached program leaves no HLO to read.
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+
+class CompilerError(Exception):
+    """The compiler is missing or failed for another reason than memory."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One program as the TPU compiler made it, per device.
+
+    `argument_bytes` are resident inputs with the padding of their tiles, `output_bytes` what is not written in place
+    of an input. When it does not fit, `required_bytes` is what the compiler asked for and the rest is zero or None.
+    """
+
+    compile_s: float
+    fits: bool
+    required_bytes: int = 0
+    argument_bytes: int = 0
+    output_bytes: int = 0
+    temporary_bytes: int = 0
+    code_bytes: int = 0
+    measurement: Measurement | None = None
+
+
+def is_available() -> bool:
+    """Whether libtpu is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def compile_program(setup: Setup, program: str) -> Compiled:
+    """Compiles the real `decode` or `prefill` program of `setup` for its topology.
+
+    Raises: CompilerError when libtpu is missing or fails; PlanError for what cannot be compiled yet.
+    """
+    if not is_available():
+        raise CompilerError(MISSING)
+    job = dataclasses.asdict(setup) | {"topology": setup.topology.name, "program": program}
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxllama.plan.compiler"],
+        input=json.dumps(job),
+        env=os.environ | _ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    answer = done.stdout.strip().splitlines()[-1:] or ["{}"]
+    try:
+        result = json.loads(answer[0])
+    except json.JSONDecodeError:
+        result = {}
+    if "refused" in result:
+        raise PlanError(result["refused"])
+    if "error" in result:
+        raise CompilerError(f"the TPU compiler failed on {program} for {setup.topology.name}: {result['error']}")
+    if not result:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise CompilerError(f"the TPU compiler ended with exit code {done.returncode} on {program}: {last[0][:300]}")
+    if result["measurement"] is not None:
+        copies = tuple(LargeCopy(**copy) for copy in result["measurement"].pop("large_copies"))
+        result["measurement"] = Measurement(**result["measurement"], large_copies=copies)
+    return Compiled(**result)
+
+
+def _main() -> None:
+    job = json.load(sys.stdin)
+    program = job.pop("program")
+    config = job.pop("config")
+    config["rope"] = RopeScaling(**config["rope"])
+    config["eos_token_ids"] = tuple(config["eos_token_ids"])
+    topology = Topology.parse(job.pop("topology"))
+    setup = Setup(config=LlamaConfig(**config), topology=topology, **job)
+    try:
+        result: dict[str, Any] = dataclasses.asdict(_compile(setup, program))
+    except PlanError as error:
+        result = {"refused": str(error)}
+    except Exception as error:  # Whatever libtpu raises becomes one line for the caller.
+        result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+    print(json.dumps(result))
+
+
+def _compile(setup: Setup, program: str) -> Compiled:
+    generation = setup.topology.generation
+    options = {"chip_config_name": generation.chip_config} if generation.chip_config else {}
+    described: Any = topologies.get_topology_desc(platform="tpu", topology_name=setup.topology.name, **options)
+    if len(described.devices) != setup.topology.num_devices:
+        raise CompilerError(
+            f"libtpu has {len(described.devices)} devices in {setup.topology.name}, "
+            f"expected {setup.topology.num_devices}"
+        )
+    lowered = _lower(setup, program, described.devices)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="jaxllama-plan-") as folder:
+        try:
+            compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return Compiled(time.monotonic() - started, False, required_bytes=_required_bytes(str(error)))
+        compile_s = time.monotonic() - started
+        texts = sorted(Path(folder).glob("*after_codegen.txt"), key=lambda path: path.stat().st_size)
+        text = texts[-1].read_text()
+    memory = compiled.memory_analysis()
+    kernels, trips = _work(setup, program)
+    return Compiled(
+        compile_s=compile_s,
+        fits=True,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
+        measurement=measure(text, generation, kernels=kernels, unknown_trips=trips),
+    )
+
+
+def _lower(setup: Setup, program: str, devices: Sequence[Any]) -> Any:
+    """The program that the engine runs, for these devices."""
+    mesh = make_mesh(setup.config, tp=setup.tp, data=setup.data, devices=devices)
+    attention = choose_attention(setup.config, mesh, setup.kv_dtype)
+    params, state = setup.inputs(mesh)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    if program == "decode":
+        keep = jax.ShapeDtypeStruct((setup.rows,), jnp.bool_)
+        return decode_steps.lower(setup.config, params, state, number, keep, num_rows=setup.rows, attention=attention)
+    if program == "prefill":
+        tokens = jax.ShapeDtypeStruct((setup.chunk_tokens,), jnp.int32)
+        table = jax.ShapeDtypeStruct(state.page_table.shape[1:], jnp.int32)
+        return prefill.lower(setup.config, params, state.pool, tokens, table, number, number, attention=attention)
+    raise PlanError(f"program must be one of {', '.join(PROGRAMS)}, got {program!r}")
+
+
+def _work(setup: Setup, program: str) -> tuple[KernelWork, tuple[int, ...]]:
+    """What Pallas kernels do, and the trips of loops that depend on data: steps, and the reference's blocks of keys."""
+    if program == "decode":
+        return roofline.decode_kernels(setup), (1, -(-setup.context // BLOCK_TOKENS))
+    return roofline.prefill_kernels(setup), (max(1, round(roofline.mean_prefill_context(setup) / BLOCK_TOKENS)),)
+
+
+def _required_bytes(message: str) -> int:
+    """What a RESOURCE_EXHAUSTED error says the program needs in all, 0 where it does not say."""
+    number = r"([\d.]+)([KMGT])"
+    found = re.search(rf"Used {number}", message) or re.search(rf"total memory required[^(]*\({number}\)", message)
+    if found is None:
+        return 0
+    return int(float(found.group(1)) * GIB * {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}[found.group(2)])
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,174 @@
+"""What is planned: a model on a mesh of a slice, with a number of rows and a context. Shapes, but no compiler."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from jaxllama import cache
+from jaxllama.attention.tpu import TpuAttention
+from jaxllama.config import LlamaConfig
+from jaxllama.decode import DecodeState, state_shapes, state_shardings
+from jaxllama.errors import PlanError
+from jaxllama.mesh import MESH_AXES, mesh_shape, partition_spec
+from jaxllama.params import Params, ParamSpec, build_params, param_specs, stored_specs
+from jaxllama.plan.topology import Topology
+
+DTYPES = ("bf16", "int8")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One thing to plan: `rows` sequences of `context` tokens each, at full length, on `data` × tp devices.
+
+    A prompt of `prompt_tokens` is prefilled in chunks of `chunk_tokens`.
+
+    Raises: PlanError naming what contradicts what.
+    """
+
+    config: LlamaConfig
+    topology: Topology
+    rows: int
+    context: int
+    data: int = 1
+    weights: str = "bf16"
+    kv: str = "bf16"
+    page_size: int = TpuAttention.page_size
+    chunk_tokens: int = max(TpuAttention.chunk_sizes)
+    prompt_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "context", "data", "page_size", "chunk_tokens", "prompt_tokens"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("weights", "kv"):
+            if getattr(self, name) not in DTYPES:
+                raise PlanError(f"{name} must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
+        if self.topology.num_devices % self.data:
+            raise PlanError(f"data={self.data} does not divide the {self.topology.num_devices} devices of {self.where}")
+        if self.chunk_tokens % self.page_size:
+            raise PlanError(f"chunk_tokens ({self.chunk_tokens}) must be a multiple of page_size ({self.page_size})")
+        if self.context > self.config.max_position_embeddings:
+            raise PlanError(
+                f"context is {self.context}, the model's own limit is {self.config.max_position_embeddings} tokens"
+            )
+        if self.prompt_tokens > self.context:
+            raise PlanError(f"prompt_tokens ({self.prompt_tokens}) is more than the context ({self.context})")
+
+    @property
+    def where(self) -> str:
+        return self.topology.name
+
+    @property
+    def tp(self) -> int:
+        return self.topology.num_devices // self.data
+
+    @property
+    def quantize(self) -> str | None:
+        """As `jaxllama.load` takes it."""
+        return None if self.weights == "bf16" else self.weights
+
+    @property
+    def kv_dtype(self) -> Any:
+        """Of the cache's pages."""
+        return jnp.dtype(jnp.bfloat16 if self.kv == "bf16" else self.kv)
+
+    @property
+    def rows_per_device(self) -> int:
+        """Rows are split over `data` where it divides them."""
+        return self.rows // self.data if self.rows % self.data == 0 else self.rows
+
+    @cached_property
+    def mesh(self) -> AbstractMesh:
+        """The mesh's shape, without devices."""
+        return AbstractMesh(mesh_shape(self.config, tp=self.tp, data=self.data), MESH_AXES)
+
+    def state_shapes(self) -> DecodeState:
+        """The arrays of the decode state as the engine would make them."""
+        pages_per_row = -(-self.context // self.page_size)
+        # The engine's page tables have room for a last chunk past the context.
+        width = pages_per_row + self.chunk_tokens // self.page_size
+        return state_shapes(
+            self.config,
+            num_rows=self.rows,
+            num_pages=self.rows * pages_per_row + 1,
+            page_size=self.page_size,
+            max_context=width * self.page_size,
+            dtype=self.kv_dtype,
+        )
+
+    def inputs(self, mesh: Mesh) -> tuple[Params, DecodeState]:
+        """Shapes, dtypes and shardings of the real programs' weights and state, for ahead-of-time compilation."""
+
+        def leaf(part: ParamSpec) -> Any:
+            sharding = NamedSharding(mesh, partition_spec(part.axes, self.config, mesh))
+            return jax.ShapeDtypeStruct(part.shape, jnp.dtype(part.dtype or jnp.bfloat16), sharding=sharding)
+
+        shapes = self.state_shapes()
+        state: DecodeState = jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+            shapes,
+            state_shardings(self.config, mesh, shapes),
+        )
+        return build_params(self.config, leaf, self.quantize), state
+
+
+@dataclass(frozen=True)
+class ResidentBytes:
+    """What stays in the HBM of one device: weights, the KV pool, and the other arrays of the decode state."""
+
+    weights: int
+    kv: int
+    state: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.state
+
+
+def resident_bytes(setup: Setup) -> ResidentBytes:
+    """Exact for the library's arrays and shardings, without the padding of their tiles."""
+    shapes = setup.state_shapes()
+    shardings = state_shardings(setup.config, _as_mesh(setup), shapes)
+    pool = sum(map(_shard_bytes, jax.tree.leaves(shapes.pool), jax.tree.leaves(shardings.pool)))
+    everything = sum(map(_shard_bytes, jax.tree.leaves(shapes), jax.tree.leaves(shardings)))
+    return ResidentBytes(weight_bytes(setup), pool, everything - pool)
+
+
+PARTS = ("embed_tokens", "layers", "norm", "lm_head")
+
+
+def weight_bytes(setup: Setup, parts: tuple[str, ...] = PARTS) -> int:
+    """Bytes that one device holds of these parts of the `Params` tree."""
+    return _weight_bytes(setup.config, setup.mesh, setup.quantize, parts)
+
+
+@lru_cache
+def _weight_bytes(config: LlamaConfig, mesh: Any, quantize: str | None, parts: tuple[str, ...]) -> int:
+    total = 0
+    for spec in param_specs(config):
+        if spec.path[0] in parts:
+            for part in stored_specs(spec, quantize):
+                shard = NamedSharding(mesh, partition_spec(part.axes, config, mesh)).shard_shape(part.shape)
+                total += math.prod(shard) * jnp.dtype(part.dtype or jnp.bfloat16).itemsize
+    return total
+
+
+def kv_bytes_per_token(setup: Setup) -> float:
+    """Bytes of one token's keys and values, all layers, on one device that holds them."""
+    return cache.kv_bytes_per_token(setup.config, setup.kv_dtype) / setup.mesh.shape["kv"]
+
+
+def _as_mesh(setup: Setup) -> Any:
+    # Sharding rules only read a mesh's shape, which an abstract one has.
+    return setup.mesh
+
+
+def _shard_bytes(shape: Any, sharding: NamedSharding) -> int:
+    return math.prod(sharding.shard_shape(shape.shape)) * shape.dtype.itemsize

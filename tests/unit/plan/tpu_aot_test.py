@@ -1,0 +1,109 @@
+"""The real TPU compiler, without a TPU: what the planner says of programs that it compiled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxllama import LlamaConfig
+from jaxllama.plan import Plan, Setup, Topology, plan, roofline
+from jaxllama.plan.compiler import compile_program, is_available
+from jaxllama.plan.planner import collectives
+from jaxllama.plan.setup import resident_bytes
+
+pytestmark = [
+    pytest.mark.tpu_aot,
+    pytest.mark.skipif(not is_available(), reason="libtpu is not installed: pip install 'jaxllama[tpu]'"),
+]
+
+SMALL = LlamaConfig(
+    vocab_size=4096,
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_layers=2,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=8192,
+)
+
+
+@pytest.fixture(scope="module")
+def small() -> Plan:
+    return plan(Setup(SMALL, Topology.parse("v6e:2x4"), rows=16, context=1024))
+
+
+def test_both_programs_are_compiled_and_fit(small):
+    assert small.method == "compiled", small.notes
+    assert small.fits
+    assert set(small.compiled) == {"decode", "prefill"}
+    assert 0 < small.compiled["decode"].temporary_bytes < 64 << 20
+    assert small.max_rows > 1000
+
+
+def test_the_compiler_counts_the_bytes_that_the_planner_does(small):
+    arguments = small.compiled["decode"].argument_bytes
+    assert 1.0 <= arguments / resident_bytes(small.setup).total < 1.05
+
+
+def test_the_pool_is_written_in_place(small):
+    pool = resident_bytes(small.setup).kv
+    assert small.compiled["decode"].output_bytes < pool / 4
+    assert small.compiled["prefill"].output_bytes < pool / 4
+    assert small.decode is not None
+    assert not [copy for copy in small.decode.large_copies if copy.bytes >= pool]
+
+
+def test_a_step_sums_twice_a_layer_over_the_devices(small):
+    assert small.decode is not None
+    assert small.decode.collectives["all-reduce"] >= 2 * SMALL.num_layers
+    rows_bytes = 16 * SMALL.hidden_size * 2
+    assert small.decode.collective_bytes["all-reduce"] >= 2 * SMALL.num_layers * rows_bytes
+
+
+def test_a_step_reads_weights_and_cache_about_once(small):
+    assert small.decode is not None
+    least = roofline.decode_seconds(small.setup) * small.setup.topology.generation.hbm_bytes_per_s
+    assert 0.8 * least < small.decode.hbm_bytes < 2 * least
+    assert small.step.seconds > small.step.roofline
+
+
+def test_the_compiler_s_own_refusal_is_an_answer():
+    got = plan(Setup(SMALL, Topology.parse("v5e:2x2"), rows=2048, context=8192))
+    assert not got.fits
+    assert not got.compiled["decode"].fits
+    assert got.compiled["decode"].required_bytes > got.memory.available
+    assert 0 < got.max_rows < 2048
+
+
+def test_int8_halves_what_a_step_reads(small):
+    got = plan(Setup(SMALL, Topology.parse("v6e:2x4"), rows=16, context=1024, weights="int8"))
+    assert got.method == "compiled", got.notes
+    assert got.decode is not None
+    assert small.decode is not None
+    assert got.decode.hbm_bytes < 0.7 * small.decode.hbm_bytes
+    assert got.compiled["decode"].temporary_bytes < 64 << 20
+
+
+LLAMA_70B = Path(__file__).parents[3] / "bench" / "configs" / "llama3-70b.json"
+
+
+@pytest.mark.parametrize(("topology", "least_async"), [("v6e:2x4", 0.3), ("v5e:4x4", 0.3)])
+def test_a_step_of_the_70b_copies_nothing(topology, least_async):
+    config = LlamaConfig.from_hf(json.loads(LLAMA_70B.read_text()))
+    setup = Setup(config, Topology.parse(topology), rows=64, context=2048)
+    got = compile_program(setup, "decode")
+    assert got.fits
+    assert got.temporary_bytes < 100 * 2**20
+    assert got.output_bytes < 2**20, "the state is not aliased"
+    step = got.measurement
+    assert step is not None
+    assert not step.large_copies
+    assert collectives(step, config.num_layers)["per_layer"] == {"all-reduce": 2}
+    assert step.async_share > least_async
+    least = roofline.decode_seconds(setup)
+    assert step.hbm_bytes <= 1.01 * least * setup.topology.generation.hbm_bytes_per_s
+    assert step.seconds < 1.3 * least
