@@ -59,6 +59,11 @@ def test_generate_prints_the_text(checkpoint, capsys):
     assert capsys.readouterr().out == TEXT + "\n"
 
 
+def test_generate_in_int8_prints_the_text(checkpoint, capsys):
+    assert command("generate", checkpoint, "a", "--temperature", 0, "--quantize", "int8", "--kv-dtype", "int8") == 0
+    assert capsys.readouterr().out == TEXT + "\n"
+
+
 def test_generate_prints_the_completion_as_json(checkpoint, capsys):
     assert command("generate", checkpoint, "a", "--temperature", 0, "--max-tokens", 3, "--json", "--logprobs", 2) == 0
     got = json.loads(capsys.readouterr().out)

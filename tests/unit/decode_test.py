@@ -82,14 +82,18 @@ VARIED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [(NAME, "float32"), ("smollm2_like", "bfloat16")])
-def test_a_row_is_independent_of_its_batch(name, dtype):
+@pytest.mark.parametrize(
+    ("name", "dtype", "int8"),
+    [(NAME, "float32", None), ("smollm2_like", "bfloat16", None), ("smollm2_like", "bfloat16", "int8")],
+)
+def test_a_row_is_independent_of_its_batch(name, dtype, int8):
     """Tokens and log-probabilities, bit for bit: alone, in threes, and among others that differ."""
     requests = []
     for i in range(16):
         values = {"ignore_eos": True, "logprobs": 3, "max_tokens": 10 + 2 * i} | VARIED[i % len(VARIED)]
         requests.append((tiny.prompt_of(name, 1 + 7 * i % 40, seed=i), SamplingParams(**values)))
-    with tiny.make_llama(name, dtype=jnp.dtype(dtype), options=MANY) as llama:
+    options = dataclasses.replace(MANY, kv_dtype=int8)
+    with tiny.make_llama(name, dtype=jnp.dtype(dtype), quantize=int8, options=options) as llama:
         outcomes = {size: in_groups(llama, requests, size) for size in (1, 3, 8)}
         backwards = in_groups(llama, requests[::-1], 8)[::-1]
     for size, outcome in (outcomes | {-8: backwards}).items():
@@ -109,13 +113,15 @@ def in_groups(llama: Llama, requests: list[tuple[list[int], SamplingParams]], si
     return outcome
 
 
-def test_a_row_set_aside_resumes_bit_for_bit():
+@pytest.mark.parametrize("int8", [None, "int8"])
+def test_a_row_set_aside_resumes_bit_for_bit(int8):
     """What was generated comes back through prefill, in other programs than those that generated it."""
-    with tiny.make_llama() as llama:
+    options = dataclasses.replace(tiny.SMALL, kv_dtype=int8)
+    with tiny.make_llama(quantize=int8, options=options) as llama:
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=60, logprobs=2)
         prompts = [prompt(length, seed=length) for length in (5, 11, 20, 30)]
         want = in_groups(llama, [(ids, params) for ids in prompts], 4)
-    with tiny.make_llama(options=dataclasses.replace(tiny.SMALL, num_pages=26)) as llama:
+    with tiny.make_llama(quantize=int8, options=dataclasses.replace(options, num_pages=26)) as llama:
         assert in_groups(llama, [(ids, params) for ids in prompts], 4) == want
 
 

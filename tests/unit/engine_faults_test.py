@@ -162,10 +162,12 @@ def poisoned_weights(token_id: int) -> tiny.Weights:
 POISON = 77
 
 
-@pytest.fixture
-def poisoned() -> Iterator[Engine]:
-    """A prompt with POISON in it makes NaN."""
-    with tiny.make_llama(weights=poisoned_weights(POISON)) as llama:
+@pytest.fixture(params=[None, "int8"])
+def poisoned(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """A prompt with POISON in it makes NaN; integers hold none, so of int8 it is the scales that do."""
+    int8 = request.param
+    options = dataclasses.replace(tiny.SMALL, kv_dtype=int8)
+    with tiny.make_llama(weights=poisoned_weights(POISON), quantize=int8, options=options) as llama:
         yield llama.engine
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
@@ -12,6 +14,7 @@ import tiny
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxllama import EngineOptions, SamplingParams
+from jaxllama.decode import make_state, state_shapes, state_shardings
 from jaxllama.errors import ConfigError
 from jaxllama.mesh import MESH_AXES, RULES, make_mesh, param_shardings, partition_spec
 from jaxllama.params import get_param, param_specs
@@ -181,3 +184,51 @@ def test_the_cache_and_the_rows_really_shard():
         # A pool: pages of 8 tokens, 4 keys and 4 values, head_dim 6. A device holds the keys and values of two heads.
         pool = next(x for x in on_four if x.ndim == 4 and x.shape[1:] == (8, 8, 6))
         assert {shard.data.shape[2] for shard in pool.addressable_shards} == {4}
+
+
+# ---- int8 ----
+
+INT8 = dataclasses.replace(TWO_ROWS, kv_dtype="int8")
+
+
+@pytest.fixture(scope="module")
+def int8_on_one_device() -> tuple[np.ndarray, list[tuple[int, ...]]]:
+    return int8_outputs(1, 1)
+
+
+def int8_outputs(data: int, tp: int) -> tuple[np.ndarray, list[tuple[int, ...]]]:
+    """Logits and greedy tokens of int8 weights and an int8 cache."""
+    prompts = [tiny.prompt_of("divisible", length, seed=length) for length in (40, 3, 33)]
+    params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+    with tiny.make_llama("divisible", data=data, tp=tp, quantize="int8", options=INT8) as llama:
+        logits = llama.logits(prompts[0])
+        return logits, [completion.token_ids for completion in llama.generate(prompts, params)]
+
+
+@pytest.mark.parametrize(("data", "tp"), [(1, 2), (1, 4), (1, 8), (2, 2)])
+def test_int8_gives_the_same_tokens_on_every_mesh(int8_on_one_device, data, tp):
+    want, want_tokens = int8_on_one_device
+    logits, tokens = int8_outputs(data, tp)
+    assert tokens == want_tokens
+    # Sums in another order round a key or value to another integer now and then.
+    assert np.abs(logits - want).mean() < 1e-4 * want.std()
+
+
+def test_int8_weights_and_scales_really_shard():
+    mesh = make_mesh(EIGHT, tp=4)
+    params = tiny.make_params(EIGHT, tiny.weights_of("divisible"), mesh, quantize="int8")
+    layer = params["layers"][0]
+    q, o = layer["q_proj"], layer["o_proj"]
+    assert {shard.data.shape for shard in q.values.addressable_shards} == {(12, 52)}
+    assert {shard.data.shape for shard in q.scale.addressable_shards} == {(12,)}
+    # Row-parallel: each device has a part of every output channel, and so every scale.
+    assert {shard.data.shape for shard in o.values.addressable_shards} == {(52, 12)}
+    assert {shard.data.shape for shard in o.scale.addressable_shards} == {(52,)}
+
+
+def test_the_scales_of_the_cache_shard_with_it():
+    shapes = state_shapes(EIGHT, num_rows=4, num_pages=5, page_size=4, max_context=16, dtype=jnp.int8)
+    pool = make_state(shapes, state_shardings(EIGHT, make_mesh(EIGHT, tp=4), shapes)).pool
+    assert pool.scales is not None
+    assert {shard.data.shape[2] for shard in pool.pages.addressable_shards} == {2}
+    assert {shard.data.shape[2] for shard in pool.scales.addressable_shards} == {2}
