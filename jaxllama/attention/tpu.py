@@ -21,7 +21,7 @@ from jaxllama.errors import ConfigError, MissingExtraError
 from jaxllama.mesh import partition_spec
 
 _MAX_TABLE_BYTES = 2**20
-_DECODE_VMEM_BYTES = 32 * 2**20
+_DECODE_VMEM_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _kernel() -> Callable[..., tuple[Array, Array]]:
     except ModuleNotFoundError as error:
         raise MissingExtraError("tpu", error.name or "flywheel_tpu") from error
     # It asks for 100 MiB of VMEM and uses one, and XLA cannot prefetch weights into what it asks for: 1 ms in 17 for
-    # the 70B on v6e-8 (bench/LOG.md). 32 MiB is what XLA's own operations may take.
+    # the 70B on v6e-8 (bench/LOG.md).
     flash_fwd_kvcache.vmem_limit_bytes = lambda: _DECODE_VMEM_BYTES
     kernel: Callable[..., tuple[Array, Array]] = flash_attn_with_kvcache
     return kernel
