@@ -27,7 +27,7 @@ GIB = 2**30
 
 
 def setup(topology: str = "v6e:2x4", config: LlamaConfig = LLAMA_70B, **values: Any) -> Setup:
-    return Setup(config, Topology.parse(topology), **({"rows": 64, "context": 2048} | values))
+    return Setup(config, Topology.parse(topology), **({"rows": 64, "context": 2048, "chunk_tokens": 512} | values))
 
 
 def analytic(s: Setup, **values: Any) -> Plan:
