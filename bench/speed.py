@@ -174,12 +174,15 @@ def plot(results: dict[str, dict[str, float]], path: Path) -> None:
     ratios = [results[name]["ratio"] for name in names]
     bars = axis.barh(names, ratios, color=["#3b7dd8" if ratio >= 1 else "#b9c4d0" for ratio in ratios])
     axis.bar_label(
-        bars, [f"{r:.2f}×  ({results[n]['ours']:.0f} tok/s)" for n, r in zip(names, ratios, strict=True)], padding=4
+        bars,
+        [f"{r:.2f}×  ({results[n]['ours']:.0f} tok/s)" for n, r in zip(names, ratios, strict=True)],
+        padding=4,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
     )
-    axis.axvline(1, color="black", linewidth=0.8)
+    axis.axvline(1, color="black", linewidth=0.8, zorder=0)
     axis.set_xlim(0, max(ratios) * 1.35)
     axis.set_xlabel(
-        f"speed relative to the peer (transformers; served: generate), {os.cpu_count()} CPU cores, bfloat16"
+        f"speed relative to the peer (transformers; served: generate)\n{os.cpu_count()} CPU cores, bfloat16"
     )
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
