@@ -141,9 +141,7 @@ def _plan(setup: Setup, compiled: Mapping[str, Compiled], notes: list[str], doll
             asked = f" ({_gib(program.required_bytes)} of {_gib(memory.available)})" if program.required_bytes else ""
             notes.append(f"the compiler ran out of HBM on {name}{asked}")
     is_compiled = "decode" in measured and "prefill" in measured
-    band = _BAND_ANALYTIC
-    if is_compiled:
-        band = _band(setup)
+    band = _band(setup) if is_compiled else _BAND_ANALYTIC
     step_roof, chunk_roof = roofline.decode_seconds(setup), roofline.chunk_seconds(setup)
     step, chunk = step_roof / roofline.EFFICIENCY, chunk_roof / roofline.EFFICIENCY
     if is_compiled:
