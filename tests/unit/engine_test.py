@@ -203,6 +203,14 @@ def test_logprobs_are_of_the_model_before_everything(llama: Llama, values):
         assert len({i for i, _ in entry.top}) == num_top
 
 
+def test_rows_that_run_together_get_their_own_logprobs(llama: Llama):
+    params = dataclasses.replace(GREEDY, logprobs=3)
+    alone = [run(llama.engine, prompt(length), params).logprobs for length in (3, 9, 17)]
+    with held(llama.engine):
+        together = [Collector(llama.engine, prompt(length), params) for length in (3, 9, 17)]
+    assert [done.wait().logprobs for done in together] == alone
+
+
 @pytest.mark.parametrize(("logprobs", "num_top"), [(None, None), (0, 0), (1, 1), (20, 20)])
 def test_there_are_as_many_logprobs_as_asked_for(llama: Llama, logprobs, num_top):
     done = run(llama.engine, prompt(3), dataclasses.replace(GREEDY, logprobs=logprobs))
