@@ -21,23 +21,26 @@ _MAX_NEWLINES = 2  # between the end of the reasoning and a grammar's content, a
 class ReasoningTokens:
     """A tokenizer's tags of reasoning: their ids where they are single tokens, else None.
 
-    `forced` are the ids that end the reasoning, `newlines` how many newlines a token of nothing else holds.
+    `forced` are the ids that end the reasoning, `newlines` how many newlines a token of nothing else holds, `blank` all
+    tokens of white space.
     """
 
     open_id: int | None
     close_id: int | None
     forced: tuple[int, ...]
     newlines: dict[int, int]
+    blank: frozenset[int]
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> ReasoningTokens:
         """Those of `tokenizer`. Walks its vocabulary: keep the result."""
         open_id, close_id = (tokenizer.special_tokens.get(tag) for tag in (OPEN_TAG, CLOSE_TAG))
         if open_id is None or close_id is None:
-            return cls(None, None, tuple(tokenizer.encode(CLOSE_TAG, add_bos=False)), {})
+            return cls(None, None, tuple(tokenizer.encode(CLOSE_TAG, add_bos=False)), {}, frozenset())
         texts = {i: tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)}
         newlines = {i: len(text) for i, text in texts.items() if text and not text.strip(b"\n")}
-        return cls(open_id, close_id, (close_id,), newlines)
+        blank = frozenset(i for i, text in texts.items() if not text.strip())
+        return cls(open_id, close_id, (close_id,), newlines, blank)
 
 
 class OutputConstraint:
@@ -161,11 +164,9 @@ class OutputConstraint:
                 self._in_reasoning, self._may_open = True, False
                 return True
             # White space may come before the opening tag, but not in a grammar.
-            if self._state is not None or token_id not in self._tokens.newlines:
+            if self._state is not None or token_id not in self._tokens.blank:
                 self._may_open = False
                 self._num_newlines = 0
-                if self._state is None:
-                    self._budget = FOREVER
             return False
         count = self._tokens.newlines.get(token_id, _MAX_NEWLINES + 1)
         if self._state is not None and count <= self._num_newlines:

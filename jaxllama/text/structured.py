@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Self
@@ -173,7 +173,8 @@ class GrammarCompiler:
         if not self._eos_ids:
             raise GrammarError(f"{name}: this model has no end-of-sequence id, which structured output needs", name)
         what = f"{name}: cannot be used"
-        matcher = guarded(what, llguidance.LLMatcher, self._get_tokens(), source.to_llguidance(), limits=self._limits)
+        make = llguidance.LLMatcher
+        matcher = guarded(what, make, self._get_tokens(), source.to_llguidance(), log_level=0, limits=self._limits)
         # Some grammars turn out too large only here.
         guarded(what, matcher.compute_bitmask)
         if matcher.is_error():
@@ -188,16 +189,22 @@ class GrammarCompiler:
 
     def _make_tokens(self) -> llguidance.LLTokenizer:
         tokenizer, size = self._tokenizer, self._vocab_size
-        specials = sorted({*tokenizer.special_tokens.values(), *self._eos_ids})
+        specials = {*tokenizer.special_tokens.values(), *self._eos_ids}
+        tokens = [tokenizer.token_bytes(token_id) for token_id in range(size)]
+        ids = {text: i for i, text in enumerate(tokens) if i not in specials}
+        longest = max(map(len, ids))
 
         def encode(text: bytes | str) -> list[int]:
-            return tokenizer.encode(text.decode() if isinstance(text, bytes) else text, add_bos=False)
+            data = text if isinstance(text, bytes) else text.encode()
+            found = tokenizer.encode(data.decode(errors="replace"), add_bos=False)
+            # SentencePiece begins a text with a space that is not there.
+            return found if b"".join(tokens[i] for i in found) == data else list(_longest_first(data, ids, longest))
 
         described = _Described(
             eos_token_id=self._eos_ids[0],
             bos_token_id=None,
-            tokens=[tokenizer.token_bytes(token_id) for token_id in range(size)],
-            special_token_ids=specials,
+            tokens=tokens,
+            special_token_ids=sorted(specials),
             encode=encode,
         )
         return llguidance.LLTokenizer(
@@ -260,6 +267,16 @@ def _check_text(name: str, text: Any, max_chars: int) -> None:
         raise GrammarError(f"{name} must be a text of 1 to {max_chars} characters", name)
     if any("\ud800" <= char <= "\udfff" for char in text):
         raise GrammarError(f"{name} holds a lone surrogate", name)
+
+
+def _longest_first(data: bytes, ids: Mapping[bytes, int], longest: int) -> Iterator[int]:
+    """Tokens whose bytes are `data`; bytes that no token has are left out."""
+    at = 0
+    while at < len(data):
+        length = next((n for n in range(min(longest, len(data) - at), 0, -1) if data[at : at + n] in ids), 0)
+        if length:
+            yield ids[data[at : at + length]]
+        at += max(length, 1)
 
 
 def _depth_exceeds(value: Any, limit: int) -> bool:

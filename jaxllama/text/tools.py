@@ -212,7 +212,7 @@ def auto_grammar(
         )
     opening = tool_format.opening
     if opening is None:
-        return _source(tools, tool_format, compiler, "calls | FREE", "FREE: /([^{](?s:.*))?/", parallel=parallel)
+        return _source(tools, tool_format, compiler, "calls | FREE", r"FREE: /\s*([^{\s](?s:.*))?/", parallel=parallel)
     literal = compiler.literal(opening)
     if literal.startswith("<["):
         start, free = f"FREE | FREE {literal} rest", "FREE: /(?s:.*)/"
