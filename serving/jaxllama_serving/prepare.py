@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jaxllama import SamplingParams
 from jaxllama_serving.config import ServerConfig, ServerConfigError
 from jaxllama_serving.errors import invalid, model_not_found
-from jaxllama_serving.protocol import ChatRequest, parse_chat_request
+from jaxllama_serving.protocol.chat import ChatRequest, parse_chat_request
 from jaxllama_serving.strict_json import decode
 
 if TYPE_CHECKING:
