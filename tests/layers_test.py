@@ -40,7 +40,7 @@ LAYERS = (
     ("jaxllama.attention",),
     ("jaxllama.model",),
     ("jaxllama.decode", "jaxllama.checkpoint"),
-    ("jaxllama.engine", "jaxllama.loading"),
+    ("jaxllama.engine", "jaxllama.loading", "jaxllama.scoring"),
     ("jaxllama.plan",),
     ("jaxllama.llama", "jaxllama"),
     ("jaxllama_convert", "jaxllama_serving", "jaxllama.__main__"),
