@@ -249,8 +249,15 @@ class Llama:
 
     def _score(self, tokens: np.ndarray) -> Iterator[jax.Array]:
         engine = self.engine
-        how = {"page_size": engine.page_size, "kv_dtype": engine.kv_dtype, "attention": engine.attention}
-        return logits_of(self.config, self.params, self.mesh, tokens, **how)
+        return logits_of(
+            self.config,
+            self.params,
+            self.mesh,
+            tokens,
+            page_size=engine.page_size,
+            kv_dtype=engine.kv_dtype,
+            attention=engine.attention,
+        )
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):

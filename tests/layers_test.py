@@ -56,6 +56,7 @@ CORNERS = {
     "aiohttp": ("jaxllama_serving",),
     "uvloop": ("jaxllama_serving",),
     "pydantic": ("jaxllama_serving",),
+    "prometheus_client": ("jaxllama_serving.metrics",),
     "safetensors": ("jaxllama_convert",),
     "gguf": ("jaxllama_convert",),
     "orbax": ("jaxllama.checkpoint",),

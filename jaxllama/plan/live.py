@@ -44,7 +44,7 @@ class MemoryTraffic:
 
 
 def memory_traffic(config: LlamaConfig, params: Params, mesh: Mesh, kv_dtype: Any) -> MemoryTraffic:
-    """The least traffic: each weight once a step (of an untied embedding only a few rows), and the rows' keys, values."""
+    """The least traffic: the rows' keys and values, and each weight once a step (of an untied embedding a few rows)."""
     read = {name: part for name, part in params.items() if name != "embed_tokens" or config.tie_word_embeddings}
     weights = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(read)

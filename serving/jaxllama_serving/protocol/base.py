@@ -14,6 +14,11 @@ from jaxllama_serving.errors import ApiError, invalid, shorten
 MAX_ID = 2**31 - 1
 
 
+def with_example(**fields: Any) -> ConfigDict:
+    """A model's config whose JSON schema has an example."""
+    return ConfigDict(json_schema_extra={"examples": [fields]})
+
+
 class Strict(BaseModel):
     """An object of exactly these fields, without conversions: "1" is not a number. `null` is "not given"."""
 
@@ -38,7 +43,7 @@ class Strict(BaseModel):
 
 
 def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
-    about = {key: schema[key] for key in ("title", "description", "default") if key in schema}
+    about: dict[str, Any] = {key: schema[key] for key in ("title", "description", "default") if key in schema}
     rest = {key: value for key, value in schema.items() if key not in about}
     options = rest["anyOf"] if set(rest) == {"anyOf"} else [rest]
     if about.get("default", ...) is None:

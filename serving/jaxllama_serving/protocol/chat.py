@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from jaxllama_serving.protocol.base import Strict, boolean, disagreement, integer, parse, problem, refuse
+from jaxllama_serving.protocol.base import Strict, boolean, disagreement, integer, parse, problem, refuse, with_example
 from jaxllama_serving.protocol.generation import MAX_TOKENS, MAX_TOP_LOGPROBS, GenerationRequest
 
 # Not built yet, so refused by name; the values listed ask for nothing and are what clients send by default.
@@ -79,6 +79,10 @@ class ChatMessage(Strict):
 
 class ChatRequest(GenerationRequest):
     """The body of a chat completion request, within its bounds. None means "not given" where it is allowed."""
+
+    model_config = with_example(
+        model="default", messages=[{"role": "user", "content": "What is the capital of France?"}], max_tokens=16
+    )
 
     messages: list[ChatMessage] = Field(min_length=1, description="a list of at least one message")
     max_completion_tokens: int | None = integer(None, 0, MAX_TOKENS)
