@@ -24,7 +24,7 @@ from jaxllama.distributed import Group
 from jaxllama.engine.device import Device, Programs
 from jaxllama.engine.dispatch import Dispatch
 from jaxllama.engine.lockstep import Leading, check_processes, follow
-from jaxllama.engine.options import EngineOptions, EngineStats
+from jaxllama.engine.options import EngineOptions, EngineStats, StepReport
 from jaxllama.engine.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
 from jaxllama.engine.scheduler import Chunk, Scheduler
 from jaxllama.errors import (
@@ -108,6 +108,8 @@ class Engine:
         self._failure: Exception | None = None
         self._is_warm = False
         self._last_progress = time.monotonic()
+        self.on_steps: Callable[[StepReport], None] | None = None
+        """Called on the engine's thread after every dispatch; must return at once."""
         if group is not None:
             group.on_failure(self._abandon)
 
@@ -183,6 +185,7 @@ class Engine:
             num_waiting=len(scheduler.waiting) + len(self._inbox),
             num_pages_used=scheduler.pages.num_used,
             num_pages=scheduler.pages.num_pages - 1,
+            has_failed=self._failure is not None,
             ready=self._is_warm and self.health() is None and self._is_accepting,
         )
 
@@ -400,6 +403,8 @@ class Engine:
         if num_steps:
             took_s = (now - max(dispatch.launched, self._last_progress)) / num_steps
             self._step_s = 0.5 * self._step_s + 0.5 * max(took_s, 1e-4)
+            if self.on_steps is not None:
+                self.on_steps(dispatch.report(num_steps, took_s))
         self._last_progress = now
         for row, request in dispatch.rows.items():
             if not request.is_finished:

@@ -41,10 +41,21 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """The engine's load at one moment."""
+    """The engine's load at one moment. `has_failed`: it has ended for good; `Engine.health` says why."""
 
     num_running: int
     num_waiting: int
     num_pages_used: int
     num_pages: int
     ready: bool
+    has_failed: bool = False
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one dispatch did: `num_steps` of `num_rows` rows in `seconds`, over a mean of `kv_tokens` cached tokens."""
+
+    num_steps: int
+    num_rows: int
+    seconds: float
+    kv_tokens: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -38,7 +39,7 @@ class TokenOutput:
 
 @dataclass(eq=False)
 class EngineRequest:
-    """One accepted request. Callers read `id` and `seed` and call `cancel`; the rest belongs to the engine's thread."""
+    """One accepted request. Callers read `id`, `seed` and `queued_s` and call `cancel`; the rest is the engine's."""
 
     prompt: list[int]
     params: SamplingParams
@@ -57,6 +58,8 @@ class EngineRequest:
     is_running: bool = False
     is_finished: bool = False
     is_cancelled: bool = False
+    made_at: float = field(default_factory=time.monotonic)
+    queued_s: float | None = None  # from `submit` to the first row
 
     def cancel(self) -> None:
         """Ends the request at the next dispatch with finish_reason "cancelled". Does nothing if it has ended."""

@@ -7,6 +7,7 @@ waits again in its place in the order, with what it has generated kept as part o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -64,6 +65,8 @@ class Scheduler:
             self.waiting.pop(0)
             request.row, request.pages, request.num_prefilled = self.rows.index(None), pages, 0
             self.rows[request.row] = request
+            if request.queued_s is None:
+                request.queued_s = time.monotonic() - request.made_at
 
     def chunks(self, request: EngineRequest) -> Iterator[Chunk]:
         """The chunks that a request's prefill still needs. Their sizes depend on its own length alone."""

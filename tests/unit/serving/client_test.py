@@ -69,7 +69,7 @@ def test_errors_are_the_clients_own_exceptions(url):
             client.chat.completions.create(model="gpt-4", messages=MESSAGES)
         assert missing.value.code == "model_not_found"
         with pytest.raises(openai.BadRequestError, match="not implemented yet"):
-            ask(client, logprobs=True)
+            ask(client, extra_body={"chat_template": "x"})
     with serving_in_thread(FakeLlama(), api_keys=("sk-right",)) as closed:
         with client_of(closed, key="sk-wrong") as client, pytest.raises(openai.AuthenticationError):
             ask(client)
