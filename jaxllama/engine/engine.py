@@ -21,6 +21,7 @@ from jaxllama.attention import choose_attention
 from jaxllama.config import LlamaConfig
 from jaxllama.decode import MAX_STEPS, NOT_FINITE, row_state, state_shapes
 from jaxllama.distributed import Group
+from jaxllama.engine.constraints import Constraint, Constraints, needs_new_row
 from jaxllama.engine.device import Device, Programs
 from jaxllama.engine.dispatch import Dispatch
 from jaxllama.engine.lockstep import Leading, check_processes, follow
@@ -96,6 +97,7 @@ class Engine:
             page_size=page_size,
             chunk_sizes=self.chunk_sizes,
         )
+        self._constraints = Constraints(self._programs, self._num_rows, config.vocab_size)
         self._in_flight: deque[Dispatch] = deque()
         self._step_s = 0.02
         self._inbox: deque[EngineRequest] = deque()
@@ -127,10 +129,12 @@ class Engine:
         on_output: Callable[[TokenOutput], None],
         *,
         priority: int = 0,
+        constraint: Constraint | None = None,
     ) -> EngineRequest:
         """Queues a request. `on_output` runs on the engine's thread and must return at once.
 
-        `max_tokens` None or past the context ends the output at the context.
+        `max_tokens` None or past the context ends the output at the context. `constraint`, of this request alone, says
+        what its tokens may be; `Llama` makes it of `params.structured` and `params.thinking_budget`.
 
         Raises: RequestError or ContextLengthError for a prompt or parameters that cannot run, QueueFullError,
         EngineStoppedError.
@@ -138,6 +142,9 @@ class Engine:
         if self.group is not None and not self.group.is_leader:
             raise EngineStoppedError("this process follows process 0, which alone takes requests")
         request = self._make_request(prompt_ids, params, on_output, priority)
+        request.constraint = constraint
+        if constraint is None and params.structured is not None:
+            raise RequestError("the engine needs a constraint for structured output; Llama makes it", "structured")
         with self._changed:
             if self._failure is not None:
                 raise EngineStoppedError(f"the engine has failed: {self._failure}")
@@ -337,6 +344,7 @@ class Engine:
         self._programs.prefill(tokens, table, np.int32(chunk.start), np.int32(chunk.num_tokens))
 
     def _activate(self, request: EngineRequest) -> None:
+        request.halt_id = None if request.constraint is None else request.constraint.halt_id
         new = row_state(
             self.config,
             request.params,
@@ -344,6 +352,7 @@ class Engine:
             generated=request.generated,
             remaining=request.budget - len(request.generated),
             seed=request.seed,
+            halt_id=request.halt_id,
         )
         assert request.row is not None
         self._programs.insert(np.int32(request.row), new)
@@ -351,8 +360,11 @@ class Engine:
 
     def _launch(self) -> bool:
         max_steps = min(MAX_STEPS, max(1, round(self.options.dispatch_s / self._step_s)))
-        if not self._make_room(max_steps):
+        max_steps = self._constraints.max_steps(self._scheduler.running, max_steps, self._steps_in_flight)
+        if not max_steps or not self._make_room(max_steps):
             return False
+        for request, error in self._constraints.send_masks(self._scheduler.running):
+            self._finish(request, "error", error=error)
         running = self._scheduler.running
         if not running or all(self._is_spent(request) for request in running):
             return False
@@ -422,6 +434,12 @@ class Engine:
                 break
             new.append(token)
             request.generated.append(token)
+            if request.constraint is not None:
+                try:
+                    request.constraint.advance(token)
+                except RequestError as reason:
+                    self._finish(request, "error", tuple(new), tuple(entries), error=reason)
+                    return
             if request.params.logprobs is not None:
                 entries.append(dispatch.token_logprob(token, request.params.logprobs, step, row))
             if token in request.stop_ids:
@@ -432,6 +450,8 @@ class Engine:
                 return
         if new:
             self._tell(request, TokenOutput(tuple(new), tuple(entries)))
+            if needs_new_row(request):
+                self._activate(request)
 
     def _finish(
         self,

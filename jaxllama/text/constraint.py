@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import UInt32
 
+from jaxllama.errors import GrammarError
 from jaxllama.text.decoding import IncrementalDecoder
 from jaxllama.text.reasoning import CLOSE_TAG, OPEN_TAG, ReasoningSplitter
-from jaxllama.text.structured import Grammar, GrammarState
+from jaxllama.text.structured import Grammar, GrammarCompiler, GrammarSource, GrammarState
 from jaxllama.text.tokenizer import Tokenizer
 
 FOREVER = 1 << 40
@@ -141,6 +144,15 @@ class OutputConstraint:
         if self._state is not None and token_id not in self._stop_ids:
             self._state.advance(token_id)
 
+    def begin(self, ids: Sequence[int]) -> None:
+        """Takes tokens that the prompt already has of the content.
+
+        Raises: GrammarError if they do not fit.
+        """
+        if self._state is not None:
+            for token_id in ids:
+                self._state.advance(token_id)
+
     def _extra_ids(self) -> list[int]:
         """Ids that may come besides the grammar's: the opening tag at the start, newlines after the closing one."""
         if self._tokens is None or not self._has_ids:
@@ -193,3 +205,62 @@ class OutputConstraint:
         mask = np.zeros(-(-self._vocab_size // 32), np.uint32)
         mask[token_id // 32] = np.uint32(1 << token_id % 32)
         return mask
+
+
+class ConstraintMaker:
+    """Makes the constraints of one model's outputs. Threads may share it."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
+        self.compiler = GrammarCompiler(tokenizer, vocab_size, eos_ids)
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_ids = eos_ids
+        self._lock = threading.Lock()
+
+    @cached_property
+    def _tokens(self) -> ReasoningTokens:
+        with self._lock:
+            return ReasoningTokens.of(self._tokenizer)
+
+    def compile(self, source: GrammarSource, name: str, starts_in_reasoning: bool | None) -> Grammar:
+        """The grammar of the content, for `make` with the same `starts_in_reasoning`.
+
+        Raises: GrammarError, whose param is `name`.
+        """
+        if starts_in_reasoning and self._tokens.close_id is None:
+            source = source.after(CLOSE_TAG)
+        return self.compiler.compile(source, name)
+
+    def make(
+        self,
+        grammar: Grammar | None = None,
+        *,
+        starts_in_reasoning: bool | None = None,
+        thinking_budget: int | None = None,
+        min_tokens: int = 0,
+        begun: str = "",
+    ) -> OutputConstraint | None:
+        """The constraint of one output, None if nothing constrains it. `begun` is content that the prompt ends with.
+
+        Raises: GrammarError if `begun` does not fit the grammar.
+        """
+        if starts_in_reasoning is None:
+            thinking_budget = None
+        if grammar is None and thinking_budget is None:
+            return None
+        constraint = OutputConstraint(
+            vocab_size=self._vocab_size,
+            grammar=grammar,
+            tokens=None if starts_in_reasoning is None else self._tokens,
+            decoder=self._tokenizer.decoder(),
+            starts_in_reasoning=starts_in_reasoning,
+            thinking_budget=thinking_budget,
+            min_tokens=min_tokens,
+            stop_ids=self._eos_ids,
+        )
+        if begun:
+            try:
+                constraint.begin(self.compiler.encode(begun))
+            except GrammarError:
+                raise GrammarError("the message to continue does not begin a text of this grammar", "messages") from None
+        return constraint

@@ -165,6 +165,10 @@ class GrammarCompiler:
             quote(piece) if isinstance(piece, str) else f"<[{piece.id}]>" for piece in self._splitter.split(text)
         )
 
+    def encode(self, text: str) -> list[int]:
+        """Ids whose bytes are those of `text`, for `GrammarState.advance`."""
+        return self._get_tokens().tokenize_str(text)
+
     def compile(self, source: GrammarSource, name: str) -> Grammar:
         """The grammar, ready to start.
 
