@@ -28,8 +28,8 @@ from jaxllama.mesh import make_mesh
 from jaxllama.params import Params
 from jaxllama.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from jaxllama.scoring import PromptLogprob, logits_of, prompt_logprobs
-from jaxllama.text.constraint import ConstraintMaker, OutputConstraint
 from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
+from jaxllama.text.constraint import ConstraintMaker, OutputConstraint
 from jaxllama.text.output import OutputAssembler
 from jaxllama.text.tokenizer import Tokenizer, load_tokenizer
 

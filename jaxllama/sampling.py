@@ -77,7 +77,9 @@ class SamplingParams:
         if self.structured is not None and not isinstance(self.structured, Structured):
             raise GrammarError(f"structured must be a Structured, got {type(self.structured).__name__}", "structured")
         if self.structured is not None and self.ignore_eos:
-            raise RequestError("ignore_eos cannot be combined with structured output, which ends by itself", "ignore_eos")
+            raise RequestError(
+                "ignore_eos cannot be combined with structured output, which ends by itself", "ignore_eos"
+            )
 
     def validate_vocab(self, vocab_size: int) -> None:
         """Raises: RequestError for a stop or bias id outside the vocabulary (JAX would drop it in silence)."""
@@ -303,9 +305,9 @@ def sample(
     positions: Int[Array, " rows"],
     active: Bool[Array, " rows"],
 ) -> Sampled:
-    """One token a row: bias, penalties, min_tokens or mask, temperature, top-k, top-p, min-p, draw; greedy at temperature 0.
+    """One token a row: bias, penalties, min_tokens or mask, temperature, top-k, top-p, min-p, draw.
 
-    Work that no active row asks for is skipped, and a row that does not ask for it is not changed by it in any bit.
+    Greedy at temperature 0. Work that no active row asks for is skipped, and a row that does not ask for it is not changed by it in any bit.
     `positions` are those of the tokens being drawn.
     """
     is_finite = jnp.isfinite(logits.max(axis=1)) & jnp.isfinite(logits.min(axis=1))

@@ -262,5 +262,7 @@ class ConstraintMaker:
             try:
                 constraint.begin(self.compiler.encode(begun))
             except GrammarError:
-                raise GrammarError("the message to continue does not begin a text of this grammar", "messages") from None
+                raise GrammarError(
+                    "the message to continue does not begin a text of this grammar", "messages"
+                ) from None
         return constraint

@@ -53,9 +53,9 @@ class Tool:
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How a model writes calls: `before`, the calls with `between` them, `after`; a call is its head, the arguments, `tail`.
+    """How a model writes calls: `before`, the calls with `between` them, `after`.
 
-    `head` holds NAME where the name goes. `opening` is the text that begins calls; None: calls are whole messages that
+    A call is its head, the arguments, `tail`; `head` holds NAME where the name goes. `opening` is the text that begins calls; None: calls are whole messages that
     begin with a brace. `results` is what goes around all results and around each.
     """
 
@@ -233,14 +233,14 @@ def _source(
     parallel: bool,
 ) -> GrammarSource:
     literal, f = compiler.literal, tool_format
-    names = range(len(tools))
+    names, heads = range(len(tools)), [f.head_of(tool.name) for tool in tools]
     more = f"({literal(f.between)} call){{0,{_MAX_CALLS - 1}}}" if parallel else ""
     ending = f"{more} {literal(f.after)}"
     lines = [
         rules,
         f"calls: {literal(f.before)} call {ending}",
         "call: " + " | ".join(f"call_{i}" for i in names),
-        *(f"call_{i}: {literal(f.head_of(tool.name))} {_rest(f, i, compiler)}" for i, tool in enumerate(tools)),
+        *(f"call_{i}: {literal(head)} {_rest(f, i, compiler)}" for i, head in enumerate(heads)),
     ]
     if f.opening is not None:
         # After the opening, which the text before it has taken with it.
@@ -248,8 +248,8 @@ def _source(
             f"rest: first {ending}",
             "first: " + " | ".join(f"first_{i}" for i in names),
             *(
-                f"first_{i}: {literal((f.before + f.head_of(tool.name)).removeprefix(f.opening))} {_rest(f, i, compiler)}"
-                for i, tool in enumerate(tools)
+                f"first_{i}: {literal((f.before + head).removeprefix(f.opening))} {_rest(f, i, compiler)}"
+                for i, head in enumerate(heads)
             ),
         ]
     parts = {f"arguments_{i}": json_part(tool.schema) for i, tool in enumerate(tools)}

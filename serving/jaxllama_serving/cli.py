@@ -21,7 +21,7 @@ from jaxllama.errors import (
     TokenizerError,
 )
 from jaxllama_serving import hosts
-from jaxllama_serving.config import ServerConfig, ServerConfigError
+from jaxllama_serving.config import REASONING_FIELDS, TOOL_PARSERS, ServerConfig, ServerConfigError
 
 if TYPE_CHECKING:
     from jaxllama import Llama
@@ -78,6 +78,15 @@ def _add_behaviour(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--strict-length", action="store_true", help="refuse prompt + max_tokens beyond the context")
     group.add_argument("--lenient", action="store_true", help="ignore unknown parameters, with a warning header")
     group.add_argument("--stop-in-reasoning", action="store_true", help="let stop strings end the reasoning too")
+    group.add_argument(
+        "--reasoning-field",
+        choices=REASONING_FIELDS,
+        default="reasoning_content",
+        help="where answers have the reasoning (default: %(default)s)",
+    )
+    group.add_argument(
+        "--tool-parser", choices=TOOL_PARSERS, help="format of tool calls (default: by the chat template)"
+    )
     group.add_argument(
         "--max-n", type=int, default=16, help="most choices a request may ask for (default: %(default)s)"
     )
@@ -157,6 +166,8 @@ def make_config(args: argparse.Namespace, environment: str | None) -> ServerConf
         strict_length=args.strict_length,
         lenient=args.lenient,
         stop_in_reasoning=args.stop_in_reasoning,
+        reasoning_field=args.reasoning_field,
+        tool_parser=args.tool_parser,
         max_n=args.max_n,
         max_body_bytes=args.max_body_bytes,
         max_connections=args.max_connections,

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field, fields
 
 from jaxllama.errors import JaxLlamaError
 
+REASONING_FIELDS = ("reasoning_content", "reasoning", "both")
+TOOL_PARSERS = ("hermes", "llama3", "r1")
+
 
 class ServerConfigError(JaxLlamaError, ValueError):
     """A command line flag, a key file or an environment variable has no usable value."""
@@ -37,6 +40,8 @@ class ServerConfig:
     strict_length: bool = False
     lenient: bool = False
     stop_in_reasoning: bool = False
+    reasoning_field: str = "reasoning_content"
+    tool_parser: str | None = None
     max_n: int = 16
     max_body_bytes: int = 4 * 2**20
     max_connections: int = 512
@@ -54,6 +59,10 @@ class ServerConfig:
             raise ServerConfigError(f"model names must be 1 to 256 printable characters each, got {self.model_names!r}")
         if self.generation_config not in ("none", "auto"):
             raise ServerConfigError(f"generation_config must be 'none' or 'auto', got {self.generation_config!r}")
+        if self.reasoning_field not in REASONING_FIELDS:
+            raise ServerConfigError(f"reasoning_field must be one of {REASONING_FIELDS}, got {self.reasoning_field!r}")
+        if self.tool_parser is not None and self.tool_parser not in TOOL_PARSERS:
+            raise ServerConfigError(f"tool_parser must be one of {TOOL_PARSERS}, got {self.tool_parser!r}")
         bounds = {
             "port": (0, 65_535),
             "max_n": (1, 16),

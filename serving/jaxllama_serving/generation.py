@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from jaxllama_serving.stream import OutputQueue
 
 if TYPE_CHECKING:
     from jaxllama import Engine, EngineRequest, SamplingParams, TokenLogprob, TokenOutput
+    from jaxllama.text.constraint import OutputConstraint
     from jaxllama.text.output import TextDelta
+    from jaxllama.text.tool_parsing import ToolDelta
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,19 @@ class Update:
     reasoning: str
     content: str
     finish_reason: str | None = None
+    tool_calls: tuple[ToolDelta, ...] = ()
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     reasoning_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass
+class Call:
+    """A tool call as it grows."""
+
+    id: str
+    name: str
+    arguments: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -45,12 +58,14 @@ class Choice:
     prompt_ids: list[int]
     params: SamplingParams
     assembler: OutputAssembler
+    constraint: OutputConstraint | None = None
     row: EngineRequest | None = None
     num_reasoning_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     reasoning: list[str] = field(default_factory=list)
     content: list[str] = field(default_factory=list)
+    tool_calls: list[Call] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     is_reasoning: list[bool] = field(default_factory=list)
@@ -76,13 +91,23 @@ class Choice:
             deltas.append(self._end(output))
         reasoning = "".join(delta.reasoning for delta in deltas)
         content = "".join(delta.content for delta in deltas)
-        if not reasoning and not content and self.finish_reason is None:
+        tool_calls = tuple(call for delta in deltas for call in delta.tool_calls)
+        if not reasoning and not content and not tool_calls and self.finish_reason is None:
             return None
         self.reasoning.append(reasoning)
         self.content.append(content)
-        return self._update(reasoning, content)
+        self._add_calls(tool_calls)
+        return self._update(reasoning, content, tool_calls)
 
-    def _update(self, reasoning: str, content: str) -> Update:
+    def _add_calls(self, deltas: Sequence[ToolDelta]) -> None:
+        for delta in deltas:
+            if delta.name is not None:
+                self.tool_calls.append(Call(f"call_{secrets.token_hex(12)}", delta.name))
+            self.tool_calls[delta.index].arguments.append(delta.arguments)
+        if self.tool_calls and self.finish_reason == "stop" and self.stop_reason is None:
+            self.finish_reason = "tool_calls"
+
+    def _update(self, reasoning: str, content: str, tool_calls: tuple[ToolDelta, ...]) -> Update:
         (first_id, first_logprob), self._num_told = self._num_told, (len(self.token_ids), len(self.logprobs))
         told = list(zip(self.logprobs[first_logprob:], self.is_reasoning[first_logprob:], strict=True))
         return Update(
@@ -90,6 +115,7 @@ class Choice:
             reasoning,
             content,
             self.finish_reason,
+            tool_calls,
             tuple(self.token_ids[first_id:]),
             tuple(entry for entry, is_reasoning in told if not is_reasoning),
             tuple(entry for entry, is_reasoning in told if is_reasoning),
@@ -162,7 +188,11 @@ class Generation:
         for choice in self.choices:
             try:
                 choice.row = self._engine.submit(
-                    choice.prompt_ids, choice.params, self._receiver(choice.index), priority=self._priority
+                    choice.prompt_ids,
+                    choice.params,
+                    self._receiver(choice.index),
+                    priority=self._priority,
+                    constraint=choice.constraint,
                 )
             except BaseException:
                 self._cancel()

@@ -90,13 +90,21 @@ class FakeTemplate:
     seen: list[list[dict[str, Any]]] = field(default_factory=list)
     delay_s: float = 0.0
 
-    def render(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True) -> Any:
+    source: str = "<|im_start|>"
+    variables: frozenset[str] = frozenset()
+
+    @property
+    def has_reasoning(self) -> bool:
+        return self.starts_in_reasoning is not None
+
+    def render(self, messages: Sequence[dict[str, Any]], **options: Any) -> Any:
         self.seen.append([dict(message) for message in messages])
+        self.options = options
         time.sleep(self.delay_s)
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
         if "refuse me" in text:
             raise ChatTemplateError("The chat template refuses these messages: roles must alternate")
-        return SimpleNamespace(text=text, starts_in_reasoning=self.starts_in_reasoning)
+        return SimpleNamespace(text=text, starts_in_reasoning=self.starts_in_reasoning, continued="")
 
 
 class FakeRequest:
@@ -176,7 +184,13 @@ class FakeEngine:
     on_steps: Any = None
 
     def submit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, on_output: Callable[[Any], None], *, priority: int = 0
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        on_output: Callable[[Any], None],
+        *,
+        priority: int = 0,
+        constraint: Any = None,
     ) -> FakeRequest:
         if self.stopped:
             raise EngineStoppedError("the engine has stopped")

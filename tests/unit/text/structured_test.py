@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -84,7 +85,9 @@ def test_random_schemas_always_validate(any_folder):
     assert done >= (3 if is_large else 10)
 
 
-@pytest.mark.parametrize("choice", [["yes", "no"], ["a", "ab", "abc"], ['"quoted"\n', "\\", "你好 🦙", "</think>", "\u0000"]])
+@pytest.mark.parametrize(
+    "choice", [["yes", "no"], ["a", "ab", "abc"], ['"quoted"\n', "\\", "你好 🦙", "</think>", "\u0000"]]
+)
 def test_a_choice_is_one_of_the_texts(small_folder, choice):
     texts = {play(small_folder, Structured(choice=choice).source(), seed) for seed in range(12)}
     assert len(texts) > 1
@@ -136,7 +139,11 @@ BOMBS = [
     {"json": deep(100)},
     {"json": {"enum": [f"value {i}" for i in range(20_000)]}},
     {"json": {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}},
-    {"json": {"allOf": [{"anyOf": [{"properties": {f"k{i}{j}": {"type": "string"}}} for j in range(6)]} for i in range(8)]}},
+    {
+        "json": {
+            "allOf": [{"anyOf": [{"properties": {f"k{i}{j}": {"type": "string"}}} for j in range(6)]} for i in range(8)]
+        }
+    },
     {"json": {"type": "array", "uniqueItems": True}},
     {"json": {"$ref": "http://127.0.0.1:1/schema.json"}},
     {"json": {"type": "string", "pattern": "^a$", "minLength": 5}},
@@ -168,13 +175,13 @@ def test_a_bomb_is_refused_soon_and_by_name(chatml, given):
     assert time.process_time() - started < 5
 
 
-@pytest.mark.parametrize("regex", ["(a{1,1000}){1,1000}", "((a{0,100}){0,100}){0,100}", "(x+x+)+y", "(.*a){30}", "(a|a?)+"])
+@pytest.mark.parametrize(
+    "regex", ["(a{1,1000}){1,1000}", "((a{0,100}){0,100}){0,100}", "(x+x+)+y", "(.*a){30}", "(a|a?)+"]
+)
 def test_a_regex_that_explodes_elsewhere_is_cheap_here(chatml, regex):
     started = time.process_time()
-    try:
+    with contextlib.suppress(GrammarError):
         play(chatml, Structured(regex=regex).source(), max_tokens=50)
-    except GrammarError:
-        pass
     assert time.process_time() - started < 5
 
 
@@ -344,4 +351,4 @@ def test_min_tokens_hold_the_stop_id_back_while_the_grammar_can_go_on(chatml):
 
 def test_a_source_after_a_tag_keeps_its_rules():
     source = GrammarSource("a", "a: @b", {"b": {"lark_grammar": 'start: "x"'}}).after("</t>")
-    assert json.loads(source.to_llguidance())["grammars"][0]["lark_grammar"].startswith('start: before /\\n{0,2}/ (a)')
+    assert json.loads(source.to_llguidance())["grammars"][0]["lark_grammar"].startswith("start: before /\\n{0,2}/ (a)")

@@ -17,9 +17,26 @@ LAW = settings(deadline=None, max_examples=300)
 NAMES = ["look_up", "add"]
 CALLS = [("look_up", '{"q": "a } \\" { b", "n": [1, {"x": null}]}'), ("add", '{"a": 1, "b": -2.5}')]
 PIECES = [
-    *("<tool_call>", "</tool_call>", "<tool_", '{"name": "add", "arguments": {"a": 1}}', '{"name": "add"}', "{", "}", '"'),
+    *(
+        "<tool_call>",
+        "</tool_call>",
+        "<tool_",
+        '{"name": "add", "arguments": {"a": 1}}',
+        '{"name": "add"}',
+        "{",
+        "}",
+        '"',
+    ),
     *('{"name": "nobody", "arguments": {}}', '{"name": "add", "parameters": {"a": 1}}', ";", " ", "\n", "text", "\\"),
-    *(R1.before, R1.after, "<｜tool▁call▁begin｜>", "function<｜tool▁sep｜>add\n", "```json\n", "```", "<｜tool▁call▁end｜>"),
+    *(
+        R1.before,
+        R1.after,
+        "<｜tool▁call▁begin｜>",
+        "function<｜tool▁sep｜>add\n",
+        "```json\n",
+        "```",
+        "<｜tool▁call▁end｜>",
+    ),
 ]
 
 
@@ -30,7 +47,9 @@ def parse(parser, cuts):
     calls = {}
     for part in parts:
         if isinstance(part, ToolDelta):
-            assert (part.name is not None) == (part.index not in calls), "a call's first delta, and no other, has its name"
+            assert (part.name is not None) == (part.index not in calls), (
+                "a call's first delta, and no other, has its name"
+            )
             name, arguments = calls.get(part.index, (part.name, ""))
             calls[part.index] = (name, arguments + part.arguments)
     assert list(calls) == list(range(len(calls)))
