@@ -153,7 +153,7 @@ def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
             rest.append({"role": "tool", "content": message.text, "tool_call_id": message.tool_call_id})
         else:
             plain: dict[str, Any] = {"role": message.role, "content": message.text}
-            if message.reasoning_content:
+            if message.reasoning_content and message is messages[-1]:
                 plain["reasoning_content"] = message.reasoning_content
             if message.tool_calls:
                 calls = [call.model_dump(exclude={"index"}) for call in message.tool_calls]

@@ -247,6 +247,7 @@ def test_defaults_come_from_the_checkpoint_only_when_asked():
 
 def test_the_template_gets_what_templates_want():
     llama = FakeLlama()
+    llama.chat_template.variables = frozenset({"tools"})
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         {"role": "assistant", "content": "c", "reasoning_content": "dropped"},
