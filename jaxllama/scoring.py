@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxllama.attention import Attention
 from jaxllama.config import LlamaConfig
 from jaxllama.decode import make_pool, prefill_logits
+from jaxllama.errors import NonFiniteLogitsError
 from jaxllama.params import Params
 from jaxllama.sampling import top_logprobs
 
@@ -64,13 +65,18 @@ def logits_of(
 def prompt_logprobs(
     chunks: Iterator[Float[Array, "chunk vocab"]], tokens: Int[np.ndarray, " num_tokens"], num_top: int
 ) -> Iterator[PromptLogprob]:
-    """What `logits_of` says of every token but the first. Only a few numbers a token leave the device."""
+    """What `logits_of` says of every token but the first. Only a few numbers a token leave the device.
+
+    Raises: NonFiniteLogitsError.
+    """
     start = 1
     for scores in chunks:
         size = min(scores.shape[0], len(tokens) - start)
         following = np.zeros(scores.shape[0], np.int32)
         following[:size] = tokens[start : start + size]
         chosen, rank, ids, values = (np.asarray(part) for part in _summarise(scores, following))
+        if not np.isfinite(chosen[:size]).all():
+            raise NonFiniteLogitsError("the model produced NaN or infinity for this prompt")
         for i in range(size):
             top = zip(ids[i, :num_top].tolist(), values[i, :num_top].tolist(), strict=True)
             yield PromptLogprob(int(following[i]), float(chosen[i]), int(rank[i]), tuple(top))

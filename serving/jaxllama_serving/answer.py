@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -60,7 +60,7 @@ async def _answer(
             prepared = await service.in_worker(prepare, llama, config, body)
             context.num_prompt_tokens = prepared.num_prompt_tokens
             reply = await _begin(service, llama, prepared, reply_type)
-            headers = _headers(request, prepared)
+            headers = headers_of(request, prepared.dropped)
             if prepared.request.stream:
                 events = EventStream(request, headers, config.write_timeout_s)
             generation = Generation(
@@ -115,10 +115,11 @@ def log_failure(request_id: str, exc: BaseException) -> None:
     logger.error("%s failed with %s\n%s", request_id, type(exc).__name__, frames)
 
 
-def _headers(request: web.Request, prepared: Prepared) -> dict[str, str]:
+def headers_of(request: web.Request, dropped: Sequence[str]) -> dict[str, str]:
+    """Returns the headers of an answer; a warning among them if `--lenient` dropped fields."""
     headers: dict[str, str] = dict(request[CONTEXT].headers)
-    if prepared.dropped:
-        names = ", ".join(name if name.isidentifier() and name.isascii() else "?" for name in prepared.dropped[:8])
+    if dropped:
+        names = ", ".join(name if name.isidentifier() and name.isascii() else "?" for name in dropped[:8])
         headers["X-Jaxllama-Warning"] = f"ignored unknown parameters: {names[:200]}"
     return headers
 
