@@ -41,10 +41,17 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """The engine's load at one moment."""
+    """The engine's load at one moment.
+
+    `num_cached_pages` can be found by later requests. Of all prompts so far, `num_prompt_tokens` in length,
+    `num_prompt_tokens_cached` were found.
+    """
 
     num_running: int
     num_waiting: int
     num_pages_used: int
     num_pages: int
     ready: bool
+    num_cached_pages: int = 0
+    num_prompt_tokens: int = 0
+    num_prompt_tokens_cached: int = 0
