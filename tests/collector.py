@@ -92,9 +92,7 @@ def held(engine: Engine) -> Iterator[None]:
         release.set()
 
 
-def run(
-    engine: Engine, prompt: Sequence[int], params: SamplingParams, *, cache_scope: str | bytes = b""
-) -> Collector:
+def run(engine: Engine, prompt: Sequence[int], params: SamplingParams, *, cache_scope: str | bytes = b"") -> Collector:
     """Submits a request and waits for its end."""
     return Collector(engine, prompt, params, cache_scope=cache_scope).wait()
 
