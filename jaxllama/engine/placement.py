@@ -48,8 +48,8 @@ class Placement:
             request = next(iter(self._scheduler.prefilling), None)
             if request is None:
                 return
-            if request.is_saved:
-                self._bring_back(request)
+            if request.saved_as is not None:
+                self._bring_back(request, request.saved_as)
             for chunk in self._scheduler.chunks(request):
                 if chunk.size > tokens_left:
                     return
@@ -72,15 +72,15 @@ class Placement:
             self._programs.save(np.int32(request.saved_as), self._written_pages(request))
         self.clear(self._scheduler.set_aside(request))
 
-    def _bring_back(self, request: EngineRequest) -> None:
+    def _bring_back(self, request: EngineRequest, saved_as: int) -> None:
         pages = self._written_pages(request)
         pages[: request.num_shared_pages] = 0  # others have filled them with the same bits
-        self._programs.restore(np.int32(request.saved_as), pages)
+        self._programs.restore(np.int32(saved_as), pages)
         request.saved_as, request.num_prefilled = None, request.num_to_prefill
 
     def forget(self, request: EngineRequest) -> None:
         """Drops the copy of a request that has ended."""
-        if request.is_saved:
+        if request.saved_as is not None:
             self._programs.forget(np.int32(request.saved_as))
             request.saved_as = None
 

@@ -29,7 +29,7 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0.8, "top_k": 12, "min_p": 0.01},
     {"temperature": 1.0, "presence_penalty": 0.6, "frequency_penalty": 0.3},
     {"temperature": 0.7, "logit_bias": {5: 2.0, 17: -4.0, 100: 1.0}},
-    {"temperature": 1.0, "stop_token_ids": tuple(range(0, 280, 9)), "min_tokens": 4},
+    {"temperature": 1.0, "stop_token_ids": (7,), "logit_bias": {7: 100.0}, "min_tokens": 4},
     {"temperature": 0, "logprobs": None},
     {"temperature": 1.2, "logprobs": 20},
 ]
