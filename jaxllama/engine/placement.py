@@ -56,7 +56,7 @@ class Placement:
                 tokens_left -= chunk.size
                 self.prefill(chunk)
                 self._scheduler.advance(chunk)
-            self._activate(request)
+            self.activate(request)
 
     def prefill(self, chunk: Chunk) -> None:
         """Writes a chunk into the cache."""
@@ -89,7 +89,7 @@ class Placement:
         if self._needs_clean_pages and pages:
             self._programs.clear(self._table(pages), np.int32(len(pages)))
 
-    def _activate(self, request: EngineRequest) -> None:
+    def activate(self, request: EngineRequest) -> None:
         new = row_state(
             self._config,
             request.params,

@@ -15,12 +15,14 @@ import tiny
 from collector import Collector, assert_idle, held, run
 
 import jaxllama
-from jaxllama import EngineOptions, Llama, SamplingParams
+from jaxllama import EngineOptions, Llama, SamplingParams, make_mesh
+from jaxllama.checkpoint import Checkpoint
 from jaxllama.decode import copy_out, programs_agree
 from jaxllama.engine.device import Device
 
 MODEL = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
 NUM_REQUESTS = 40
+TIMEOUT_S = 600.0
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0},
     {"temperature": 0, "repetition_penalty": 1.2},
@@ -51,18 +53,28 @@ def varied_requests(vocab_size: int, longest: int) -> list[Request]:
     return requests
 
 
+def make_model(name: str, dtype: str, options: EngineOptions, tp: int = 1) -> Llama:
+    """A tiny model with a head of its own: a tied random one says its last token again and again."""
+    weights = dict(tiny.weights_of(name))
+    head = np.random.default_rng(5).normal(0, 0.1, weights["model.embed_tokens.weight"].shape)
+    weights["lm_head.weight"] = head.astype(np.float32)
+    return tiny.make_llama(
+        name, tp=tp, dtype=jnp.dtype(dtype), options=options, weights=weights, tie_word_embeddings=False
+    )
+
+
 def submit(llama: Llama, request: Request, scope: str) -> Collector:
     return Collector(llama.engine, *request, cache_scope=scope)
 
 
 def outcome(done: Collector) -> Outcome:
-    done.wait()
+    done.wait(TIMEOUT_S)
     return done.tokens, done.logprobs, done.finish_reason
 
 
 def alone(llama: Llama, requests: list[Request]) -> list[Outcome]:
     """One after another, nothing in the cache: the measure of all others."""
-    got = [run(llama.engine, *request, cache_scope=f"alone {i}") for i, request in enumerate(requests)]
+    got = [submit(llama, request, f"alone {i}").wait(TIMEOUT_S) for i, request in enumerate(requests)]
     assert {done.request.num_cached_tokens for done in got} == {0}
     return [outcome(done) for done in got]
 
@@ -77,7 +89,7 @@ def together(llama: Llama, requests: list[Request]) -> list[Outcome]:
 def from_the_cache(llama: Llama, requests: list[Request]) -> list[Outcome]:
     """In another order, after all of them have run in the same scope, in yet another order."""
     for i in random.Random(1).sample(range(NUM_REQUESTS), NUM_REQUESTS):
-        submit(llama, requests[i], "shared").wait()
+        submit(llama, requests[i], "shared").wait(TIMEOUT_S)
     order = random.Random(2).sample(range(NUM_REQUESTS), NUM_REQUESTS)
     with held(llama.engine):
         got = {i: submit(llama, requests[i], "shared") for i in order}
@@ -154,7 +166,7 @@ def test_a_request_s_bits_are_its_own(name, dtype, kv_dtype, monkeypatch):
     models = []
     for options in (TINY, TINY_AND_FEW_PAGES):
         options = dataclasses.replace(options, kv_dtype=kv_dtype)
-        models.append(tiny.make_llama(name, dtype=jnp.dtype(dtype), options=options))
+        models.append(make_model(name, dtype, options))
     with models[0], models[1]:
         assert programs_agree(models[0].mesh, models[0].params) == (dtype == "bfloat16")
         assert_all_mixtures_agree(models[0], models[1], requests, monkeypatch)
@@ -164,7 +176,9 @@ def test_a_request_s_bits_are_its_own(name, dtype, kv_dtype, monkeypatch):
 def test_the_default_model_s_bits_are_the_request_s_own(monkeypatch):
     options = EngineOptions(max_rows=32, max_context=1024)
     few = dataclasses.replace(options, max_rows=8, num_pages=80)
-    with jaxllama.load(MODEL, options=options) as model, jaxllama.load(MODEL, options=few) as small:
+    mesh = make_mesh(Checkpoint.open(MODEL).config, tp=1)
+    with jaxllama.load(MODEL, mesh, options=options) as model, jaxllama.load(MODEL, mesh, options=few) as small:
+        model.engine.warm_up()
         assert programs_agree(model.mesh, model.params)
         requests = varied_requests(model.config.vocab_size, 600)
         assert_all_mixtures_agree(model, small, requests, monkeypatch)
@@ -177,7 +191,7 @@ def test_the_default_model_s_bits_are_the_request_s_own(monkeypatch):
 def bfloat16(request: pytest.FixtureRequest) -> Iterator[Llama]:
     options = dataclasses.replace(TINY, max_rows=4, num_pages=200, chunk_sizes=(8, 32, 96))
     name = "smollm2_like" if request.param == 1 else "divisible"
-    with tiny.make_llama(name, tp=request.param, dtype=jnp.bfloat16, options=options) as llama:
+    with make_model(name, "bfloat16", options, tp=request.param) as llama:
         assert programs_agree(llama.mesh, llama.params)
         yield llama
 
