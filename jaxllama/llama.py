@@ -363,6 +363,11 @@ class _Output:
         params = self._params
         if params.structured is None and params.thinking_budget is None:
             return None
+        if params.thinking_budget is not None and starts_in_reasoning is None:
+            raise RequestError(
+                "thinking_budget bounds the reasoning in `chat` with a model that reasons; here there is none to bound",
+                "thinking_budget",
+            )
         maker, grammar = self._llama.constraints, None
         if params.structured is not None:
             grammar = maker.compile(params.structured.source(), params.structured.kind, starts_in_reasoning)

@@ -15,10 +15,12 @@ from jaxtyping import Array, Float, Int
 from jaxllama.attention import Attention
 from jaxllama.config import LlamaConfig
 from jaxllama.decode import make_pool, prefill_logits
+from jaxllama.errors import NonFiniteLogitsError
 from jaxllama.params import Params
 from jaxllama.sampling import top_logprobs
 
 _CHUNK = 128
+_LEAST_CHUNKS = 8
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,11 @@ def logits_of(
 ) -> Iterator[Float[Array, "chunk vocab"]]:
     """The logits after each token, in chunks of one size on the device; the last is padded.
 
-    The programs are few: the pool of a short-lived cache, of the prompt's length only, is a power of two of chunks.
+    The programs are few: the short-lived cache has `_LEAST_CHUNKS`, or a power of two, or holds the model's context.
     """
     chunk = -(-_CHUNK // page_size) * page_size
-    num_chunks = 1 << (-(-len(tokens) // chunk) - 1).bit_length()
+    num_chunks = max(_LEAST_CHUNKS, 1 << (-(-len(tokens) // chunk) - 1).bit_length())
+    num_chunks = min(num_chunks, -(-config.max_position_embeddings // chunk))
     num_pages = num_chunks * chunk // page_size
     pool = make_pool(config, mesh, num_pages=num_pages, page_size=page_size, dtype=kv_dtype)
     table = np.arange(num_pages, dtype=np.int32)
@@ -64,13 +67,18 @@ def logits_of(
 def prompt_logprobs(
     chunks: Iterator[Float[Array, "chunk vocab"]], tokens: Int[np.ndarray, " num_tokens"], num_top: int
 ) -> Iterator[PromptLogprob]:
-    """What `logits_of` says of every token but the first. Only a few numbers a token leave the device."""
+    """What `logits_of` says of every token but the first. Only a few numbers a token leave the device.
+
+    Raises: NonFiniteLogitsError.
+    """
     start = 1
     for scores in chunks:
         size = min(scores.shape[0], len(tokens) - start)
         following = np.zeros(scores.shape[0], np.int32)
         following[:size] = tokens[start : start + size]
         chosen, rank, ids, values = (np.asarray(part) for part in _summarise(scores, following))
+        if not np.isfinite(chosen[:size]).all():
+            raise NonFiniteLogitsError("the model produced NaN or infinity for this prompt")
         for i in range(size):
             top = zip(ids[i, :num_top].tolist(), values[i, :num_top].tolist(), strict=True)
             yield PromptLogprob(int(following[i]), float(chosen[i]), int(rank[i]), tuple(top))

@@ -76,6 +76,27 @@ class Constraints:
         return failed
 
 
+def attach(request: EngineRequest, constraint: Constraint | None) -> None:
+    """Gives a request its constraint.
+
+    Raises: RequestError for parameters that need one if there is none.
+    """
+    for name in ("structured", "thinking_budget"):
+        if constraint is None and getattr(request.params, name) is not None:
+            raise RequestError(f"{name} needs a constraint, which Llama and the server make; the engine cannot", name)
+    request.constraint = constraint
+
+
+def advance(request: EngineRequest, token_id: int) -> RequestError | None:
+    """Tells a request's constraint of its next token. Returns why the request cannot go on, if it cannot."""
+    try:
+        if request.constraint is not None:
+            request.constraint.advance(token_id)
+    except RequestError as error:
+        return error
+    return None
+
+
 def needs_new_row(request: EngineRequest) -> bool:
     """Whether the ids that stop the request's row on the device are no longer those it was made with."""
     return request.constraint is not None and request.constraint.halt_id != request.halt_id

@@ -41,7 +41,11 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """The engine's load at one moment. `has_failed`: it has ended for good; `Engine.health` says why."""
+    """The engine's load at one moment. `has_failed`: it has ended for good; `Engine.health` says why.
+
+    `num_cached_pages` can be found by later requests. Of all prompts so far, `num_prompt_tokens` in length,
+    `num_prompt_tokens_cached` were found.
+    """
 
     num_running: int
     num_waiting: int
@@ -49,6 +53,9 @@ class EngineStats:
     num_pages: int
     ready: bool
     has_failed: bool = False
+    num_cached_pages: int = 0
+    num_prompt_tokens: int = 0
+    num_prompt_tokens_cached: int = 0
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,13 @@ class TokenOutput:
 
 @dataclass(eq=False)
 class EngineRequest:
-    """One accepted request. Callers read `id`, `seed` and `queued_s` and call `cancel`; the rest is the engine's."""
+    """One accepted request. Callers read `id`, `seed`, `queued_s` and `num_cached_tokens` and call `cancel`; the rest
+    belongs to the engine's thread.
+
+    `num_cached_tokens` is how much of the prompt was found in the cache, None until the request is admitted.
+    `page_keys` name the full pages of the prompt less its last token. `saved_as` numbers the copy that the devices'
+    hosts keep of the pages of a request that was set aside.
+    """
 
     prompt: list[int]
     params: SamplingParams
@@ -54,12 +60,17 @@ class EngineRequest:
     wake: Callable[[], None]
     constraint: Constraint | None = None
     halt_id: int | None = None  # the constraint's, when the row was made
+    scope: bytes = b""
+    page_keys: list[bytes] = field(default_factory=list)
     id: str = field(default_factory=lambda: f"req-{secrets.token_hex(8)}")
     seed: int = 0
     generated: list[int] = field(default_factory=list)
     row: int | None = None
     pages: list[int] = field(default_factory=list)
+    num_shared_pages: int = 0
     num_prefilled: int = 0
+    num_cached_tokens: int | None = None
+    saved_as: int | None = None
     is_running: bool = False
     is_finished: bool = False
     is_cancelled: bool = False
@@ -70,6 +81,11 @@ class EngineRequest:
         """Ends the request at the next dispatch with finish_reason "cancelled". Does nothing if it has ended."""
         self.is_cancelled = True
         self.wake()
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether its keys and values are kept on the hosts, so that there is nothing to prefill."""
+        return self.saved_as is not None
 
     @property
     def num_to_prefill(self) -> int:

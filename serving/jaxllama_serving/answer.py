@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import secrets
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -60,13 +61,14 @@ async def _answer(
             prepared = await service.in_worker(prepare, llama, config, body)
             context.num_prompt_tokens = prepared.num_prompt_tokens
             reply = await _begin(service, llama, prepared, reply_type)
-            headers = _headers(request, prepared)
+            headers = headers_of(request, prepared.dropped)
             if prepared.request.stream:
                 events = EventStream(request, headers, config.write_timeout_s)
             generation = Generation(
                 llama.engine,
                 reply.choices(),
                 priority=prepared.request.priority,
+                cache_scope=cache_scope(context.key, prepared.request.cache_salt),
                 max_tokens=config.max_stream_tokens if events is not None else None,
                 on_overflow=lambda: abort(request),
             )
@@ -100,6 +102,13 @@ async def _begin(service: Service, llama: Llama, prepared: Prepared, reply_type:
     )
 
 
+def cache_scope(key: bytes | None, salt: str | None) -> bytes:
+    """Returns what separates one client's prefix cache from another's: the digest of its API key, and its salt."""
+    if key is None and salt is None:
+        return b""
+    return hashlib.sha256((key or bytes(32)) + (salt or "").encode()).digest()
+
+
 def _as_error(exc: Exception, request_id: str, config: ServerConfig, *, expired: bool) -> ApiError:
     if isinstance(exc, TimeoutError) and expired:
         return timed_out(config.request_timeout_s)
@@ -115,10 +124,11 @@ def log_failure(request_id: str, exc: BaseException) -> None:
     logger.error("%s failed with %s\n%s", request_id, type(exc).__name__, frames)
 
 
-def _headers(request: web.Request, prepared: Prepared) -> dict[str, str]:
+def headers_of(request: web.Request, dropped: Sequence[str]) -> dict[str, str]:
+    """Returns the headers of an answer; a warning among them if `--lenient` dropped fields."""
     headers: dict[str, str] = dict(request[CONTEXT].headers)
-    if prepared.dropped:
-        names = ", ".join(name if name.isidentifier() and name.isascii() else "?" for name in prepared.dropped[:8])
+    if dropped:
+        names = ", ".join(name if name.isidentifier() and name.isascii() else "?" for name in dropped[:8])
         headers["X-Jaxllama-Warning"] = f"ignored unknown parameters: {names[:200]}"
     return headers
 

@@ -46,7 +46,7 @@ def make_app(llama: Llama | None, config: ServerConfig) -> web.Application:
     service = Service(llama, config)
     app[SERVICE] = service
     app.on_cleanup.append(service.close)
-    app[OPENAPI] = to_json(make_openapi(ROUTES, needs_key=bool(config.api_keys)))
+    app[OPENAPI] = to_json(make_openapi(ROUTES, config.model_names, needs_key=bool(config.api_keys)))
     for route in ROUTES:
         for prefix in route.prefixes:
             add = app.router.add_get if route.method == "GET" else app.router.add_post

@@ -173,12 +173,14 @@ class Generation:
         choices: Sequence[Choice],
         *,
         priority: int,
+        cache_scope: bytes,
         max_tokens: int | None,
         on_overflow: Callable[[], None],
     ) -> None:
         self.choices = choices
         self._engine = engine
         self._priority = priority
+        self._cache_scope = cache_scope
         self._on_overflow = on_overflow
         self._queue: OutputQueue[tuple[int, TokenOutput] | ApiError] = OutputQueue(
             asyncio.get_running_loop(), _weigh, max_tokens, self._overflow
@@ -193,6 +195,7 @@ class Generation:
                     self._receiver(choice.index),
                     priority=self._priority,
                     constraint=choice.constraint,
+                    cache_scope=self._cache_scope,
                 )
             except BaseException:
                 self._cancel()
@@ -211,6 +214,15 @@ class Generation:
     def num_tokens(self) -> int:
         """Completion tokens of all choices so far."""
         return sum(choice.num_tokens for choice in self.choices)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the prompts' tokens, each prompt counted once, those that were in the cache before this request.
+
+        Choices of one prompt share what the first of them computes; that is no hit.
+        """
+        first = {id(choice.prompt_ids): choice for choice in reversed(self.choices)}
+        return sum((choice.row.num_cached_tokens or 0) for choice in first.values() if choice.row is not None)
 
     @property
     def num_reasoning_tokens(self) -> int:

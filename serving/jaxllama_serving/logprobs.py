@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxllama.errors import RequestError
 from jaxllama_serving.errors import invalid
 from jaxllama_serving.service import Service
 
@@ -27,11 +28,11 @@ def finite(value: float) -> float:
 
 
 def token_text(data: bytes, prefix: str = "") -> str:
-    r"""Returns a token's text; of one that is not UTF-8 by itself `prefix` and its bytes, such as `\xf0\x9f`."""
+    r"""Returns a token's text; of one that is not UTF-8 by itself `prefix` and its text with bytes like `\xf0\x9f`."""
     try:
         return data.decode()
     except UnicodeDecodeError:
-        return prefix + "".join(f"\\x{byte:02x}" for byte in data)
+        return prefix + data.decode("utf-8", "backslashreplace")
 
 
 def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[TokenLogprob]) -> list[dict[str, Any]]:
@@ -93,7 +94,7 @@ async def score_prompts(
 ) -> list[list[PromptLogprob]]:
     """Returns the log-probabilities of every prompt's tokens but the first. One request at a time is scored.
 
-    Raises: ApiError, status 400, for more than `MAX_PROMPT_ENTRIES`.
+    Raises: ApiError, status 400, for more than `MAX_PROMPT_ENTRIES`, and for a model spread over many hosts.
     """
     num_entries = sum(map(len, prompts)) * (num_top + 1)
     if num_entries > MAX_PROMPT_ENTRIES:
@@ -117,6 +118,8 @@ async def score_prompts(
 
     try:
         return await asyncio.get_running_loop().run_in_executor(service.scorer, score)
+    except RequestError as error:
+        raise invalid(str(error), param) from None
     finally:
         # A thread cannot be cancelled; this one looks between tokens whether anybody still waits.
         stop.set()

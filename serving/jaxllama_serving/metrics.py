@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -13,7 +13,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from jaxllama_serving.generation import Choice
+    from jaxllama_serving.generation import Generation
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 GAUGES = {
@@ -22,6 +22,8 @@ GAUGES = {
     "jaxllama_requests_running": "Choices that have a row.",
     "jaxllama_kv_pages_used": "Pages of the KV cache in use.",
     "jaxllama_kv_pages": "Pages of the KV cache.",
+    "jaxllama_cached_pages": "Pages that hold the beginnings of earlier prompts, for requests to come.",
+    "jaxllama_cache_hit_ratio": "Of all prompts' tokens since the start, how many were found in the cache.",
     "jaxllama_decode_roofline_ratio": "Bytes that the last minute's decoding had to read (weights, live keys and "
     "values), over what the memory could deliver in its time. Absent where the bandwidth is unknown.",
 }
@@ -47,9 +49,12 @@ class Metrics:
             registry=self._registry,
         )
         self._tokens = Counter(
-            "jaxllama_tokens", "Tokens of prompts and completions.", ("kind",), registry=self._registry
+            "jaxllama_tokens",
+            "Tokens of prompts and completions; cached: those of prompts that were in the cache.",
+            ("kind",),
+            registry=self._registry,
         )
-        for kind in ("prompt", "completion"):
+        for kind in ("prompt", "cached", "completion"):
             self._tokens.labels(kind)
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "From a request's head to the first token of a choice.", _SECONDS
@@ -79,10 +84,11 @@ class Metrics:
             outcome = "refused" if status >= 400 else "finished"
         self._requests.labels(route, "gone" if status is None else str(status), outcome).inc()
 
-    def count_generation(self, num_prompt_tokens: int, choices: Sequence[Choice], started: float) -> None:
+    def count_generation(self, num_prompt_tokens: int, generation: Generation, started: float) -> None:
         """Counts what a request of `started` (of `time.monotonic`) took from the engine, at its end."""
         self._tokens.labels("prompt").inc(num_prompt_tokens)
-        for choice in choices:
+        self._tokens.labels("cached").inc(generation.num_cached_tokens)
+        for choice in generation.choices:
             self._tokens.labels("completion").inc(choice.num_tokens)
             if choice.row is not None and choice.row.queued_s is not None:
                 self._queue_wait.observe(choice.row.queued_s)

@@ -35,14 +35,16 @@ _GENERATING = (429, 504)
 
 
 @cache
-def make_openapi(routes: tuple[Route, ...], *, needs_key: bool) -> dict[str, Any]:
-    """Returns the document of `routes`."""
+def make_openapi(routes: tuple[Route, ...], model_names: tuple[str, ...], *, needs_key: bool) -> dict[str, Any]:
+    """Returns the document of `routes`, whose requests may ask for one of `model_names`."""
     models: list[type[BaseModel]] = [
         Error,
         *(m for route in routes for m in (route.body, route.reply, route.chunk) if m is not None),
     ]
     modes: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in dict.fromkeys(models)]
     _, schemas = models_json_schema(modes, ref_template="#/components/schemas/{model}")
+    for body in {route.body.__name__ for route in routes if route.body is not None}:
+        schemas["$defs"][body]["properties"]["model"]["enum"] = model_names
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         for prefix in route.prefixes:

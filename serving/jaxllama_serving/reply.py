@@ -87,7 +87,7 @@ class Reply(ABC):
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": generation.num_cached_tokens},
             "completion_tokens_details": {"reasoning_tokens": generation.num_reasoning_tokens},
         }
         cost = self.config.cost(prompt, completion)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("jaxllama.serving")
 
 CLOSE_TIMEOUT_S = 10.0
+FAILURE_GRACE_S = 2.0
 
 
 def serve(config: ServerConfig, load: Callable[[], Llama], *, started: float | None = None) -> int:
@@ -71,6 +72,8 @@ async def _serve(config: ServerConfig, load: Callable[[], Llama], sock: socket.s
             service.set_llama(llama)
             _announce(config, address, time.perf_counter() - started)
             if await _failed_before(stop, service, config):
+                # Every request has its error by now; it only has to reach the client.
+                await service.drain(FAILURE_GRACE_S)
                 return 1
             ended = await service.drain(config.drain_timeout_s)
             if ended:

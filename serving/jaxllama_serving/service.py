@@ -74,7 +74,10 @@ class Service:
             "jaxllama_requests_running": stats.num_running,
             "jaxllama_kv_pages_used": stats.num_pages_used,
             "jaxllama_kv_pages": stats.num_pages,
+            "jaxllama_cached_pages": stats.num_cached_pages,
         }
+        if stats.num_prompt_tokens:
+            values["jaxllama_cache_hit_ratio"] = stats.num_prompt_tokens_cached / stats.num_prompt_tokens
         if self._peak_bytes_per_s is not None and rate is not None:
             values["jaxllama_decode_roofline_ratio"] = rate / self._peak_bytes_per_s
         return values
@@ -130,7 +133,7 @@ class Service:
                 yield generation
             finally:
                 self._generations.discard(generation)
-                self.metrics.count_generation(context.num_prompt_tokens, generation.choices, context.started)
+                self.metrics.count_generation(context.num_prompt_tokens, generation, context.started)
 
     async def drain(self, timeout_s: float) -> int:
         """Refuses new requests and waits for the running ones; returns how many had to be ended at the deadline."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
+from jaxllama_serving.answer import headers_of
 from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.limits import read_json_body
 from jaxllama_serving.logprobs import token_text
@@ -31,17 +33,20 @@ async def detokenize(request: web.Request) -> web.Response:
     return await _answer(request, _detokenize)
 
 
-async def _answer(request: web.Request, work: Any) -> web.Response:
+async def _answer(
+    request: web.Request, work: Callable[[Llama, ServerConfig, bytes], tuple[dict[str, Any], tuple[str, ...]]]
+) -> web.Response:
     service = request.app[SERVICE]
     llama = service.ready_llama()
     with service.running():
         body = await read_json_body(request, service.config)
-        answer = await service.in_worker(work, llama, service.config, body)
-    return web.Response(body=answer, content_type="application/json")
+        answer, dropped = await service.in_worker(work, llama, service.config, body)
+    headers = headers_of(request, dropped)
+    return web.Response(body=to_json(answer), content_type="application/json", headers=headers)
 
 
-def _tokenize(llama: Llama, config: ServerConfig, body: bytes) -> bytes:
-    request, _ = parse(TokenizeRequest, decode(body), lenient=config.lenient)
+def _tokenize(llama: Llama, config: ServerConfig, body: bytes) -> tuple[dict[str, Any], tuple[str, ...]]:
+    request, dropped = parse(TokenizeRequest, decode(body), lenient=config.lenient)
     if request.model is not None:
         check_model(request.model, config)
     assert llama.tokenizer is not None  # the server does not start without one
@@ -52,14 +57,14 @@ def _tokenize(llama: Llama, config: ServerConfig, body: bytes) -> bytes:
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": llama.max_context, "tokens": ids}
     if request.return_token_strs:
         answer["token_strs"] = [token_text(llama.tokenizer.token_bytes(token_id)) for token_id in ids]
-    return to_json(answer)
+    return answer, dropped
 
 
-def _detokenize(llama: Llama, config: ServerConfig, body: bytes) -> bytes:
-    request, _ = parse(DetokenizeRequest, decode(body), lenient=config.lenient)
+def _detokenize(llama: Llama, config: ServerConfig, body: bytes) -> tuple[dict[str, Any], tuple[str, ...]]:
+    request, dropped = parse(DetokenizeRequest, decode(body), lenient=config.lenient)
     if request.model is not None:
         check_model(request.model, config)
     assert llama.tokenizer is not None  # the server does not start without one
     check_ids(request.tokens, llama, "tokens")
     text = llama.tokenizer.decode(request.tokens, skip_special=request.skip_special_tokens)
-    return to_json({"prompt": text, "count": len(request.tokens)})
+    return {"prompt": text, "count": len(request.tokens)}, dropped

@@ -8,7 +8,7 @@ import tiny
 
 from jaxllama import Llama, SamplingParams
 from jaxllama.engine.options import StepReport
-from jaxllama.errors import RequestError
+from jaxllama.errors import NonFiniteLogitsError, RequestError
 
 NAME = "divisible"
 
@@ -43,6 +43,16 @@ def test_scoring_stops_when_nobody_reads_on(llama: Llama):
         llama.prompt_logprobs([1, 2], 21)
     with pytest.raises(RequestError, match="from 0 to 279"):
         llama.prompt_logprobs([1, 280])
+
+
+def test_a_prompt_that_makes_nan_is_an_error_and_not_a_figure():
+    weights = dict(tiny.weights_of(NAME))
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].copy()
+    weights["model.embed_tokens.weight"][7] = np.nan
+    with tiny.make_llama(weights=weights) as llama:
+        assert len(list(llama.prompt_logprobs([1, 2, 3, 4]))) == 3
+        with pytest.raises(NonFiniteLogitsError):
+            list(llama.prompt_logprobs([1, 7, 3, 4]))
 
 
 def test_memory_traffic_counts_what_a_step_reads():

@@ -160,6 +160,6 @@ def _path(loc: tuple[int | str, ...]) -> str:
         if isinstance(step, int):
             path += f"[{step}]"
         else:
-            name = step if step.isprintable() and len(step) <= 64 else shorten(step, 64)
+            name = step if step.isprintable() and 0 < len(step) <= 64 else shorten(step, 64)
             path += f".{name}" if path else name
     return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from jaxllama_serving.protocol.base import MAX_ID, Strict, boolean, disagreement, with_example
 from jaxllama_serving.protocol.chat import ChatMessage
@@ -13,7 +13,15 @@ from jaxllama_serving.protocol.chat import ChatMessage
 class TokenizeRequest(Strict):
     """A text, or messages as the chat template renders them."""
 
-    model_config = with_example(prompt="Hello")
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"prompt": "Hello"}],
+            "oneOf": [
+                {"required": ["prompt"], "properties": {"prompt": {"type": "string"}, "messages": {"type": "null"}}},
+                {"required": ["messages"], "properties": {"messages": {"type": "array"}, "prompt": {"type": "null"}}},
+            ],
+        }
+    )
 
     model: str | None = Field(None, min_length=1, max_length=256, description="a model name of 1 to 256 characters")
     prompt: str | None = Field(None, description="a string, unless messages are given")

@@ -26,10 +26,10 @@ def completion_of(llama, *, status=200, config=None, path=PATH, **fields):
 
 def events_of(llama, **fields):
     async def test():
-        async with serving(llama) as live:
-            async with live.session.post(live.url + PATH, json=request(stream=True, **fields)) as response:
-                assert response.status == 200, await response.text()
-                return parse_events(await response.text())
+        body = request(stream=True, **fields)
+        async with serving(llama) as live, live.session.post(live.url + PATH, json=body) as response:
+            assert response.status == 200, await response.text()
+            return parse_events(await response.text())
 
     return run(test())
 
@@ -183,8 +183,8 @@ def test_echo_shows_only_as_many_alternatives_as_each_field_asks_for():
 def test_the_best_are_those_with_the_likeliest_tokens():
     llama = FakeLlama(delay_s=0.001)
     llama.set_scripts(["bad"], ["good", "good"], ["fair"], ["worst"])
-    ids = dict(zip(("bad", "good", "fair", "worst"), llama.tokenizer.ids_of(["bad", "good", "fair", "worst"])))
-    llama.engine.logprobs = {ids["bad"]: -5, ids["good"]: -1, ids["fair"]: -2, ids["worst"]: -9}
+    bad, good, fair, worst = llama.tokenizer.ids_of(["bad", "good", "fair", "worst"])
+    llama.engine.logprobs = {bad: -5, good: -1, fair: -2, worst: -9}
     answer = completion_of(llama, best_of=4, n=2)
     assert [(c["index"], c["text"]) for c in answer["choices"]] == [(0, "goodgood"), (1, "fair")]
     assert [choice["logprobs"] for choice in answer["choices"]] == [None, None]

@@ -118,7 +118,7 @@ class FakeRequest:
         self.cancelled = threading.Event()
         self.ended = threading.Event()
         self.num_sent = 0
-        self.queued_s = 0.001
+        self.queued_s, self.num_cached_tokens = 0.001, engine.num_cached_tokens and engine.num_cached_tokens + index
 
     def cancel(self) -> None:
         self.cancelled.set()
@@ -179,6 +179,8 @@ class FakeEngine:
     rows: list[FakeRequest] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
     priorities: list[int] = field(default_factory=list)
+    scopes: list[bytes] = field(default_factory=list)
+    num_cached_tokens: int = 0
     logprobs: dict[int, float] = field(default_factory=dict)
     failed: bool = False
     on_steps: Any = None
@@ -191,6 +193,7 @@ class FakeEngine:
         *,
         priority: int = 0,
         constraint: Any = None,
+        cache_scope: bytes = b"",
     ) -> FakeRequest:
         if self.stopped:
             raise EngineStoppedError("the engine has stopped")
@@ -202,6 +205,7 @@ class FakeEngine:
         self.rows.append(row)
         self.prompts.append(list(prompt_ids))
         self.priorities.append(priority)
+        self.scopes.append(cache_scope)
         threading.Thread(target=row.play, daemon=True).start()
         return row
 
@@ -228,6 +232,9 @@ class FakeEngine:
             num_waiting=0,
             num_pages_used=running,
             num_pages=64,
+            num_cached_pages=2,
+            num_prompt_tokens=sum(map(len, self.prompts)),
+            num_prompt_tokens_cached=self.num_cached_tokens,
             ready=self.unhealthy is None,
             has_failed=self.failed,
         )

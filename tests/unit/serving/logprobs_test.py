@@ -11,6 +11,8 @@ from unit.serving.chat_test import CASES, SPLIT, WORDS, answer_of, stream_of
 from unit.serving.fakes import END_THINK, FakeLlama
 from unit.serving.live import run, serving, until
 
+from jaxllama.errors import RequestError
+
 
 def logprobs_of(events, index=0, kind="content"):
     """What a stream's chunks add up to."""
@@ -95,7 +97,7 @@ def test_an_impossible_token_is_valid_json():
     content = answer_of(llama, logprobs=True)["choices"][0]["logprobs"]["content"]
     assert [entry["logprob"] for entry in content] == [LEAST] * 3
     assert (finite(-0.5), finite(float("inf"))) == (-0.5, LEAST)
-    assert token_text(b"\xf0\x9f", "bytes:") == "bytes:\\xf0\\x9f"
+    assert token_text(b" \xf0\x9f", "bytes:") == "bytes: \\xf0\\x9f"
 
 
 def test_a_seed_repeats_its_choice_alone():
@@ -134,6 +136,15 @@ def test_prompt_logprobs_are_bounded():
     error = answer_of(llama, status=400, prompt_logprobs=20, messages=message)["error"]
     assert (error["param"], str(MAX_PROMPT_ENTRIES) in error["message"]) == ("prompt_logprobs", True)
     assert llama.num_scored == 0
+
+
+def test_a_model_that_cannot_score_says_so_by_the_field():
+    class OverHosts(FakeLlama):
+        def prompt_logprobs(self, ids, num_top=0):
+            raise RequestError("logits are of one process; this model is spread over several")
+
+    error = answer_of(OverHosts(), status=400, prompt_logprobs=0)["error"]
+    assert (error["param"], "several" in error["message"]) == ("prompt_logprobs", True)
 
 
 def test_scoring_ends_when_nobody_waits_and_does_not_hold_up_the_server():

@@ -53,6 +53,8 @@ def test_gauges_are_the_engine_s_load_and_need_a_key():
                 "jaxllama_requests_running": 3,
                 "jaxllama_kv_pages_used": 3,
                 "jaxllama_kv_pages": 64,
+                "jaxllama_cached_pages": 2,
+                "jaxllama_cache_hit_ratio": 0,
             }
             live.service.draining = True
             assert (await scrape(live, **key))["jaxllama_ready"] == 0

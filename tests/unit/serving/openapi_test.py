@@ -23,7 +23,7 @@ from unit.serving.protocol_test import REFUSED
 
 @functools.cache
 def document():
-    return json.loads(json.dumps(make_openapi(ROUTES, needs_key=True)))
+    return json.loads(json.dumps(make_openapi(ROUTES, ("default", "org/model"), needs_key=True)))
 
 
 @functools.cache
@@ -100,6 +100,7 @@ def test_what_the_model_refuses_by_itself_the_schema_refuses_too():
         if fields == {"max_tokens": 1.0}:
             continue  # an integer, to JSON Schema
         assert not validator("ChatRequest").is_valid(request), fields
+    assert not validator("ChatRequest").is_valid(body(model="gpt-4"))
     assert validator("ChatRequest").is_valid(body(stop="x", temperature=0.5, top_k=-1, messages=body()["messages"]))
 
 

@@ -59,6 +59,16 @@ def test_an_unknown_model_is_not_found():
         assert post(path, status=404, model="gpt-4", **fields)["error"]["code"] == "model_not_found"
 
 
+def test_lenient_answers_with_a_warning_header():
+    async def test():
+        async with serving(FakeLlama(), lenient=True) as live:
+            for path, fields in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
+                status, _, headers = await live.post(path=path, json={**fields, "foo": 1})
+                assert (status, headers["X-Jaxllama-Warning"]) == (200, "ignored unknown parameters: foo")
+
+    run(test())
+
+
 def test_version_and_models_tell_what_runs_and_its_limits():
     async def test():
         async with serving(None, price_input=0.5, request_timeout_s=9.0, max_n=4) as live:
