@@ -307,7 +307,8 @@ def sample(
 ) -> Sampled:
     """One token a row: bias, penalties, min_tokens or mask, temperature, top-k, top-p, min-p, draw.
 
-    Greedy at temperature 0. Work that no active row asks for is skipped, and a row that does not ask for it is not changed by it in any bit.
+    Greedy at temperature 0. Work that no active row asks for is skipped, and a row that does not ask for it is not
+    changed by it in any bit.
     `positions` are those of the tokens being drawn.
     """
     is_finite = jnp.isfinite(logits.max(axis=1)) & jnp.isfinite(logits.min(axis=1))

@@ -55,8 +55,9 @@ class Tool:
 class ToolFormat:
     """How a model writes calls: `before`, the calls with `between` them, `after`.
 
-    A call is its head, the arguments, `tail`; `head` holds NAME where the name goes. `opening` is the text that begins calls; None: calls are whole messages that
-    begin with a brace. `results` is what goes around all results and around each.
+    A call is its head, the arguments, `tail`; `head` holds NAME where the name goes. `opening` is the text that begins
+    calls; None: calls are whole messages that begin with a brace. `results` is what goes around all results, `result`
+    what goes around each.
     """
 
     name: str

@@ -50,7 +50,7 @@ class Tools:
 
 @dataclass(frozen=True)
 class Shape:
-    """`starts_in_reasoning` is None when the output is not to be split; `continues`: it goes on with the last message."""
+    """`starts_in_reasoning` is None when the output is not to be split; it may continue the prompt's last message."""
 
     prompt_ids: list[int]
     starts_in_reasoning: bool | None

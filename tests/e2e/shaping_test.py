@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import json
 from typing import Literal
@@ -17,6 +18,7 @@ from schemas import random_schema
 from unit.serving.live import run, serving, serving_in_thread
 
 from jaxllama import EngineOptions, SamplingParams, Structured
+from jaxllama.errors import RequestError
 
 THINK, END_THINK, END = 259, 260, tiny.EOS_ID
 OPTIONS = EngineOptions(max_rows=4, max_context=1536, page_size=32, num_pages=193, chunk_sizes=(32, 256))
@@ -153,7 +155,8 @@ def test_effort_none_closes_the_reasoning_in_the_prompt(scripted):
         {"reasoning": {"enabled": False}},
         {"chat_template_kwargs": {"enable_thinking": False}},
     ]
-    for way, answer in zip(ways, ask(scripted, *({**way, "max_tokens": 1, "return_token_ids": True} for way in ways))):
+    answers = ask(scripted, *({**way, "max_tokens": 1, "return_token_ids": True} for way in ways))
+    for way, answer in zip(ways, answers, strict=True):
         assert answer["prompt_token_ids"][-6:] == [THINK, *ids_of("\n\n"), END_THINK, *ids_of("\n\n")], way
 
 
@@ -371,10 +374,12 @@ def test_a_continued_message_and_what_comes_fit_the_grammar_together(wild):
 
 
 def test_generate_and_chat_take_the_same(wild):
-    params = SamplingParams(
-        temperature=2, max_tokens=300, structured=Structured(json=SCHEMA), thinking_budget=2, seed=4
-    )
-    for completion in (wild.generate("Say", params), wild.chat([{"role": "user", "content": "Hi"}], params)):
+    free = SamplingParams(temperature=2, max_tokens=300, structured=Structured(json=SCHEMA), seed=4)
+    bounded = dataclasses.replace(free, thinking_budget=2)
+    chatted = wild.chat([{"role": "user", "content": "Hi"}], bounded)
+    for completion in (wild.generate("Say", free), *wild.generate(["Say", "So"], free), chatted):
         assert completion.finish_reason == "stop"
         jsonschema.validate(json.loads(completion.text), SCHEMA)
-    assert len(wild.chat([{"role": "user", "content": "Hi"}], params).reasoning) <= 2
+    assert len(chatted.reasoning) <= 2
+    with pytest.raises(RequestError, match="thinking_budget"):
+        wild.generate("Say", bounded)
