@@ -25,7 +25,7 @@ from jaxllama.engine.chunks import ChunkPlan
 from jaxllama.engine.device import Device, Programs
 from jaxllama.engine.dispatch import Dispatch
 from jaxllama.engine.lockstep import Leading, check_processes, follow
-from jaxllama.engine.options import EngineOptions, EngineStats
+from jaxllama.engine.options import EngineOptions, EngineStats, StepReport
 from jaxllama.engine.placement import Placement
 from jaxllama.engine.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
 from jaxllama.engine.scheduler import Chunk, Scheduler
@@ -119,6 +119,8 @@ class Engine:
         self._failure: Exception | None = None
         self._is_warm = False
         self._last_progress = time.monotonic()
+        self.on_steps: Callable[[StepReport], None] | None = None
+        """Called on the engine's thread after every dispatch; must return at once."""
         if group is not None:
             group.on_failure(self._abandon)
 
@@ -206,6 +208,7 @@ class Engine:
             num_cached_pages=scheduler.pages.num_cached,
             num_prompt_tokens=scheduler.num_queried_tokens,
             num_prompt_tokens_cached=scheduler.num_hit_tokens,
+            has_failed=self._failure is not None,
             ready=self._is_warm and self.health() is None and self._is_accepting,
         )
 
@@ -394,6 +397,8 @@ class Engine:
         if num_steps:
             took_s = (now - max(dispatch.launched, self._last_progress)) / num_steps
             self._step_s = 0.5 * self._step_s + 0.5 * max(took_s, 1e-4)
+            if self.on_steps is not None:
+                self.on_steps(dispatch.report(num_steps, took_s))
         self._last_progress = now
         for row, request in dispatch.rows.items():
             if not request.is_finished:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -38,8 +39,8 @@ class TokenOutput:
 
 @dataclass(eq=False)
 class EngineRequest:
-    """One accepted request. Callers read `id`, `seed` and `num_cached_tokens` and call `cancel`; the rest belongs to
-    the engine's thread.
+    """One accepted request. Callers read `id`, `seed`, `queued_s` and `num_cached_tokens` and call `cancel`; the
+    rest belongs to the engine's thread.
 
     `num_cached_tokens` is how much of the prompt was found in the cache, None until the request is admitted.
     `page_keys` name the full pages of the prompt less its last token. `saved_as` numbers the copy that the devices'
@@ -68,6 +69,8 @@ class EngineRequest:
     is_running: bool = False
     is_finished: bool = False
     is_cancelled: bool = False
+    made_at: float = field(default_factory=time.monotonic)
+    queued_s: float | None = None  # from `submit` to the first row
 
     def cancel(self) -> None:
         """Ends the request at the next dispatch with finish_reason "cancelled". Does nothing if it has ended."""

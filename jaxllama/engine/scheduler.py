@@ -7,6 +7,7 @@ request is set aside: it gives its pages back and waits again in its place in th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -75,6 +76,8 @@ class Scheduler:
             request.row, request.pages, request.num_shared_pages = self.rows.index(None), found + taken, len(found)
             request.num_prefilled = len(found) * self._page_size
             self.rows[request.row] = request
+            if request.queued_s is None:
+                request.queued_s = time.monotonic() - request.made_at
             if request.num_cached_tokens is None:
                 request.num_cached_tokens = request.num_prefilled
                 self.num_queried_tokens += len(request.prompt)
