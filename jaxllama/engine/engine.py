@@ -211,10 +211,10 @@ class Engine:
             num_waiting=len(scheduler.waiting) + len(self._inbox),
             num_pages_used=scheduler.pages.num_used,
             num_pages=scheduler.pages.num_pages - 1,
-            has_failed=self._failure is not None,
             num_cached_pages=scheduler.pages.num_cached,
             num_prompt_tokens=scheduler.num_queried_tokens,
             num_prompt_tokens_cached=scheduler.num_hit_tokens,
+            has_failed=self._failure is not None,
             ready=self._is_warm and self.health() is None and self._is_accepting,
         )
 

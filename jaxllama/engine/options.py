@@ -52,10 +52,10 @@ class EngineStats:
     num_pages_used: int
     num_pages: int
     ready: bool
-    has_failed: bool = False
     num_cached_pages: int = 0
     num_prompt_tokens: int = 0
     num_prompt_tokens_cached: int = 0
+    has_failed: bool = False
 
 
 @dataclass(frozen=True)

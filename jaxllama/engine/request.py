@@ -42,8 +42,8 @@ class TokenOutput:
 
 @dataclass(eq=False)
 class EngineRequest:
-    """One accepted request. Callers read `id`, `seed`, `queued_s` and `num_cached_tokens` and call `cancel`; the rest
-    belongs to the engine's thread.
+    """One accepted request. Callers read `id`, `seed`, `queued_s` and `num_cached_tokens` and call `cancel`; the
+    rest belongs to the engine's thread.
 
     `num_cached_tokens` is how much of the prompt was found in the cache, None until the request is admitted.
     `page_keys` name the full pages of the prompt less its last token. `saved_as` numbers the copy that the devices'

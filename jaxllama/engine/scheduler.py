@@ -76,9 +76,10 @@ class Scheduler:
             request.row, request.pages, request.num_shared_pages = self.rows.index(None), found + taken, len(found)
             request.num_prefilled = len(found) * self._page_size
             self.rows[request.row] = request
+            if request.queued_s is None:
+                request.queued_s = time.monotonic() - request.made_at
             if request.num_cached_tokens is None:
                 request.num_cached_tokens = request.num_prefilled
-                request.queued_s = time.monotonic() - request.made_at
                 self.num_queried_tokens += len(request.prompt)
                 self.num_hit_tokens += request.num_prefilled
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import secrets
 import time
@@ -68,14 +67,15 @@ async def _answer(
                 llama.engine,
                 reply.choices(),
                 priority=prepared.request.priority,
-                cache_scope=cache_scope(context.key, prepared.request.cache_salt),
+                # A digest has one length, so a key and a salt cannot be taken for another pair.
+                cache_scope=(context.key or b"") + (prepared.request.cache_salt or "").encode(),
                 max_tokens=config.max_stream_tokens if events is not None else None,
                 on_overflow=lambda: abort(request),
             )
             with service.generating(generation, context):
                 if events is not None:
                     return await _stream(reply, generation, events, config)
-                return await _complete(reply, generation, headers)
+                return await _complete(reply, generation, service, headers)
     except ConnectionError:
         raise
     except Exception as exc:
@@ -102,13 +102,6 @@ async def _begin(service: Service, llama: Llama, prepared: Prepared, reply_type:
     )
 
 
-def cache_scope(key: bytes | None, salt: str | None) -> bytes:
-    """Returns what separates one client's prefix cache from another's: the digest of its API key, and its salt."""
-    if key is None and salt is None:
-        return b""
-    return hashlib.sha256((key or bytes(32)) + (salt or "").encode()).digest()
-
-
 def _as_error(exc: Exception, request_id: str, config: ServerConfig, *, expired: bool) -> ApiError:
     if isinstance(exc, TimeoutError) and expired:
         return timed_out(config.request_timeout_s)
@@ -133,10 +126,15 @@ def headers_of(request: web.Request, dropped: Sequence[str]) -> dict[str, str]:
     return headers
 
 
-async def _complete(reply: Reply, generation: Generation, headers: dict[str, str]) -> web.Response:
+async def _complete(reply: Reply, generation: Generation, service: Service, headers: dict[str, str]) -> web.Response:
     while not generation.finished:
         await generation.updates(3600.0)
-    return web.Response(body=to_json(reply.body(generation)), content_type="application/json", headers=headers)
+    if reply.scores is None:
+        body = to_json(reply.body(generation))
+    else:
+        # Megabytes: not on the event loop.
+        body = await service.in_worker(lambda: to_json(reply.body(generation)))
+    return web.Response(body=body, content_type="application/json", headers=headers)
 
 
 async def _stream(

@@ -134,6 +134,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         ("--max-body-bytes", int, "largest body"),
         ("--max-connections", int, "open connections"),
         ("--max-stream-tokens", int, "tokens a stream's reader may be behind"),
+        ("--max-pending-tokens", int, "prompt tokens of all requests at once"),
     ):
         default = getattr(defaults, _field(flag))
         shown = "none" if default is None else f"{default:g}" if kind is float else str(default)
@@ -172,6 +173,7 @@ def make_config(args: argparse.Namespace, environment: str | None) -> ServerConf
         max_body_bytes=args.max_body_bytes,
         max_connections=args.max_connections,
         max_stream_tokens=args.max_stream_tokens,
+        max_pending_tokens=args.max_pending_tokens,
         header_timeout_s=args.header_timeout,
         body_timeout_s=args.body_timeout,
         write_timeout_s=args.write_timeout,

@@ -21,8 +21,9 @@ class ServerConfig:
 
     `model_names` are the names clients may ask for; the first is listed first. `api_keys` empty means that no key is
     needed. `peak_bandwidth` is that of one device's memory in GB/s; None: what is known of it. `request_timeout_s` None
-    means no deadline. A stream whose reader is more than `max_stream_tokens` tokens
-    behind, or takes nothing for `write_timeout_s`, is dropped.
+    means no deadline. Past `max_pending_tokens`, prompt tokens of all running and waiting requests, another is refused.
+    A stream whose reader is more than `max_stream_tokens` tokens behind, or takes nothing for `write_timeout_s`, is
+    dropped.
 
     Raises: ServerConfigError naming the field, its range and the value.
     """
@@ -46,6 +47,7 @@ class ServerConfig:
     max_body_bytes: int = 4 * 2**20
     max_connections: int = 512
     max_stream_tokens: int = 2048
+    max_pending_tokens: int = 4 * 2**20
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
     write_timeout_s: float = 30.0
@@ -69,6 +71,7 @@ class ServerConfig:
             "max_body_bytes": (1024, 2**30),
             "max_connections": (1, 1_000_000),
             "max_stream_tokens": (1, 1_000_000),
+            "max_pending_tokens": (1, 2**40),
             "drain_timeout_s": (0, 86_400),
             "price_input": (0, 1e6),
             "price_output": (0, 1e6),

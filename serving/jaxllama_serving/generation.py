@@ -164,7 +164,8 @@ class Choice:
 class Generation:
     """All choices of one request. A context manager: leaving it, for whatever reason, frees every row.
 
-    `on_overflow` runs when the consumer is more than `max_tokens` tokens behind; the rows are cancelled first.
+    Nothing is shared with requests of another `cache_scope`. `on_overflow` runs when the consumer is more than
+    `max_tokens` tokens behind; the rows are cancelled first.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ GAUGES = {
     "jaxllama_requests_running": "Choices that have a row.",
     "jaxllama_kv_pages_used": "Pages of the KV cache in use.",
     "jaxllama_kv_pages": "Pages of the KV cache.",
-    "jaxllama_cached_pages": "Pages that hold the beginnings of earlier prompts, for requests to come.",
+    "jaxllama_kv_pages_cached": "Pages of the KV cache that a later prompt can find, those in use included.",
     "jaxllama_cache_hit_ratio": "Of all prompts' tokens since the start, how many were found in the cache.",
     "jaxllama_decode_roofline_ratio": "Bytes that the last minute's decoding had to read (weights, live keys and "
     "values), over what the memory could deliver in its time. Absent where the bandwidth is unknown.",
@@ -50,11 +50,11 @@ class Metrics:
         )
         self._tokens = Counter(
             "jaxllama_tokens",
-            "Tokens of prompts and completions; cached: those of prompts that were in the cache.",
+            "Tokens of prompts, of those what was found in the cache, and completions.",
             ("kind",),
             registry=self._registry,
         )
-        for kind in ("prompt", "cached", "completion"):
+        for kind in ("prompt", "prompt_cached", "completion"):
             self._tokens.labels(kind)
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "From a request's head to the first token of a choice.", _SECONDS
@@ -87,7 +87,7 @@ class Metrics:
     def count_generation(self, num_prompt_tokens: int, generation: Generation, started: float) -> None:
         """Counts what a request of `started` (of `time.monotonic`) took from the engine, at its end."""
         self._tokens.labels("prompt").inc(num_prompt_tokens)
-        self._tokens.labels("cached").inc(generation.num_cached_tokens)
+        self._tokens.labels("prompt_cached").inc(generation.num_cached_tokens)
         for choice in generation.choices:
             self._tokens.labels("completion").inc(choice.num_tokens)
             if choice.row is not None and choice.row.queued_s is not None:

@@ -126,20 +126,3 @@ def test_a_long_echo_is_refused_by_both_numbers(client):
     with pytest.raises(openai.BadRequestError, match="96") as caught:
         client.completions.create(model="default", prompt="x" * 97, echo=True, logprobs=1)
     assert caught.value.code == "context_length_exceeded"
-
-
-def test_a_salt_keeps_a_prompt_s_beginning_from_others(client):
-    def cached(**extra):
-        answer = chat_of(client, "x" * 40, **extra)
-        return answer.usage.prompt_tokens_details.cached_tokens
-
-    first = [cached(), cached(), cached(cache_salt="a"), cached(cache_salt="a"), cached(cache_salt="b")]
-    assert first[0] == first[2] == first[4] == 0
-    assert first[1] == first[3] > 20
-    found = client.get("/metrics", cast_to=str)
-    assert "jaxllama_cache_hit_ratio" in found
-
-
-def chat_of(client, text, **extra):
-    messages = [{"role": "user", "content": text}]
-    return client.chat.completions.create(model="default", messages=messages, max_tokens=2, extra_body=extra)

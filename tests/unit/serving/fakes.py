@@ -174,13 +174,13 @@ class FakeEngine:
     failure: Exception | None = None
     max_queue: int | None = None
     max_context: int = 4096
+    num_cached_tokens: int = 0
     unhealthy: str | None = None
     stopped: bool = False
     rows: list[FakeRequest] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
     priorities: list[int] = field(default_factory=list)
     scopes: list[bytes] = field(default_factory=list)
-    num_cached_tokens: int = 0
     logprobs: dict[int, float] = field(default_factory=dict)
     failed: bool = False
     on_steps: Any = None
