@@ -41,10 +41,11 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """The engine's load at one moment."""
+    """The engine's load at one moment. `num_compilations` is the process's since the engine was made."""
 
     num_running: int
     num_waiting: int
     num_pages_used: int
     num_pages: int
     ready: bool
+    num_compilations: int = 0
