@@ -126,10 +126,11 @@ class Engine:
         on_output: Callable[[TokenOutput], None],
         *,
         priority: int = 0,
+        needs_every_token: bool = False,
     ) -> EngineRequest:
         """Queues a request. `on_output` runs on the engine's thread and must return at once.
 
-        `max_tokens` None or past the context ends the output at the context.
+        `max_tokens` None or past the context ends the output at the context. `needs_every_token`: see `EngineRequest`.
 
         Raises: RequestError or ContextLengthError for a prompt or parameters that cannot run, QueueFullError,
         EngineStoppedError.
@@ -137,6 +138,7 @@ class Engine:
         if self.group is not None and not self.group.is_leader:
             raise EngineStoppedError("this process follows process 0, which alone takes requests")
         request = self._make_request(prompt_ids, params, on_output, priority)
+        request.needs_every_token = needs_every_token
         with self._changed:
             if self._failure is not None:
                 raise EngineStoppedError(f"the engine has failed: {self._failure}")
@@ -303,7 +305,9 @@ class Engine:
             # Prefill alone: wait for it, or chunks would pile up on the device while cancellations wait behind them.
             self._programs.wait()
             self._last_progress = time.monotonic()
-        while len(self._in_flight) > (1 if launched else 0):
+        # The next dispatch is launched before the last is read, unless it depends on its tokens.
+        num_unread = 1 if launched and not self._is_stepwise() else 0
+        while len(self._in_flight) > num_unread:
             self._read(self._in_flight.popleft())
 
     def _prefill_some(self) -> None:
@@ -342,6 +346,10 @@ class Engine:
 
     def _launch(self) -> bool:
         max_steps = min(MAX_STEPS, max(1, round(self.options.dispatch_s / self._step_s)))
+        if self._is_stepwise():
+            if self._in_flight:
+                return False
+            max_steps = 1
         if not self._make_room(max_steps):
             return False
         running = self._scheduler.running
@@ -363,6 +371,9 @@ class Engine:
         output.tokens.copy_to_host_async()
         self._in_flight.append(Dispatch(output, rows, max_steps, time.monotonic()))
         return True
+
+    def _is_stepwise(self) -> bool:
+        return any(request.needs_every_token for request in self._scheduler.running)
 
     def _steps_in_flight(self, request: EngineRequest) -> int:
         return sum(

@@ -1,0 +1,83 @@
+"""How many steps a dispatch has, and when the next one is launched."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny
+from collector import Collector, run
+
+from jaxllama import Engine, SamplingParams
+
+FREE = SamplingParams(temperature=0, ignore_eos=True, max_tokens=60)
+NUM_GUIDED = 20
+GUIDED = dataclasses.replace(FREE, max_tokens=NUM_GUIDED)
+"""Of a request that needs every token, as a grammar would."""
+
+
+def prompt(seed: int) -> list[int]:
+    return tiny.prompt_of("divisible", 5, seed)
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """Time for a dispatch is no limit."""
+    with tiny.make_llama(options=dataclasses.replace(tiny.SMALL, dispatch_s=1e6)) as llama:
+        yield llama.engine
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> list[tuple[str, int]]:
+    """("launch", its steps) and ("read", its steps that ran) of every dispatch, in their order."""
+    events: list[tuple[str, int]] = []
+    decode, read = engine._programs.decode, engine._read
+
+    def launching(max_steps: Any, *rest: Any) -> Any:
+        events.append(("launch", int(max_steps)))
+        return decode(max_steps, *rest)
+
+    def reading(dispatch: Any) -> None:
+        events.append(("read", int(dispatch.output.num_steps)))
+        read(dispatch)
+
+    monkeypatch.setattr(engine._programs, "decode", launching)
+    monkeypatch.setattr(engine, "_read", reading)
+    return events
+
+
+def test_a_dispatch_has_up_to_32_steps_and_the_next_is_launched_before_it_is_read(engine, monkeypatch):
+    events = watch(monkeypatch, engine)
+    assert len(run(engine, prompt(0), FREE).tokens) == 60
+    assert events == [("launch", 32), ("launch", 32), ("read", 32), ("read", 28)]
+
+
+def test_a_short_time_for_a_dispatch_is_one_step(engine, monkeypatch):
+    monkeypatch.setattr(engine, "options", dataclasses.replace(engine.options, dispatch_s=1e-9))
+    events = watch(monkeypatch, engine)
+    run(engine, prompt(0), FREE)
+    assert {steps for kind, steps in events if kind == "launch"} == {1}
+    assert [kind for kind, _ in events[:4]] == ["launch", "launch", "read", "launch"]
+
+
+def test_a_request_that_needs_every_token_gets_each_before_the_next_is_computed(engine, monkeypatch):
+    want = run(engine, prompt(1), GUIDED).tokens
+    events = watch(monkeypatch, engine)
+    done = Collector(engine, prompt(1), GUIDED, needs_every_token=True).wait()
+    assert [len(output.token_ids) for output in done.outputs] == [1] * NUM_GUIDED
+    assert events == [("launch", 1), ("read", 1)] * NUM_GUIDED
+    assert done.tokens == want
+
+
+def test_others_get_long_dispatches_again_once_such_a_request_has_ended(engine, monkeypatch):
+    free = [run(engine, prompt(seed), FREE).tokens for seed in (2, 3)]
+    events = watch(monkeypatch, engine)
+    before = Collector(engine, prompt(2), FREE)
+    guided = Collector(engine, prompt(1), GUIDED, needs_every_token=True)
+    after = Collector(engine, prompt(3), FREE)
+    assert len(guided.wait().outputs) == NUM_GUIDED
+    assert [before.wait().tokens, after.wait().tokens] == free
+    sizes = [steps for kind, steps in events if kind == "launch"]
+    assert sizes.count(1) >= NUM_GUIDED
+    assert sizes[-1] == 32
