@@ -33,6 +33,7 @@ LAYERS = (
         "jaxllama.text",
         "jaxllama.compilation",
         "jaxllama.distributed",
+        "jaxllama.progress",
         "jaxllama.relay",
     ),
     ("jaxllama.quant",),
