@@ -345,11 +345,9 @@ class Engine:
         request.is_running = True
 
     def _launch(self) -> bool:
-        max_steps = min(MAX_STEPS, max(1, round(self.options.dispatch_s / self._step_s)))
-        if self._is_stepwise():
-            if self._in_flight:
-                return False
-            max_steps = 1
+        if self._is_stepwise() and self._in_flight:
+            return False
+        max_steps = self._choose_steps()
         if not self._make_room(max_steps):
             return False
         running = self._scheduler.running
@@ -371,6 +369,14 @@ class Engine:
         output.tokens.copy_to_host_async()
         self._in_flight.append(Dispatch(output, rows, max_steps, time.monotonic()))
         return True
+
+    def _choose_steps(self) -> int:
+        """Steps of the next dispatch: what takes about `dispatch_s`, but one while a row is empty and others wait."""
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        if self._is_stepwise() or self._scheduler.prefilling:
+            return 1
+        left = [r.budget - len(r.generated) - self._steps_in_flight(r) for r in running] if waiting else []
+        return max(1, min([MAX_STEPS, round(self.options.dispatch_s / self._step_s), *left]))
 
     def _is_stepwise(self) -> bool:
         return any(request.needs_every_token for request in self._scheduler.running)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
-from collector import Collector, run
+from collector import Collector, held, run
 
 from jaxllama import Engine, SamplingParams
 
@@ -80,4 +80,17 @@ def test_others_get_long_dispatches_again_once_such_a_request_has_ended(engine, 
     assert [before.wait().tokens, after.wait().tokens] == free
     sizes = [steps for kind, steps in events if kind == "launch"]
     assert sizes.count(1) >= NUM_GUIDED
+    assert sizes[-1] == 32
+
+
+def test_while_requests_wait_a_dispatch_ends_with_the_first_budget_and_the_next_is_short(engine, monkeypatch):
+    """So that the row is soon the next request's: the one launched before the end is known has one step."""
+    events = watch(monkeypatch, engine)
+    params = [dataclasses.replace(FREE, max_tokens=10 + seed) for seed in range(tiny.SMALL.max_rows + 1)]
+    with held(engine):
+        done = [Collector(engine, prompt(seed), one) for seed, one in enumerate(params)]
+        events.clear()
+    assert [len(collector.wait().tokens) for collector in done] == [one.max_tokens for one in params]
+    sizes = [steps for kind, steps in events if kind == "launch"]
+    assert sizes[:2] == [10, 1]
     assert sizes[-1] == 32

@@ -36,6 +36,7 @@ from jaxllama.text.tokenizer import load_tokenizer
 NAME = "divisible"
 GREEDY = SamplingParams(temperature=0)
 FREE = SamplingParams(temperature=0, ignore_eos=True, max_tokens=12)
+CONTEXT = tiny.SMALL.max_context or 0
 ALPHABET = "abcdefghij你klmnop"  # what the scripted model says after "a", and after the chat template's last newline
 
 
@@ -231,19 +232,18 @@ def test_more_prompts_than_the_queue_holds():
 def test_500_prompts_of_mixed_lengths_keep_every_row_busy(monkeypatch):
     rng = np.random.default_rng(3)
     prompts = [prompt(int(rng.integers(1, 60)), seed) for seed in range(500)]
-    params = [dataclasses.replace(FREE, max_tokens=int(n), seed=1) for n in rng.integers(1, 30, len(prompts))]
+    params = [dataclasses.replace(FREE, max_tokens=int(n), seed=1) for n in rng.integers(1, 60, len(prompts))]
     with tiny.make_llama(options=dataclasses.replace(tiny.SMALL, max_queue=8)) as llama:
-        num_running: list[int] = []
-        decode = llama.engine._programs.decode
+        num_steps: list[int] = []
+        read = llama.engine._read
         monkeypatch.setattr(
-            llama.engine._programs,
-            "decode",
-            lambda steps, keep, *rest: num_running.append(int(keep.sum())) or decode(steps, keep, *rest),
+            llama.engine, "_read", lambda dispatch: num_steps.append(int(dispatch.output.num_steps)) or read(dispatch)
         )
         done = llama.generate(prompts, params)
         assert [completion.prompt_token_ids for completion in done] == [tuple(ids) for ids in prompts]
-        assert [len(completion.token_ids) for completion in done] == [one.max_tokens for one in params]
-        assert np.mean(num_running) > 0.9 * tiny.SMALL.max_rows
+        num_tokens = [len(completion.token_ids) for completion in done]
+        assert num_tokens == [min(one.max_tokens, CONTEXT - len(ids)) for ids, one in zip(prompts, params, strict=True)]
+        assert sum(num_tokens) > 0.9 * tiny.SMALL.max_rows * sum(num_steps)
         assert_idle(llama.engine)
 
 
