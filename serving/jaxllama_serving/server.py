@@ -67,7 +67,7 @@ async def _serve(config: ServerConfig, load: Callable[[], Llama], sock: socket.s
     try:
         llama = loading.result()
         try:
-            _check(llama, config)
+            check_model(llama, config)
             service.set_llama(llama)
             _announce(config, address, time.perf_counter() - started)
             await stop
@@ -82,8 +82,8 @@ async def _serve(config: ServerConfig, load: Callable[[], Llama], sock: socket.s
     return 0
 
 
-def _check(llama: Llama, config: ServerConfig) -> None:
-    """What would otherwise fail at every request fails at the start."""
+def check_model(llama: Llama, config: ServerConfig) -> None:
+    """What would otherwise fail at every request fails at the start. Raises: ServerConfigError."""
     if llama.tokenizer is None or llama.chat_template is None:
         missing = "tokenizer" if llama.tokenizer is None else "chat template"
         raise ServerConfigError(
