@@ -126,11 +126,10 @@ class Engine:
         on_output: Callable[[TokenOutput], None],
         *,
         priority: int = 0,
-        needs_every_token: bool = False,
     ) -> EngineRequest:
         """Queues a request. `on_output` runs on the engine's thread and must return at once.
 
-        `max_tokens` None or past the context ends the output at the context. `needs_every_token`: see `EngineRequest`.
+        `max_tokens` None or past the context ends the output at the context.
 
         Raises: RequestError or ContextLengthError for a prompt or parameters that cannot run, QueueFullError,
         EngineStoppedError.
@@ -138,7 +137,6 @@ class Engine:
         if self.group is not None and not self.group.is_leader:
             raise EngineStoppedError("this process follows process 0, which alone takes requests")
         request = self._make_request(prompt_ids, params, on_output, priority)
-        request.needs_every_token = needs_every_token
         with self._changed:
             if self._failure is not None:
                 raise EngineStoppedError(f"the engine has failed: {self._failure}")
@@ -305,9 +303,7 @@ class Engine:
             # Prefill alone: wait for it, or chunks would pile up on the device while cancellations wait behind them.
             self._programs.wait()
             self._last_progress = time.monotonic()
-        # The next dispatch is launched before the last is read, unless it depends on its tokens.
-        num_unread = 1 if launched and not self._is_stepwise() else 0
-        while len(self._in_flight) > num_unread:
+        while len(self._in_flight) > (1 if launched else 0):
             self._read(self._in_flight.popleft())
 
     def _prefill_some(self) -> None:
@@ -345,8 +341,6 @@ class Engine:
         request.is_running = True
 
     def _launch(self) -> bool:
-        if self._is_stepwise() and self._in_flight:
-            return False
         max_steps = self._choose_steps()
         if not self._make_room(max_steps):
             return False
@@ -373,13 +367,10 @@ class Engine:
     def _choose_steps(self) -> int:
         """Steps of the next dispatch: what takes about `dispatch_s`, but one while a row is empty and others wait."""
         running, waiting = self._scheduler.running, self._scheduler.waiting
-        if self._is_stepwise() or self._scheduler.prefilling:
+        if self._scheduler.prefilling:
             return 1
         left = [r.budget - len(r.generated) - self._steps_in_flight(r) for r in running] if waiting else []
         return max(1, min([MAX_STEPS, round(self.options.dispatch_s / self._step_s), *left]))
-
-    def _is_stepwise(self) -> bool:
-        return any(request.needs_every_token for request in self._scheduler.running)
 
     def _steps_in_flight(self, request: EngineRequest) -> int:
         return sum(

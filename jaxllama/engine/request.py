@@ -38,11 +38,7 @@ class TokenOutput:
 
 @dataclass(eq=False)
 class EngineRequest:
-    """One accepted request. Callers read `id` and `seed` and call `cancel`; the rest belongs to the engine's thread.
-
-    `needs_every_token`: what its next token may be depends on what the host makes of the last. While it runs, a
-    dispatch is one step, and its tokens have been given to `on_output` before the next is launched.
-    """
+    """One accepted request. Callers read `id` and `seed` and call `cancel`; the rest belongs to the engine's thread."""
 
     prompt: list[int]
     params: SamplingParams
@@ -52,7 +48,6 @@ class EngineRequest:
     priority: int
     arrival: int
     wake: Callable[[], None]
-    needs_every_token: bool = False
     id: str = field(default_factory=lambda: f"req-{secrets.token_hex(8)}")
     seed: int = 0
     generated: list[int] = field(default_factory=list)

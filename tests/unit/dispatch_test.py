@@ -13,9 +13,6 @@ from collector import Collector, held, run
 from jaxllama import Engine, SamplingParams
 
 FREE = SamplingParams(temperature=0, ignore_eos=True, max_tokens=60)
-NUM_GUIDED = 20
-GUIDED = dataclasses.replace(FREE, max_tokens=NUM_GUIDED)
-"""Of a request that needs every token, as a grammar would."""
 
 
 def prompt(seed: int) -> list[int]:
@@ -59,28 +56,6 @@ def test_a_short_time_for_a_dispatch_is_one_step(engine, monkeypatch):
     run(engine, prompt(0), FREE)
     assert {steps for kind, steps in events if kind == "launch"} == {1}
     assert [kind for kind, _ in events[:4]] == ["launch", "launch", "read", "launch"]
-
-
-def test_a_request_that_needs_every_token_gets_each_before_the_next_is_computed(engine, monkeypatch):
-    want = run(engine, prompt(1), GUIDED).tokens
-    events = watch(monkeypatch, engine)
-    done = Collector(engine, prompt(1), GUIDED, needs_every_token=True).wait()
-    assert [len(output.token_ids) for output in done.outputs] == [1] * NUM_GUIDED
-    assert events == [("launch", 1), ("read", 1)] * NUM_GUIDED
-    assert done.tokens == want
-
-
-def test_others_get_long_dispatches_again_once_such_a_request_has_ended(engine, monkeypatch):
-    free = [run(engine, prompt(seed), FREE).tokens for seed in (2, 3)]
-    events = watch(monkeypatch, engine)
-    before = Collector(engine, prompt(2), FREE)
-    guided = Collector(engine, prompt(1), GUIDED, needs_every_token=True)
-    after = Collector(engine, prompt(3), FREE)
-    assert len(guided.wait().outputs) == NUM_GUIDED
-    assert [before.wait().tokens, after.wait().tokens] == free
-    sizes = [steps for kind, steps in events if kind == "launch"]
-    assert sizes.count(1) >= NUM_GUIDED
-    assert sizes[-1] == 32
 
 
 def test_while_requests_wait_a_dispatch_ends_with_the_first_budget_and_the_next_is_short(engine, monkeypatch):

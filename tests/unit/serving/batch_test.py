@@ -356,10 +356,3 @@ def test_killed_at_random_it_answers_every_line_once(tmp_path, checkpoint, proce
     assert again.wait(60) == 0
     assert "all 80 lines had their answers already" in again.communicate()[1]
     assert read(out) == answers
-
-
-def test_the_command_without_the_extra_says_what_to_install(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "jaxllama_serving.server", None)
-    write(tmp_path / "in.jsonl", [line("a")])
-    assert main(["batch", *map(str, (tmp_path / "in.jsonl", tmp_path / "o", "--checkpoint", "x"))]) == 2
-    assert "pip install 'jaxllama[serve]'" in capsys.readouterr().err
