@@ -13,6 +13,7 @@ GAUGES = {
     "jaxllama_requests_running": "Choices that have a row.",
     "jaxllama_kv_pages_used": "Pages of the KV cache in use.",
     "jaxllama_kv_pages": "Pages of the KV cache.",
+    "jaxllama_compilations": "Programs compiled, or read from the cache on disk. Once ready it stays as it is.",
 }
 """Every gauge and what it means. They have no labels. All but the first appear once the model is loaded."""
 
@@ -30,6 +31,7 @@ async def metrics(request: web.Request) -> web.Response:
             "jaxllama_requests_running": stats.num_running,
             "jaxllama_kv_pages_used": stats.num_pages_used,
             "jaxllama_kv_pages": stats.num_pages,
+            "jaxllama_compilations": stats.num_compilations,
         }
     lines = [f"# HELP {name} {GAUGES[name]}\n# TYPE {name} gauge\n{name} {value}\n" for name, value in values.items()]
     return web.Response(body="".join(lines).encode(), headers={"Content-Type": CONTENT_TYPE})

@@ -409,6 +409,7 @@ def test_metrics_are_the_engine_s_load_and_need_a_key():
                 "jaxllama_requests_running": 3,
                 "jaxllama_kv_pages_used": 3,
                 "jaxllama_kv_pages": 64,
+                "jaxllama_compilations": 7,
             }
             live.service.draining = True
             assert values((await scrape(live, **key))[1])["jaxllama_ready"] == 0

@@ -174,7 +174,12 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         running = self.num_running
         return EngineStats(
-            num_running=running, num_waiting=0, num_pages_used=running, num_pages=64, ready=self.unhealthy is None
+            num_running=running,
+            num_waiting=0,
+            num_pages_used=running,
+            num_pages=64,
+            ready=self.unhealthy is None,
+            num_compilations=7,
         )
 
     def drain(self, timeout_s: float) -> bool:
