@@ -75,6 +75,7 @@ class Service:
             "jaxllama_kv_pages_used": stats.num_pages_used,
             "jaxllama_kv_pages": stats.num_pages,
             "jaxllama_kv_pages_cached": stats.num_cached_pages,
+            "jaxllama_compilations": stats.num_compilations,
         }
         if self._peak_bytes_per_s is not None and rate is not None:
             values["jaxllama_decode_roofline_ratio"] = rate / self._peak_bytes_per_s

@@ -226,6 +226,7 @@ class FakeEngine:
             num_pages=64,
             ready=self.unhealthy is None,
             has_failed=self.failed,
+            num_compilations=7,
         )
 
     def drain(self, timeout_s: float) -> bool:

@@ -54,6 +54,7 @@ def test_gauges_are_the_engine_s_load_and_need_a_key():
                 "jaxllama_kv_pages_used": 3,
                 "jaxllama_kv_pages": 64,
                 "jaxllama_kv_pages_cached": 0,
+                "jaxllama_compilations": 7,
             }
             live.service.draining = True
             assert (await scrape(live, **key))["jaxllama_ready"] == 0
