@@ -6,6 +6,8 @@ import contextlib
 import operator
 import os
 import queue
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +28,7 @@ from jaxllama.errors import ChatTemplateError, ConfigError, ContextLengthError, 
 from jaxllama.loading import load_params
 from jaxllama.mesh import make_mesh
 from jaxllama.params import Params
+from jaxllama.progress import Advance, show_progress
 from jaxllama.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from jaxllama.scoring import PromptLogprob, logits_of, prompt_logprobs
 from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
@@ -178,15 +181,24 @@ class Llama:
     def generate(self, prompts: Sequence[int], params: SamplingParams | None = None) -> Completion: ...
     @overload
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
     ) -> list[Completion]: ...
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
     ) -> Completion | list[Completion]:
-        """Completes one prompt (text or token ids), or many, which run together.
+        """Completes one prompt (text or token ids), or any number, which share the rows; waits where the queue is full.
 
         `params` are those of all prompts, or one for each. A text is encoded as the tokenizer does by itself (BOS
-        included, if it adds one).
+        included, if it adds one). `progress` shows how many are done on stderr: a bar on a terminal and in a notebook,
+        lines elsewhere. None shows it for several prompts, on a terminal or in a notebook only.
 
         Raises: RequestError for a prompt or parameters that cannot run; NonFiniteLogitsError.
         """
@@ -198,7 +210,11 @@ class Llama:
             raise RequestError(
                 f"params: {len(each)} for {len(ids)} prompts; give one for all, or one for each", "params"
             )
-        completions = self._run([_Output(self, prompt, one) for prompt, one in zip(ids, each, strict=True)])
+        outputs = [_Output(self, prompt, one) for prompt, one in zip(ids, each, strict=True)]
+        # One prompt is not worth a bar that nobody asked for.
+        show = False if progress is None and len(outputs) == 1 else progress
+        with show_progress("generate", len(outputs), show=show) as advance:
+            completions = self._run(outputs, advance)
         return completions[0] if is_one else completions
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[CompletionDelta]:
@@ -278,23 +294,28 @@ class Llama:
             raise RequestError("this checkpoint has no tokenizer: give the prompt as token ids", "prompt")
         return self.tokenizer.encode(prompt)
 
-    def _run(self, outputs: list[_Output]) -> list[Completion]:
+    def _run(self, outputs: list[_Output], advance: Advance) -> list[Completion]:
+        """Keeps twice as many in the engine as it has rows: enough to fill every row that becomes free."""
         inbox: queue.SimpleQueue[tuple[_Output, TokenOutput]] = queue.SimpleQueue()
-        not_started = list(reversed(outputs))
-        num_left = len(outputs)
+        not_started, num_running = deque(outputs), 0
+        most = 2 * self.engine.options.max_rows
         try:
-            while num_left:
+            while not_started or num_running:
                 with contextlib.suppress(QueueFullError):
-                    while not_started:
-                        not_started[-1].start(inbox)
-                        not_started.pop()
-                try:
+                    while not_started and num_running < most:
+                        not_started[0].start(inbox)
+                        not_started.popleft()
+                        num_running += 1
+                has_ended = False
+                while num_running and not has_ended:
+                    output, tokens = inbox.get()
+                    output.add(tokens)
+                    has_ended = tokens.finish_reason is not None
+                    advance(items=has_ended, tokens=len(tokens.token_ids))
+                num_running -= has_ended
+                if not num_running and not_started:
                     # Others may have filled the queue; then no output of ours tells when there is room again.
-                    output, tokens = inbox.get(timeout=_QUEUE_RETRY_S if not_started else None)
-                except queue.Empty:
-                    continue
-                output.add(tokens)
-                num_left -= tokens.finish_reason is not None
+                    time.sleep(_QUEUE_RETRY_S)
         finally:
             for output in outputs:
                 output.cancel()

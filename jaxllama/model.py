@@ -118,7 +118,7 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, params: Params) -> None:
         self.config = config
         self.embed_tokens = nnx.Param(params["embed_tokens"])
-        self.layers = nnx.List([DecoderLayer(config, weights) for weights in params["layers"]])
+        self.layers = nnx.data(params["layers"])
         self.norm = RMSNorm(params["norm"], config.rms_norm_eps)
         self.lm_head = self.embed_tokens if config.tie_word_embeddings else nnx.Param(params["lm_head"])
 
@@ -134,8 +134,14 @@ class Llama(nnx.Module):
         x = _rows(self.embed_tokens.get_value(), tokens)
         angles = rotary_angles(self.config, positions)
         num_pages = pool.pages.shape[0] // self.config.num_layers
-        for index, layer in enumerate(self.layers):
-            x, pool = layer(x, angles, pool, page_table + index * num_pages, attend)
+
+        # Jitted, one layer is traced and lowered for all. XLA inlines the calls.
+        @jax.jit
+        def run(weights: Mapping[str, Any], x: Array, pool: KVPool, pages: Array) -> tuple[Array, KVPool]:
+            return DecoderLayer(self.config, weights)(x, angles, pool, pages, attend)
+
+        for index, weights in enumerate(self.layers):
+            x, pool = run(weights, x, pool, page_table + index * num_pages)
         return self.norm(x), pool
 
     def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:

@@ -33,6 +33,7 @@ LAYERS = (
         "jaxllama.text",
         "jaxllama.compilation",
         "jaxllama.distributed",
+        "jaxllama.progress",
         "jaxllama.relay",
     ),
     ("jaxllama.quant",),
@@ -75,10 +76,16 @@ WITHOUT_JAX = (
     "jaxllama.engine.pages",
     "jaxllama_serving.protocol",
 )
-# The applications use what `jaxllama` exports, its errors and text; the server also the processes of many hosts, the
-# converter what checkpoints are made of.
+# The applications use what `jaxllama` exports, its errors and text; the server also the processes of many hosts and
+# progress bars, the converter what checkpoints are made of.
 PUBLIC_TO = {
-    "jaxllama_serving": ("jaxllama", "jaxllama.errors", "jaxllama.text", "jaxllama.distributed"),
+    "jaxllama_serving": (
+        "jaxllama",
+        "jaxllama.errors",
+        "jaxllama.text",
+        "jaxllama.distributed",
+        "jaxllama.progress",
+    ),
     "jaxllama_convert": (
         "jaxllama",
         "jaxllama.errors",

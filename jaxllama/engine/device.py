@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -12,6 +14,7 @@ from jaxtyping import Bool, Int, UInt32
 
 from jaxllama.attention import Attention
 from jaxllama.cache import KVPool
+from jaxllama.compilation import OnProgress, compile_all
 from jaxllama.config import LlamaConfig
 from jaxllama.decode import (
     DecodeState,
@@ -24,15 +27,22 @@ from jaxllama.decode import (
     insert,
     make_state,
     prefill,
+    row_state,
     state_shardings,
 )
 from jaxllama.params import Params
+from jaxllama.sampling import SamplingParams
 
 PAGES_PER_COPY = 16
 
 
 class Programs(Protocol):
     """What the engine asks of the devices. Arguments are NumPy's; calls return before the devices are done."""
+
+    def compile(
+        self, chunk_sizes: Int[np.ndarray, " sizes"], row_buckets: Int[np.ndarray, " buckets"], on_progress: OnProgress
+    ) -> None:
+        """Compiles what the other calls run, for these chunks and numbers of rows. Returns when it is done."""
 
     def prefill(
         self,
@@ -119,6 +129,34 @@ class Device:
         self._state: DecodeState | None = None
         self._saved: dict[int, list[HostCopy]] = {}
         self._replicate = jax.jit(lambda output: output, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def compile(
+        self, chunk_sizes: Int[np.ndarray, " sizes"], row_buckets: Int[np.ndarray, " buckets"], on_progress: OnProgress
+    ) -> None:
+        """Compiles several programs at a time, those that take longest first."""
+        config, params, state = self._config, self._params, self._get_state()
+        num_rows, table_width = self._shapes.page_table.shape
+        zero, pages = np.int32(0), np.zeros(table_width, np.int32)
+        row = row_state(config, SamplingParams(), prompt=[0], generated=[], remaining=1, seed=0)
+        keep = np.zeros(num_rows, np.bool_)
+
+        def lower_decode(bucket: int) -> Any:
+            return decode_steps.lower(config, params, state, zero, keep, num_rows=bucket, attention=self._attention)
+
+        def lower_prefill(size: int) -> Any:
+            tokens = np.zeros(size, np.int32)
+            return prefill.lower(config, params, state.pool, tokens, pages, zero, zero, attention=self._attention)
+
+        programs: dict[str, Callable[[], Any]] = {
+            f"decode of {n} rows": partial(lower_decode, n) for n in sorted(row_buckets.tolist(), reverse=True)
+        }
+        programs |= {
+            f"prefill of {n} tokens": partial(lower_prefill, n) for n in sorted(chunk_sizes.tolist(), reverse=True)
+        }
+        programs["insert"] = lambda: insert.lower(state, zero, row)
+        if self._attention.needs_clean_pages:
+            programs["clear"] = lambda: clear.lower(config, state.pool, pages, zero)
+        compile_all(programs, on_progress)
 
     def prefill(
         self,

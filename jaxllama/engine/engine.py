@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxllama.attention import choose_attention
+from jaxllama.compilation import OnProgress, num_compilations
 from jaxllama.config import LlamaConfig
 from jaxllama.decode import MAX_STEPS, NOT_FINITE, programs_agree, row_state, state_shapes
 from jaxllama.distributed import Group
@@ -55,6 +55,7 @@ class Engine:
         self, config: LlamaConfig, params: Params, mesh: Mesh, options: EngineOptions, group: Group | None = None
     ) -> None:
         check_processes(mesh, group)
+        self._compilations_before = num_compilations()
         self.config = config
         self.options = options
         self.group = group
@@ -170,38 +171,26 @@ class Engine:
             self._changed.notify_all()
         return request
 
-    def warm_up(self, on_progress: Callable[[int, int, str], None] = lambda done, total, name: None) -> None:
-        """Compiles every program that requests may need. `on_progress` gets (done, total, what comes next).
+    def warm_up(self, on_progress: OnProgress = lambda done, total, names: None) -> None:
+        """Compiles every program that requests may need, several at a time, and runs one of each kind.
 
         Call it before the first `submit`.
         """
+        programs = self._programs
+        programs.compile(np.array(self.chunk_sizes, np.int32), np.array(self._row_buckets, np.int32), on_progress)
         nothing = self._make_request([0], SamplingParams(), lambda _: None, 0, b"")
-        programs: list[tuple[str, Callable[[], None]]] = [
-            (f"prefill of {size} tokens", partial(self._placement.prefill, Chunk(nothing, 0, 0, size)))
-            for size in self.chunk_sizes
-        ]
-        programs += [("copies of pages", self._copy_nothing)]
-        programs += [(f"decode of {rows} rows", partial(self._decode_nobody, rows)) for rows in self._row_buckets]
-        for done, (name, run) in enumerate(programs):
-            on_progress(done, len(programs), name)
-            run()
-        self._programs.wait()
-        on_progress(len(programs), len(programs), "ready")
-        self._is_warm = True
-
-    def _decode_nobody(self, num_rows: int) -> None:
-        """Runs `insert` and the decode program for `num_rows` rows without a step."""
-        row = row_state(self.config, SamplingParams(), prompt=[0], generated=[], remaining=1, seed=0)
-        self._programs.insert(np.int32(0), row)
-        if self.attention.needs_clean_pages:
-            self._programs.clear(np.zeros(self._table_width, np.int32), np.int32(0))
-        self._programs.decode(np.int32(1), np.zeros(self._num_rows, np.bool_), num_rows)
-
-    def _copy_nothing(self) -> None:
-        """Runs the programs that set a row aside and bring it back."""
+        self._placement.prefill(Chunk(nothing, 0, 0, min(self.chunk_sizes)))
+        row = row_state(self.config, nothing.params, prompt=[0], generated=[], remaining=1, seed=0)
+        programs.insert(np.int32(0), row)
         none = np.zeros(1, np.int32)
-        self._programs.save(np.int32(0), none)
-        self._programs.restore(np.int32(0), none)
+        programs.save(np.int32(0), none)
+        programs.restore(np.int32(0), none)
+        if self.attention.needs_clean_pages:
+            programs.clear(np.zeros(self._table_width, np.int32), np.int32(0))
+        for num_rows in self._row_buckets:
+            programs.decode(np.int32(1), np.zeros(self._num_rows, np.bool_), num_rows)
+        programs.wait()
+        self._is_warm = True
 
     def stats(self) -> EngineStats:
         """The load now."""
@@ -215,6 +204,7 @@ class Engine:
             num_prompt_tokens=scheduler.num_queried_tokens,
             num_prompt_tokens_cached=scheduler.num_hit_tokens,
             has_failed=self._failure is not None,
+            num_compilations=num_compilations() - self._compilations_before,
             ready=self._is_warm and self.health() is None and self._is_accepting,
         )
 
@@ -352,8 +342,7 @@ class Engine:
             self._read(self._in_flight.popleft())
 
     def _launch(self) -> bool:
-        max_steps = min(MAX_STEPS, max(1, round(self.options.dispatch_s / self._step_s)))
-        max_steps = self._constraints.max_steps(self._scheduler.running, max_steps, self._steps_in_flight)
+        max_steps = self._constraints.max_steps(self._scheduler.running, self._choose_steps(), self._steps_in_flight)
         if not max_steps or not self._make_room(max_steps):
             return False
         for request, error in self._constraints.send_masks(self._scheduler.running):
@@ -377,6 +366,14 @@ class Engine:
         output.tokens.copy_to_host_async()
         self._in_flight.append(Dispatch(output, rows, max_steps, time.monotonic()))
         return True
+
+    def _choose_steps(self) -> int:
+        """Steps of the next dispatch: what takes about `dispatch_s`, but one while a row is empty and others wait."""
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        if self._scheduler.prefilling:
+            return 1
+        left = [r.budget - len(r.generated) - self._steps_in_flight(r) for r in running] if waiting else []
+        return max(1, min([MAX_STEPS, round(self.options.dispatch_s / self._step_s), *left]))
 
     def _steps_in_flight(self, request: EngineRequest) -> int:
         return sum(

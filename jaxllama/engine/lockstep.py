@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int, UInt32
 
+from jaxllama.compilation import OnProgress
 from jaxllama.config import LlamaConfig
 from jaxllama.decode import RowState, StepOutput, row_state
 from jaxllama.distributed import Group
@@ -34,6 +35,13 @@ class Leading:
     def __init__(self, device: Device, group: Group) -> None:
         self._device = device
         self._group = group
+
+    def compile(
+        self, chunk_sizes: Int[np.ndarray, " sizes"], row_buckets: Int[np.ndarray, " buckets"], on_progress: OnProgress
+    ) -> None:
+        """As `Device.compile`, in all processes."""
+        self._group.publish(encode("compile", [chunk_sizes, row_buckets]))
+        self._device.compile(chunk_sizes, row_buckets, on_progress)
 
     def prefill(
         self,
@@ -119,6 +127,7 @@ def follow(config: LlamaConfig, device: Device, group: Group) -> None:
         device.insert(row, jax.tree.unflatten(row_tree, leaves))
 
     methods: dict[str, Callable[..., Any]] = {
+        "compile": lambda chunk_sizes, row_buckets: device.compile(chunk_sizes, row_buckets, lambda *_: None),
         "prefill": device.prefill,
         "clear": device.clear,
         "save": device.save,

@@ -44,7 +44,7 @@ class EngineStats:
     """The engine's load at one moment. `has_failed`: it has ended for good; `Engine.health` says why.
 
     `num_cached_pages` can be found by later requests. Of all prompts so far, `num_prompt_tokens` in length,
-    `num_prompt_tokens_cached` were found.
+    `num_prompt_tokens_cached` were found. `num_compilations` is the process's since the engine was made.
     """
 
     num_running: int
@@ -56,6 +56,7 @@ class EngineStats:
     num_prompt_tokens: int = 0
     num_prompt_tokens_cached: int = 0
     has_failed: bool = False
+    num_compilations: int = 0
 
 
 @dataclass(frozen=True)

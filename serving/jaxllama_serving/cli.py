@@ -35,8 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `serve`, in groups."""
     parser.add_argument("checkpoint", type=Path, help="folder written by `jaxllama convert`")
     _add_network(parser.add_argument_group("network"))
-    _add_model(parser.add_argument_group("model and engine"))
-    _add_behaviour(parser.add_argument_group("API behaviour"))
+    engine = parser.add_argument_group("model and engine")
+    add_model(engine)
+    engine.add_argument("--max-queue", type=int, default=256, help="requests that may wait (default: %(default)s)")
+    add_behaviour(parser.add_argument_group("API behaviour"))
     _add_access(parser.add_argument_group("access"))
     _add_operation(parser.add_argument_group("operation"))
     _add_limits(parser.add_argument_group("limits and timeouts (seconds)"))
@@ -54,7 +56,8 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
 
 
-def _add_model(group: argparse._ArgumentGroup) -> None:
+def add_model(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags that say which model answers, and in what size."""
     group.add_argument(
         "--served-model-name", nargs="+", metavar="NAME", help="names clients may ask for (default: the folder's name)"
     )
@@ -65,10 +68,10 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--kv-dtype", choices=("int8",), help="of the cache (default: as the weights)")
     group.add_argument("--max-rows", type=int, default=16, help="sequences decoded together (default: %(default)s)")
     group.add_argument("--max-context", type=int, help="longest prompt and completion together (default: the model's)")
-    group.add_argument("--max-queue", type=int, default=256, help="requests that may wait (default: %(default)s)")
 
 
-def _add_behaviour(group: argparse._ArgumentGroup) -> None:
+def add_behaviour(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags that change what a request may ask for and gets."""
     group.add_argument(
         "--generation-config",
         choices=("none", "auto"),

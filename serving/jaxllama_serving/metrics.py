@@ -26,6 +26,7 @@ GAUGES = {
     "jaxllama_cache_hit_ratio": "Of all prompts' tokens since the start, how many were found in the cache.",
     "jaxllama_decode_roofline_ratio": "Bytes that the last minute's decoding had to read (weights, live keys and "
     "values), over what the memory could deliver in its time. Absent where the bandwidth is unknown.",
+    "jaxllama_compilations": "Programs compiled, or read from the cache on disk. Once ready it stays as it is.",
 }
 """Every gauge and what it means. They have no labels. All but the first appear once the model is loaded."""
 

@@ -68,7 +68,7 @@ async def _serve(config: ServerConfig, load: Callable[[], Llama], sock: socket.s
     try:
         llama = loading.result()
         try:
-            _check(llama, config)
+            check_model(llama, config)
             service.set_llama(llama)
             _announce(config, address, time.perf_counter() - started)
             if await _failed_before(stop, service, config):
@@ -101,8 +101,8 @@ async def _failed_before(stop: asyncio.Future[None], service: Service, config: S
     return True
 
 
-def _check(llama: Llama, config: ServerConfig) -> None:
-    """What would otherwise fail at every request fails at the start."""
+def check_model(llama: Llama, config: ServerConfig) -> None:
+    """What would otherwise fail at every request fails at the start. Raises: ServerConfigError."""
     if llama.tokenizer is None or llama.chat_template is None:
         missing = "tokenizer" if llama.tokenizer is None else "chat template"
         raise ServerConfigError(

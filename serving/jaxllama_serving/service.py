@@ -77,6 +77,7 @@ class Service:
             "jaxllama_kv_pages_used": stats.num_pages_used,
             "jaxllama_kv_pages": stats.num_pages,
             "jaxllama_kv_pages_cached": stats.num_cached_pages,
+            "jaxllama_compilations": stats.num_compilations,
         }
         if stats.num_prompt_tokens:
             values["jaxllama_cache_hit_ratio"] = stats.num_prompt_tokens_cached / stats.num_prompt_tokens

@@ -237,6 +237,7 @@ class FakeEngine:
             num_prompt_tokens_cached=self.num_cached_tokens,
             ready=self.unhealthy is None,
             has_failed=self.failed,
+            num_compilations=7,
         )
 
     def drain(self, timeout_s: float) -> bool:
