@@ -20,6 +20,7 @@ MAX_TOP_K = 1000
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 1_000_000
 _DRAW_BLOCK = 128
+_INFINITY_BITS = 0x7F800000
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class SamplingArrays(NamedTuple):
     """What the device needs of every row's `SamplingParams`: always arrays, so that no value recompiles anything.
 
     `stop_ids` is padded with -1. `logit_bias` is dense: adding it is elementwise over a sharded vocabulary, a scatter
-    of ids is not. `num_logprobs` is -1 where none are asked for.
+    of ids is not; `is_biased` spares reading it. `num_logprobs` is -1 where none are asked for.
     """
 
     temperature: Float[Array, " rows"]
@@ -137,6 +138,7 @@ class SamplingArrays(NamedTuple):
     seed: UInt32[Array, "rows 2"]
     stop_ids: Int[Array, "rows max_stop_ids"]
     logit_bias: Float[Array, "rows vocab"]
+    is_biased: Bool[Array, " rows"]
     num_logprobs: Int[Array, " rows"]
 
 
@@ -286,21 +288,28 @@ def sample(
     Work that no active row asks for is skipped, and a row that does not ask for it is not changed by it in any bit.
     `positions` are those of the tokens being drawn.
     """
-    is_finite = jnp.isfinite(logits.max(axis=1)) & jnp.isfinite(logits.min(axis=1))
+    # As integers, because the largest of floats may pass over NaN; and one reduction is one exchange between devices.
+    magnitudes = jax.lax.bitcast_convert_type(logits, jnp.int32) & 0x7FFFFFFF
+    is_finite = magnitudes.max(axis=1) < _INFINITY_BITS
     s = sampling
     penalised = active & ((s.presence_penalty != 0) | (s.frequency_penalty != 0) | (s.repetition_penalty != 1))
-    biased = active & jnp.any(s.logit_bias != 0, axis=1)
+    biased = active & s.is_biased
     suppressed = active & suppress_stops
-    logits = _when(biased, lambda x: x + s.logit_bias, logits)
-    logits = _when(penalised, lambda x: apply_penalties(x, s, generated_counts, prompt_mask), logits)
-    logits = _when(suppressed, lambda x: suppress_stop_ids(x, s.stop_ids, suppress_stops), logits)
-    drawn_rows = active & (s.temperature > 0)
-    tokens = jax.lax.cond(
-        jnp.any(drawn_rows),
-        lambda x: jnp.where(s.temperature > 0, _filter_and_draw(x, s, positions, drawn_rows), argmax(x)),
-        argmax,
-        logits,
-    )
+    drawn = active & (s.temperature > 0)
+
+    def choose(logits: jax.Array) -> jax.Array:
+        logits = _when(biased, lambda x: x + s.logit_bias, logits)
+        logits = _when(penalised, lambda x: apply_penalties(x, s, generated_counts, prompt_mask), logits)
+        logits = _when(suppressed, lambda x: suppress_stop_ids(x, s.stop_ids, suppress_stops), logits)
+        return jax.lax.cond(
+            jnp.any(drawn),
+            lambda x: jnp.where(s.temperature > 0, _filter_and_draw(x, s, positions, drawn), argmax(x)),
+            argmax,
+            logits,
+        )
+
+    # One branch around all: what passes through a branch unchanged is copied there.
+    tokens = jax.lax.cond(jnp.any(biased | penalised | suppressed | drawn), choose, argmax, logits)
     return Sampled(tokens, is_finite)
 
 
