@@ -12,8 +12,10 @@ from jaxllama.engine.request import EngineRequest, TokenLogprob, TokenOutput
 from jaxllama.llama import Completion, CompletionDelta, Llama, load
 from jaxllama.mesh import make_mesh
 from jaxllama.sampling import SamplingParams
+from jaxllama.scoring import PromptLogprob
 from jaxllama.text.chat import ChatTemplate
 from jaxllama.text.output import OutputAssembler
+from jaxllama.text.structured import Structured
 from jaxllama.text.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -30,8 +32,10 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "OutputAssembler",
+    "PromptLogprob",
     "RopeScaling",
     "SamplingParams",
+    "Structured",
     "TokenLogprob",
     "TokenOutput",
     "Tokenizer",

@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_application(commands, "convert", "turn a Hugging Face or GGUF checkpoint into a jaxllama checkpoint")
     serve = _add_application(commands, "serve", "serve a checkpoint over OpenAI's chat API, with a chat page")
+    batch = _add_application(commands, "batch", "answer a file of requests, one JSON object a line")
     generate = commands.add_parser("generate", help="complete a prompt", description="Completes a prompt.")
     _add_generate(generate)
     plan = commands.add_parser(
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Compiles the real programs for a TPU slice, on any machine, and says what fits and how fast.",
     )
     plan_cli.add_arguments(plan)
-    for command in (serve, generate):
+    for command in (serve, batch, generate):
         command.add_argument(
             "--compilation-cache",
             metavar="DIR",
@@ -60,12 +61,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_application(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
     """A command that lives in its own package, `jaxllama_convert` or `jaxllama_serving`."""
-    package = {"convert": "jaxllama_convert", "serve": "jaxllama_serving"}[name]
+    module = {
+        "convert": "jaxllama_convert.cli",
+        "serve": "jaxllama_serving.cli",
+        "batch": "jaxllama_serving.batch_cli",
+    }[name]
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     try:
-        cli = importlib.import_module(f"{package}.cli")
+        cli = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        missing = error.name or package
+        missing = error.name or module
 
         def refuse(_: argparse.Namespace) -> int:
             raise MissingExtraError(name, missing)

@@ -6,17 +6,20 @@ import contextlib
 import operator
 import os
 import queue
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, overload
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self, overload
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxllama.checkpoint import Checkpoint
 from jaxllama.config import LlamaConfig
-from jaxllama.decode import make_pool, prefill_logits
 from jaxllama.distributed import Group
 from jaxllama.engine.engine import Engine
 from jaxllama.engine.options import EngineOptions
@@ -25,14 +28,19 @@ from jaxllama.errors import ChatTemplateError, ConfigError, ContextLengthError, 
 from jaxllama.loading import load_params
 from jaxllama.mesh import make_mesh
 from jaxllama.params import Params
-from jaxllama.sampling import SamplingParams
+from jaxllama.progress import Advance, show_progress
+from jaxllama.sampling import MAX_TOP_LOGPROBS, SamplingParams
+from jaxllama.scoring import PromptLogprob, logits_of, prompt_logprobs
 from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
+from jaxllama.text.constraint import ConstraintMaker, OutputConstraint
 from jaxllama.text.output import OutputAssembler
 from jaxllama.text.tokenizer import Tokenizer, load_tokenizer
 
+if TYPE_CHECKING:
+    from jaxllama.plan.live import MemoryTraffic
+
 type Prompt = str | Sequence[int]
 
-_LOGITS_CHUNK = 128
 _PROMPT_TAIL = 16
 _QUEUE_RETRY_S = 0.05
 
@@ -140,6 +148,23 @@ class Llama:
         """The most tokens that a prompt and its output may have together."""
         return self.engine.max_context
 
+    @cached_property
+    def constraints(self) -> ConstraintMaker:
+        """Makes what holds outputs to grammars and thinking budgets.
+
+        Raises: RequestError if the checkpoint has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise RequestError("this checkpoint has no tokenizer, which structured output and thinking budgets need")
+        return ConstraintMaker(self.tokenizer, self.config.vocab_size, self.config.eos_token_ids)
+
+    def memory_traffic(self) -> MemoryTraffic:
+        """What decoding must read from memory, to compare with what it takes (`Engine.on_steps`)."""
+        # Here, for the planner behind it takes its time to import.
+        from jaxllama.plan.live import memory_traffic
+
+        return memory_traffic(self.config, self.params, self.mesh, self.engine.kv_dtype)
+
     def __enter__(self) -> Self:
         return self
 
@@ -156,15 +181,24 @@ class Llama:
     def generate(self, prompts: Sequence[int], params: SamplingParams | None = None) -> Completion: ...
     @overload
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
     ) -> list[Completion]: ...
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
     ) -> Completion | list[Completion]:
-        """Completes one prompt (text or token ids), or many, which run together.
+        """Completes one prompt (text or token ids), or any number, which share the rows; waits where the queue is full.
 
         `params` are those of all prompts, or one for each. A text is encoded as the tokenizer does by itself (BOS
-        included, if it adds one).
+        included, if it adds one). `progress` shows how many are done on stderr: a bar on a terminal and in a notebook,
+        lines elsewhere. None shows it for several prompts, on a terminal or in a notebook only.
 
         Raises: RequestError for a prompt or parameters that cannot run; NonFiniteLogitsError.
         """
@@ -176,7 +210,11 @@ class Llama:
             raise RequestError(
                 f"params: {len(each)} for {len(ids)} prompts; give one for all, or one for each", "params"
             )
-        completions = self._run([_Output(self, prompt, one) for prompt, one in zip(ids, each, strict=True)])
+        outputs = [_Output(self, prompt, one) for prompt, one in zip(ids, each, strict=True)]
+        # One prompt is not worth a bar that nobody asked for.
+        show = False if progress is None and len(outputs) == 1 else progress
+        with show_progress("generate", len(outputs), show=show) as advance:
+            completions = self._run(outputs, advance)
         return completions[0] if is_one else completions
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[CompletionDelta]:
@@ -211,6 +249,22 @@ class Llama:
         Not over many processes. Raises: RequestError there and for ids outside the vocabulary, ContextLengthError for
         more than the context.
         """
+        tokens = self._checked_ids(ids)
+        return np.concatenate([np.asarray(chunk) for chunk in self._score(tokens)])[: len(tokens)]
+
+    def prompt_logprobs(self, ids: Sequence[int], num_top: int = 0) -> Iterator[PromptLogprob]:
+        """The log-probability of every token but the first, with the `num_top` (at most 20) likeliest at its place.
+
+        The work is done as the iterator is read, in an own small cache beside the engine's. Not over many processes.
+
+        Raises: as `logits`; RequestError for `num_top`.
+        """
+        if not 0 <= num_top <= MAX_TOP_LOGPROBS:
+            raise RequestError(f"num_top must be from 0 to {MAX_TOP_LOGPROBS}, got {num_top}", "num_top")
+        tokens = self._checked_ids(ids)
+        return prompt_logprobs(self._score(tokens), tokens, num_top)
+
+    def _checked_ids(self, ids: Sequence[int]) -> np.ndarray:
         if self.engine.group is not None:
             raise RequestError("logits are of one process; this model is spread over several")
         tokens = np.asarray(_token_ids(ids, "ids"), np.int32)
@@ -219,23 +273,19 @@ class Llama:
             raise RequestError(f"ids must be a non-empty list of token ids from 0 to {vocab - 1}", "ids")
         if len(tokens) > context:
             raise ContextLengthError(f"{len(tokens)} ids exceed the context of {context}", "ids")
-        page_size = self.engine.page_size
-        chunk = -(-_LOGITS_CHUNK // page_size) * page_size
-        # Powers of two, so that a loop over texts of all lengths compiles a few programs only.
-        num_chunks = 1 << (-(-len(tokens) // chunk) - 1).bit_length()
-        num_pages = num_chunks * chunk // page_size
-        pool = make_pool(self.config, self.mesh, num_pages=num_pages, page_size=page_size, dtype=self.engine.kv_dtype)
-        table = np.arange(num_pages, dtype=np.int32)
-        rows = []
-        for start in range(0, len(tokens), chunk):
-            part = tokens[start : start + chunk]
-            padded = np.pad(part, (0, chunk - len(part)))
-            at = (np.int32(start), np.int32(len(part)))
-            scores, pool = prefill_logits(
-                self.config, self.params, pool, padded, table, *at, attention=self.engine.attention
-            )
-            rows.append(np.asarray(scores[: len(part)]))
-        return np.concatenate(rows)
+        return tokens
+
+    def _score(self, tokens: np.ndarray) -> Iterator[jax.Array]:
+        engine = self.engine
+        return logits_of(
+            self.config,
+            self.params,
+            self.mesh,
+            tokens,
+            page_size=engine.page_size,
+            kv_dtype=engine.kv_dtype,
+            attention=engine.attention,
+        )
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
@@ -244,23 +294,28 @@ class Llama:
             raise RequestError("this checkpoint has no tokenizer: give the prompt as token ids", "prompt")
         return self.tokenizer.encode(prompt)
 
-    def _run(self, outputs: list[_Output]) -> list[Completion]:
+    def _run(self, outputs: list[_Output], advance: Advance) -> list[Completion]:
+        """Keeps twice as many in the engine as it has rows: enough to fill every row that becomes free."""
         inbox: queue.SimpleQueue[tuple[_Output, TokenOutput]] = queue.SimpleQueue()
-        not_started = list(reversed(outputs))
-        num_left = len(outputs)
+        not_started, num_running = deque(outputs), 0
+        most = 2 * self.engine.options.max_rows
         try:
-            while num_left:
+            while not_started or num_running:
                 with contextlib.suppress(QueueFullError):
-                    while not_started:
-                        not_started[-1].start(inbox)
-                        not_started.pop()
-                try:
+                    while not_started and num_running < most:
+                        not_started[0].start(inbox)
+                        not_started.popleft()
+                        num_running += 1
+                has_ended = False
+                while num_running and not has_ended:
+                    output, tokens = inbox.get()
+                    output.add(tokens)
+                    has_ended = tokens.finish_reason is not None
+                    advance(items=has_ended, tokens=len(tokens.token_ids))
+                num_running -= has_ended
+                if not num_running and not_started:
                     # Others may have filled the queue; then no output of ours tells when there is room again.
-                    output, tokens = inbox.get(timeout=_QUEUE_RETRY_S if not_started else None)
-                except queue.Empty:
-                    continue
-                output.add(tokens)
-                num_left -= tokens.finish_reason is not None
+                    time.sleep(_QUEUE_RETRY_S)
         finally:
             for output in outputs:
                 output.cancel()
@@ -306,6 +361,7 @@ class _Output:
             )
         elif params.stop:
             raise RequestError("this checkpoint has no tokenizer: stop strings cannot be found", "stop")
+        self._constraint = self._make_constraint(starts_in_reasoning)
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._token_ids: list[int] = []
@@ -320,7 +376,28 @@ class _Output:
 
     def start(self, inbox: queue.SimpleQueue[tuple[_Output, TokenOutput]]) -> None:
         """Submits the request, whose outputs then arrive in `inbox`."""
-        self._request = self._llama.engine.submit(self._prompt, self._params, lambda tokens: inbox.put((self, tokens)))
+        self._request = self._llama.engine.submit(
+            self._prompt, self._params, lambda tokens: inbox.put((self, tokens)), constraint=self._constraint
+        )
+
+    def _make_constraint(self, starts_in_reasoning: bool | None) -> OutputConstraint | None:
+        params = self._params
+        if params.structured is None and params.thinking_budget is None:
+            return None
+        if params.thinking_budget is not None and starts_in_reasoning is None:
+            raise RequestError(
+                "thinking_budget bounds the reasoning in `chat` with a model that reasons; here there is none to bound",
+                "thinking_budget",
+            )
+        maker, grammar = self._llama.constraints, None
+        if params.structured is not None:
+            grammar = maker.compile(params.structured.source(), params.structured.kind, starts_in_reasoning)
+        return maker.make(
+            grammar,
+            starts_in_reasoning=starts_in_reasoning,
+            thinking_budget=params.thinking_budget,
+            min_tokens=params.min_tokens,
+        )
 
     def cancel(self) -> None:
         """Ends the request if it still runs."""

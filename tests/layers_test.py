@@ -33,6 +33,7 @@ LAYERS = (
         "jaxllama.text",
         "jaxllama.compilation",
         "jaxllama.distributed",
+        "jaxllama.progress",
         "jaxllama.relay",
     ),
     ("jaxllama.quant",),
@@ -40,7 +41,7 @@ LAYERS = (
     ("jaxllama.attention",),
     ("jaxllama.model",),
     ("jaxllama.decode", "jaxllama.checkpoint"),
-    ("jaxllama.engine", "jaxllama.loading"),
+    ("jaxllama.engine", "jaxllama.loading", "jaxllama.scoring"),
     ("jaxllama.plan",),
     ("jaxllama.llama", "jaxllama"),
     ("jaxllama_convert", "jaxllama_serving", "jaxllama.__main__"),
@@ -56,11 +57,13 @@ CORNERS = {
     "aiohttp": ("jaxllama_serving",),
     "uvloop": ("jaxllama_serving",),
     "pydantic": ("jaxllama_serving",),
+    "prometheus_client": ("jaxllama_serving.metrics",),
     "safetensors": ("jaxllama_convert",),
     "gguf": ("jaxllama_convert",),
     "orbax": ("jaxllama.checkpoint",),
     "tokenizers": ("jaxllama.text",),
     "sentencepiece": ("jaxllama.text",),
+    "llguidance": ("jaxllama.text",),
     "jinja2": ("jaxllama.text",),
     "matplotlib": ("jaxllama.plan.plot",),
     "flax": ("jaxllama.model", "jaxllama.quant"),
@@ -73,10 +76,16 @@ WITHOUT_JAX = (
     "jaxllama.engine.pages",
     "jaxllama_serving.protocol",
 )
-# The applications use what `jaxllama` exports, its errors and text; the server also the processes of many hosts, the
-# converter what checkpoints are made of.
+# The applications use what `jaxllama` exports, its errors and text; the server also the processes of many hosts and
+# progress bars, the converter what checkpoints are made of.
 PUBLIC_TO = {
-    "jaxllama_serving": ("jaxllama", "jaxllama.errors", "jaxllama.text", "jaxllama.distributed"),
+    "jaxllama_serving": (
+        "jaxllama",
+        "jaxllama.errors",
+        "jaxllama.text",
+        "jaxllama.distributed",
+        "jaxllama.progress",
+    ),
     "jaxllama_convert": (
         "jaxllama",
         "jaxllama.errors",

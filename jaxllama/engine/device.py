@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Int
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Bool, Int, UInt32
 
 from jaxllama.attention import Attention
+from jaxllama.cache import KVPool
+from jaxllama.compilation import OnProgress, compile_all
 from jaxllama.config import LlamaConfig
 from jaxllama.decode import (
     DecodeState,
     RowState,
     StepOutput,
     clear,
+    copy_in,
+    copy_out,
     decode_steps,
     insert,
     make_state,
     prefill,
+    row_state,
     state_shardings,
 )
 from jaxllama.params import Params
+from jaxllama.sampling import SamplingParams
+
+PAGES_PER_COPY = 16
 
 
 class Programs(Protocol):
     """What the engine asks of the devices. Arguments are NumPy's; calls return before the devices are done."""
+
+    def compile(
+        self, chunk_sizes: Int[np.ndarray, " sizes"], row_buckets: Int[np.ndarray, " buckets"], on_progress: OnProgress
+    ) -> None:
+        """Compiles what the other calls run, for these chunks and numbers of rows. Returns when it is done."""
 
     def prefill(
         self,
@@ -40,17 +56,63 @@ class Programs(Protocol):
     def clear(self, pages: Int[np.ndarray, " max_pages"], count: np.int32) -> None:
         """As `decode.clear`."""
 
+    def save(self, name: np.int32, pages: Int[np.ndarray, " pages"]) -> None:
+        """Copies `pages` to the hosts, under a number."""
+
+    def restore(self, name: np.int32, pages: Int[np.ndarray, " pages"]) -> None:
+        """Copies what was saved to these pages instead, but nothing where they are 0. It can be done once."""
+
+    def forget(self, name: np.int32) -> None:
+        """Drops what was saved."""
+
     def insert(self, row: np.int32, new: RowState) -> None:
         """As `decode.insert`."""
 
     def set_page_table(self, table: Int[np.ndarray, "rows max_pages"]) -> None:
         """Replaces every row's page table."""
 
+    def set_masks(self, masks: UInt32[np.ndarray, "rows words"], is_masked: Bool[np.ndarray, " rows"]) -> None:
+        """Replaces every row's `token_mask` and `is_masked`."""
+
     def decode(self, max_steps: np.int32, keep: Bool[np.ndarray, " rows"], num_rows: int) -> StepOutput:
         """As `decode.decode_steps`; this process can read the whole output."""
 
     def wait(self) -> None:
         """Returns when the devices have done all that was asked."""
+
+
+@dataclass(frozen=True)
+class HostCopy:
+    """The parts of a pool's pages that this process's devices hold, in its memory."""
+
+    tree: Any
+    leaves: list[tuple[tuple[int, ...], Sharding, list[tuple[jax.Device, np.ndarray]]]]
+
+    @classmethod
+    def of(cls, copy: KVPool) -> HostCopy:
+        """Waits for the device."""
+        leaves, tree = jax.tree.flatten(copy)
+        for leaf in leaves:
+            leaf.copy_to_host_async()
+        return cls(
+            tree,
+            [(x.shape, x.sharding, [(s.device, np.asarray(s.data)) for s in x.addressable_shards]) for x in leaves],
+        )
+
+    def on_devices(self) -> KVPool:
+        """The same arrays again."""
+        leaves = [
+            jax.make_array_from_single_device_arrays(shape, sharding, [jax.device_put(x, d) for d, x in shards])
+            for shape, sharding, shards in self.leaves
+        ]
+        pool: KVPool = jax.tree.unflatten(self.tree, leaves)
+        return pool
+
+
+def _blocks(pages: Int[np.ndarray, " pages"]) -> list[Int[np.ndarray, " block"]]:
+    """`pages` in parts of one length, so that one program copies them all. Zeros fill the last."""
+    padded = np.pad(pages, (0, -len(pages) % PAGES_PER_COPY))
+    return list(padded.reshape(-1, PAGES_PER_COPY))
 
 
 class Device:
@@ -65,7 +127,36 @@ class Device:
         self._shapes = shapes
         self._shardings = state_shardings(config, mesh, shapes)
         self._state: DecodeState | None = None
+        self._saved: dict[int, list[HostCopy]] = {}
         self._replicate = jax.jit(lambda output: output, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def compile(
+        self, chunk_sizes: Int[np.ndarray, " sizes"], row_buckets: Int[np.ndarray, " buckets"], on_progress: OnProgress
+    ) -> None:
+        """Compiles several programs at a time, those that take longest first."""
+        config, params, state = self._config, self._params, self._get_state()
+        num_rows, table_width = self._shapes.page_table.shape
+        zero, pages = np.int32(0), np.zeros(table_width, np.int32)
+        row = row_state(config, SamplingParams(), prompt=[0], generated=[], remaining=1, seed=0)
+        keep = np.zeros(num_rows, np.bool_)
+
+        def lower_decode(bucket: int) -> Any:
+            return decode_steps.lower(config, params, state, zero, keep, num_rows=bucket, attention=self._attention)
+
+        def lower_prefill(size: int) -> Any:
+            tokens = np.zeros(size, np.int32)
+            return prefill.lower(config, params, state.pool, tokens, pages, zero, zero, attention=self._attention)
+
+        programs: dict[str, Callable[[], Any]] = {
+            f"decode of {n} rows": partial(lower_decode, n) for n in sorted(row_buckets.tolist(), reverse=True)
+        }
+        programs |= {
+            f"prefill of {n} tokens": partial(lower_prefill, n) for n in sorted(chunk_sizes.tolist(), reverse=True)
+        }
+        programs["insert"] = lambda: insert.lower(state, zero, row)
+        if self._attention.needs_clean_pages:
+            programs["clear"] = lambda: clear.lower(config, state.pool, pages, zero)
+        compile_all(programs, on_progress)
 
     def prefill(
         self,
@@ -86,19 +177,39 @@ class Device:
         state = self._get_state()
         self._state = state._replace(pool=clear(self._config, state.pool, pages, count))
 
+    def save(self, name: np.int32, pages: Int[np.ndarray, " pages"]) -> None:
+        """Copies `pages` to this process's memory. Waits for the device."""
+        pool = self._get_state().pool
+        copies = [copy_out(self._config, pool, block) for block in _blocks(pages)]
+        self._saved[int(name)] = [HostCopy.of(copy) for copy in copies]
+
+    def restore(self, name: np.int32, pages: Int[np.ndarray, " pages"]) -> None:
+        """Copies what was saved to `pages`, and drops it."""
+        state = self._get_state()
+        pool = state.pool
+        for block, copy in zip(_blocks(pages), self._saved.pop(int(name)), strict=True):
+            pool = copy_in(self._config, pool, block, copy.on_devices())
+        self._state = state._replace(pool=pool)
+
+    def forget(self, name: np.int32) -> None:
+        """Drops what was saved."""
+        del self._saved[int(name)]
+
     def insert(self, row: np.int32, new: RowState) -> None:
         """Puts a row in place."""
         self._state = insert(self._get_state(), row, new)
 
     def set_page_table(self, table: Int[np.ndarray, "rows max_pages"]) -> None:
         """Replaces every row's page table."""
-        sharding: Any = self._shardings.page_table
-        if sharding.is_fully_addressable:
-            on_device = jax.device_put(table, sharding)
-        else:
-            # Here `device_put` would compare the table between all processes, a collective at every call.
-            on_device = jax.make_array_from_callback(table.shape, sharding, lambda index: table[index])
-        self._state = self._get_state()._replace(page_table=on_device)
+        self._state = self._get_state()._replace(page_table=_put(table, self._shardings.page_table))
+
+    def set_masks(self, masks: UInt32[np.ndarray, "rows words"], is_masked: Bool[np.ndarray, " rows"]) -> None:
+        """Replaces every row's mask."""
+        state, shardings = self._get_state(), self._shardings.sampling
+        sampling = state.sampling._replace(
+            token_mask=_put(masks, shardings.token_mask), is_masked=_put(is_masked, shardings.is_masked)
+        )
+        self._state = state._replace(sampling=sampling)
 
     def decode(self, max_steps: np.int32, keep: Bool[np.ndarray, " rows"], num_rows: int) -> StepOutput:
         """Runs up to `max_steps` steps."""
@@ -119,3 +230,10 @@ class Device:
         if self._state is None:
             self._state = make_state(self._shapes, self._shardings)
         return self._state
+
+
+def _put(array: np.ndarray, sharding: Any) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    # Here `device_put` would compare the array between all processes, a collective at every call.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

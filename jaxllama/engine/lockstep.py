@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt32
 
+from jaxllama.compilation import OnProgress
 from jaxllama.config import LlamaConfig
 from jaxllama.decode import RowState, StepOutput, row_state
 from jaxllama.distributed import Group
@@ -35,6 +36,13 @@ class Leading:
         self._device = device
         self._group = group
 
+    def compile(
+        self, chunk_sizes: Int[np.ndarray, " sizes"], row_buckets: Int[np.ndarray, " buckets"], on_progress: OnProgress
+    ) -> None:
+        """As `Device.compile`, in all processes."""
+        self._group.publish(encode("compile", [chunk_sizes, row_buckets]))
+        self._device.compile(chunk_sizes, row_buckets, on_progress)
+
     def prefill(
         self,
         tokens: Int[np.ndarray, " chunk"],
@@ -51,6 +59,21 @@ class Leading:
         self._group.publish(encode("clear", [pages, count]))
         self._device.clear(pages, count)
 
+    def save(self, name: np.int32, pages: Int[np.ndarray, " pages"]) -> None:
+        """As `Device.save`, in all processes, each its devices' part."""
+        self._group.publish(encode("save", [name, pages]))
+        self._device.save(name, pages)
+
+    def restore(self, name: np.int32, pages: Int[np.ndarray, " pages"]) -> None:
+        """As `Device.restore`, in all processes."""
+        self._group.publish(encode("restore", [name, pages]))
+        self._device.restore(name, pages)
+
+    def forget(self, name: np.int32) -> None:
+        """As `Device.forget`, in all processes."""
+        self._group.publish(encode("forget", [name]))
+        self._device.forget(name)
+
     def insert(self, row: np.int32, new: RowState) -> None:
         """As `Device.insert`, in all processes."""
         self._group.publish(encode("insert", [row, *jax.tree.leaves(new)]))
@@ -60,6 +83,11 @@ class Leading:
         """As `Device.set_page_table`, in all processes."""
         self._group.publish(encode("set_page_table", [table]))
         self._device.set_page_table(table)
+
+    def set_masks(self, masks: UInt32[np.ndarray, "rows words"], is_masked: Bool[np.ndarray, " rows"]) -> None:
+        """As `Device.set_masks`, in all processes."""
+        self._group.publish(encode("set_masks", [masks, is_masked]))
+        self._device.set_masks(masks, is_masked)
 
     def decode(self, max_steps: np.int32, keep: Bool[np.ndarray, " rows"], num_rows: int) -> StepOutput:
         """As `Device.decode`, in all processes."""
@@ -99,10 +127,15 @@ def follow(config: LlamaConfig, device: Device, group: Group) -> None:
         device.insert(row, jax.tree.unflatten(row_tree, leaves))
 
     methods: dict[str, Callable[..., Any]] = {
+        "compile": lambda chunk_sizes, row_buckets: device.compile(chunk_sizes, row_buckets, lambda *_: None),
         "prefill": device.prefill,
         "clear": device.clear,
+        "save": device.save,
+        "restore": device.restore,
+        "forget": device.forget,
         "insert": insert,
         "set_page_table": device.set_page_table,
+        "set_masks": device.set_masks,
         "decode": lambda max_steps, keep, num_rows: device.decode(max_steps, keep, int(num_rows)),
     }
     for message in group.messages():

@@ -21,7 +21,7 @@ from jaxllama.errors import (
     TokenizerError,
 )
 from jaxllama_serving import hosts
-from jaxllama_serving.config import ServerConfig, ServerConfigError
+from jaxllama_serving.config import REASONING_FIELDS, TOOL_PARSERS, ServerConfig, ServerConfigError
 
 if TYPE_CHECKING:
     from jaxllama import Llama
@@ -35,9 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `serve`, in groups."""
     parser.add_argument("checkpoint", type=Path, help="folder written by `jaxllama convert`")
     _add_network(parser.add_argument_group("network"))
-    _add_model(parser.add_argument_group("model and engine"))
-    _add_behaviour(parser.add_argument_group("API behaviour"))
+    engine = parser.add_argument_group("model and engine")
+    add_model(engine)
+    engine.add_argument("--max-queue", type=int, default=256, help="requests that may wait (default: %(default)s)")
+    add_behaviour(parser.add_argument_group("API behaviour"))
     _add_access(parser.add_argument_group("access"))
+    _add_operation(parser.add_argument_group("operation"))
     _add_limits(parser.add_argument_group("limits and timeouts (seconds)"))
     hosts.add_arguments(
         parser.add_argument_group(
@@ -53,7 +56,8 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
 
 
-def _add_model(group: argparse._ArgumentGroup) -> None:
+def add_model(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags that say which model answers, and in what size."""
     group.add_argument(
         "--served-model-name", nargs="+", metavar="NAME", help="names clients may ask for (default: the folder's name)"
     )
@@ -64,10 +68,10 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--kv-dtype", choices=("int8",), help="of the cache (default: as the weights)")
     group.add_argument("--max-rows", type=int, default=16, help="sequences decoded together (default: %(default)s)")
     group.add_argument("--max-context", type=int, help="longest prompt and completion together (default: the model's)")
-    group.add_argument("--max-queue", type=int, default=256, help="requests that may wait (default: %(default)s)")
 
 
-def _add_behaviour(group: argparse._ArgumentGroup) -> None:
+def add_behaviour(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags that change what a request may ask for and gets."""
     group.add_argument(
         "--generation-config",
         choices=("none", "auto"),
@@ -77,6 +81,15 @@ def _add_behaviour(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--strict-length", action="store_true", help="refuse prompt + max_tokens beyond the context")
     group.add_argument("--lenient", action="store_true", help="ignore unknown parameters, with a warning header")
     group.add_argument("--stop-in-reasoning", action="store_true", help="let stop strings end the reasoning too")
+    group.add_argument(
+        "--reasoning-field",
+        choices=REASONING_FIELDS,
+        default="reasoning_content",
+        help="where answers have the reasoning (default: %(default)s)",
+    )
+    group.add_argument(
+        "--tool-parser", choices=TOOL_PARSERS, help="format of tool calls (default: by the chat template)"
+    )
     group.add_argument(
         "--max-n", type=int, default=16, help="most choices a request may ask for (default: %(default)s)"
     )
@@ -92,6 +105,20 @@ def _add_access(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--cors-origin", action="append", default=[], metavar="ORIGIN", help="may be repeated (default: none)"
+    )
+
+
+def _add_operation(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--peak-bandwidth",
+        type=float,
+        metavar="GB/S",
+        help="of one device's memory, for /metrics' roofline (default: known for TPUs, else left out)",
+    )
+    group.add_argument(
+        "--exit-on-engine-failure",
+        action="store_true",
+        help="exit with code 1 when the engine has failed, for a supervisor to restart (default: stay, /health is 503)",
     )
     group.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: %(default)s)"
@@ -110,6 +137,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         ("--max-body-bytes", int, "largest body"),
         ("--max-connections", int, "open connections"),
         ("--max-stream-tokens", int, "tokens a stream's reader may be behind"),
+        ("--max-pending-tokens", int, "prompt tokens of all requests at once"),
     ):
         default = getattr(defaults, _field(flag))
         shown = "none" if default is None else f"{default:g}" if kind is float else str(default)
@@ -136,14 +164,19 @@ def make_config(args: argparse.Namespace, environment: str | None) -> ServerConf
         cors_origins=tuple(args.cors_origin),
         price_input=args.price_input,
         price_output=args.price_output,
+        peak_bandwidth=args.peak_bandwidth,
+        exit_on_engine_failure=args.exit_on_engine_failure,
         generation_config=args.generation_config,
         strict_length=args.strict_length,
         lenient=args.lenient,
         stop_in_reasoning=args.stop_in_reasoning,
+        reasoning_field=args.reasoning_field,
+        tool_parser=args.tool_parser,
         max_n=args.max_n,
         max_body_bytes=args.max_body_bytes,
         max_connections=args.max_connections,
         max_stream_tokens=args.max_stream_tokens,
+        max_pending_tokens=args.max_pending_tokens,
         header_timeout_s=args.header_timeout,
         body_timeout_s=args.body_timeout,
         write_timeout_s=args.write_timeout,

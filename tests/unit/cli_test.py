@@ -170,12 +170,12 @@ def run(*args: str, code: str | None = None) -> subprocess.CompletedProcess[str]
 def test_help_lists_the_commands():
     done = run("--help")
     assert done.returncode == 0, done.stderr
-    for name in ("convert", "serve", "generate", "plan"):
+    for name in ("convert", "serve", "batch", "generate", "plan"):
         assert name in done.stdout
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("name", ["convert", "serve", "generate", "plan"])
+@pytest.mark.parametrize("name", ["convert", "serve", "batch", "generate", "plan"])
 def test_every_command_explains_its_options(capsys, name):
     with pytest.raises(SystemExit) as caught:
         main([name, "--help"])
@@ -211,6 +211,7 @@ sys.exit(main(sys.argv[2:]))
         ("aiohttp", ("serve", "somewhere"), "serve"),
         ("aiohttp", ("serve", "somewhere", "--port", "8001"), "serve"),
         ("pydantic", ("serve", "somewhere"), "serve"),
+        ("aiohttp", ("batch", "in", "out", "--checkpoint", "somewhere"), "serve"),
         ("gguf", ("convert", "model.gguf", "out"), "convert"),
         ("gguf", ("convert", "model.gguf", "out", "--dtype", "float32"), "convert"),
     ],

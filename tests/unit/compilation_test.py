@@ -7,19 +7,19 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.monitoring
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from collector import Collector, run
+from collector import run
 
 from jaxllama import Llama, SamplingParams
-from jaxllama.compilation import enable_compilation_cache
+from jaxllama.compilation import compile_all, enable_compilation_cache, num_compilations
 
 CONTEXT = tiny.SMALL.max_context or 0
 GREEDY = SamplingParams(temperature=0, ignore_eos=True, max_tokens=8)
@@ -33,29 +33,54 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 class CompileCount:
     """How many programs JAX has compiled since it was made."""
 
-    _EVENT = "/jax/core/compile/backend_compile_duration"
-    _num = 0
-    _is_listening = False
-
     def __init__(self) -> None:
-        if not CompileCount._is_listening:
-            jax.monitoring.register_event_duration_secs_listener(self._listen)
-            CompileCount._is_listening = True
-        self._start = CompileCount._num
-
-    @classmethod
-    def _listen(cls, event: str, _: float, **__: Any) -> None:
-        cls._num += event == cls._EVENT
+        self._start = num_compilations()
 
     @property
     def num(self) -> int:
-        return CompileCount._num - self._start
+        return num_compilations() - self._start
 
 
 def test_compilations_are_counted():
     count = CompileCount()
     jax.jit(lambda x: x * 3 + 1)(np.float32(2))
-    assert count.num >= 1
+    assert count.num == 1
+    jnp.zeros((3, 17, 5)) + 2  # an operation outside jit is a program of its own
+    assert count.num >= 2
+
+
+# ---- Several at a time ----
+
+
+class Program:
+    """What `compile_all` is given: `compile` meets the others at the barrier, or fails."""
+
+    def __init__(self, barrier: threading.Barrier | None) -> None:
+        self.barrier = barrier
+
+    def compile(self) -> None:
+        if self.barrier is None:
+            raise ValueError("it does not compile")
+        self.barrier.wait(10)
+
+
+def test_programs_compile_side_by_side(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    steps: list[tuple[int, int, str]] = []
+    barrier = threading.Barrier(2)
+    programs = {name: lambda: Program(barrier) for name in "abcd"}
+    compile_all(programs, lambda *step: steps.append(step))
+    assert [step[:2] for step in steps] == [(n, 4) for n in range(5)]
+    assert steps[0][2] == "a, b"
+    assert steps[-1][2] == "ready"
+
+
+def test_a_program_that_does_not_compile_ends_the_others():
+    with pytest.raises(ValueError, match="it does not compile"):
+        compile_all({"bad": lambda: Program(None), "good": lambda: Program(threading.Barrier(1))}, lambda *_: None)
+
+
+# ---- Nothing compiles after warm-up ----
 
 
 def random_params(rng: random.Random) -> SamplingParams:
@@ -74,28 +99,34 @@ def random_params(rng: random.Random) -> SamplingParams:
         seed=rng.choice([None, 0, rng.getrandbits(63)]),
         logit_bias={rng.randrange(280): rng.uniform(-5, 5) for _ in range(rng.randrange(4))},
         logprobs=rng.choice([None, 0, 5, 20]),
+        stop=tuple(rng.sample(["a", "Q", "the", "\n"], rng.choice([0, 0, 2]))),
+        include_stop_str_in_output=rng.random() < 0.5,
     )
 
 
-def test_nothing_compiles_after_warm_up():
-    """A config and sizes that no other test has compiled for, or the programs would be there already."""
+@pytest.mark.parametrize(("tp", "data"), [(1, 1), (2, 1), (2, 2)])
+def test_nothing_compiles_after_warm_up(tp, data, tokenizer_folder):
+    """Of a model and sizes that no other test has compiled for, or the programs would be there already."""
     rng = random.Random(1)
     steps: list[tuple[int, int, str]] = []
-    options = dataclasses.replace(tiny.SMALL, num_pages=131)
-    with tiny.make_llama(options=options, max_position_embeddings=1000) as llama:
+    options = dataclasses.replace(tiny.SMALL, num_pages=31)  # few: rows are set aside and come back
+    sizes = {"max_position_embeddings": 1000 + 10 * tp + data}
+    with tiny.make_llama(tp=tp, data=data, options=options, tokenizer_folder=tokenizer_folder, **sizes) as llama:
         before = CompileCount()
-        llama.engine.warm_up(lambda done, total, name: steps.append((done, total, name)))
+        llama.engine.warm_up(lambda *step: steps.append(step))
         assert before.num >= 4
         assert llama.engine.stats().ready
-        count = CompileCount()
-        for num in (1, 2, 3, 24):
-            done = [
-                Collector(llama.engine, prompt(rng.randrange(1, CONTEXT), rng.getrandbits(32)), random_params(rng))
-                for _ in range(num)
-            ]
-            for collector in done:
-                assert collector.wait().finish_reason in ("stop", "length")
+        count, in_stats = CompileCount(), llama.engine.stats().num_compilations
+        for num in (1, 2, 3, 194 if tp == data == 1 else 20):
+            # One prompt in four asks for several choices of it.
+            prompts = [prompt(rng.randrange(1, CONTEXT), rng.getrandbits(32)) for _ in range(num)]
+            prompts = [p for p in prompts for _ in range(rng.choice([1, 1, 1, 3]))]
+            done = llama.generate(prompts, [random_params(rng) for _ in prompts])
+            assert all(completion.finish_reason in ("stop", "length") for completion in done)
+        llama.chat([{"role": "user", "content": "Hi"}], SamplingParams(max_tokens=5))
+        next(llama.stream("An early end", SamplingParams(max_tokens=30, ignore_eos=True)))
         assert count.num == 0
+        assert llama.engine.stats().num_compilations == in_stats
     done_steps, totals, names = zip(*steps, strict=True)
     assert list(done_steps) == list(range(totals[0] + 1))
     assert set(totals) == {len(steps) - 1}

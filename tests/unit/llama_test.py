@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from jaxllama.text.tokenizer import load_tokenizer
 NAME = "divisible"
 GREEDY = SamplingParams(temperature=0)
 FREE = SamplingParams(temperature=0, ignore_eos=True, max_tokens=12)
+CONTEXT = tiny.SMALL.max_context or 0
 ALPHABET = "abcdefghij你klmnop"  # what the scripted model says after "a", and after the chat template's last newline
 
 
@@ -225,6 +227,38 @@ def test_more_prompts_than_the_queue_holds():
     with tiny.make_llama(options=dataclasses.replace(tiny.SMALL, max_queue=2)) as llama:
         completions = llama.generate([prompt(2, seed) for seed in range(30)], FREE)
     assert [len(completion.token_ids) for completion in completions] == [12] * 30
+
+
+def test_500_prompts_of_mixed_lengths_keep_every_row_busy(monkeypatch):
+    rng = np.random.default_rng(3)
+    prompts = [prompt(int(rng.integers(1, 60)), seed) for seed in range(500)]
+    params = [dataclasses.replace(FREE, max_tokens=int(n), seed=1) for n in rng.integers(1, 60, len(prompts))]
+    with tiny.make_llama(options=dataclasses.replace(tiny.SMALL, max_queue=8)) as llama:
+        num_steps: list[int] = []
+        read = llama.engine._read
+        monkeypatch.setattr(
+            llama.engine, "_read", lambda dispatch: num_steps.append(int(dispatch.output.num_steps)) or read(dispatch)
+        )
+        done = llama.generate(prompts, params)
+        assert [completion.prompt_token_ids for completion in done] == [tuple(ids) for ids in prompts]
+        num_tokens = [len(completion.token_ids) for completion in done]
+        assert num_tokens == [min(one.max_tokens, CONTEXT - len(ids)) for ids, one in zip(prompts, params, strict=True)]
+        assert sum(num_tokens) > 0.9 * tiny.SMALL.max_rows * sum(num_steps)
+        assert_idle(llama.engine)
+
+
+def test_progress_is_shown_where_asked_or_on_a_terminal(llama: Llama, capsys, monkeypatch):
+    def shown(count: int, progress: bool | None) -> str:
+        llama.generate([prompt(3, seed) for seed in range(count)], FREE, progress=progress)
+        return capsys.readouterr().err
+
+    assert [shown(20, None), shown(20, False)] == ["", ""]
+    lines = shown(20, True).splitlines()
+    assert len(lines) == 10
+    assert re.fullmatch(r"generate: 20 of 20, [\d,]+ tokens/s", lines[-1])
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes any stream for a terminal then
+    assert "20/20" in shown(20, None)
+    assert shown(1, None) == ""
 
 
 def test_generate_waits_where_others_fill_the_queue():

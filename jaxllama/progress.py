@@ -1,0 +1,90 @@
+"""How far a long job is: a bar on a terminal or in a notebook, a few lines elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Advance(Protocol):
+    """Counts what has been done since the last call."""
+
+    def __call__(self, *, items: int = 0, tokens: int = 0) -> None: ...
+
+
+@contextmanager
+def show_progress(name: str, total: int, *, show: bool | None = None, done: int = 0) -> Iterator[Advance]:
+    """Shows on stderr how many of `total` items are done (`done` were before), and tokens a second.
+
+    `show` None shows a bar on a terminal and in a notebook (with ipywidgets), and nothing elsewhere; True shows a line
+    every tenth of the items there; False shows nothing.
+    """
+    if show is False:
+        yield _count_nothing
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    if not console.is_terminal and not (console.is_jupyter and importlib.util.find_spec("ipywidgets")):
+        yield _Lines(name, total, done) if show else _count_nothing
+        return
+    rate = _Rate()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(name, total=total, completed=done, rate="")
+
+        def advance(*, items: int = 0, tokens: int = 0) -> None:
+            bar.update(task, advance=items, rate=rate.after(tokens))
+
+        yield advance
+
+
+def _count_nothing(*, items: int = 0, tokens: int = 0) -> None:
+    pass
+
+
+class _Rate:
+    """Tokens a second since it was made, as text."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._num_tokens = 0
+
+    def after(self, num_tokens: int) -> str:
+        self._num_tokens += num_tokens
+        seconds = max(1e-3, time.monotonic() - self._started)
+        return f"{self._num_tokens / seconds:,.0f} tokens/s"
+
+
+class _Lines:
+    """Prints a line every tenth of the items."""
+
+    def __init__(self, name: str, total: int, done: int) -> None:
+        self._name, self._total, self._done = name, total, done
+        self._rate = _Rate()
+
+    def __call__(self, *, items: int = 0, tokens: int = 0) -> None:
+        rate = self._rate.after(tokens)
+        tenth = 10 * self._done // max(1, self._total)
+        self._done += items
+        if 10 * self._done // max(1, self._total) > tenth:
+            print(f"{self._name}: {self._done} of {self._total}, {rate}", file=sys.stderr, flush=True)
