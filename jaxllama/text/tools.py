@@ -15,7 +15,6 @@ from typing import Any
 from jaxllama.errors import GrammarError, RequestError
 from jaxllama.text.structured import GrammarCompiler, GrammarSource, check_schema, json_part
 
-MAX_TOOLS = 128
 _MAX_CALLS = 16
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
