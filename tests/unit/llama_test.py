@@ -315,13 +315,13 @@ def test_leaving_a_stream_early_cancels_it(monkeypatch):
     with tiny.make_llama(options=dataclasses.replace(tiny.SMALL, dispatch_s=1e-4)) as llama:
         submit = llama.engine.submit
 
-        def spy(prompt_ids: Any, params: Any, on_output: Any) -> Any:
+        def spy(prompt_ids: Any, params: Any, on_output: Any, **options: Any) -> Any:
             def slow(output: Any) -> None:
                 outputs.append(output)
                 on_output(output)
                 time.sleep(0.05)
 
-            return submit(prompt_ids, params, slow)
+            return submit(prompt_ids, params, slow, **options)
 
         monkeypatch.setattr(llama.engine, "submit", spy)
         for delta in llama.stream(prompt(3), SamplingParams(ignore_eos=True)):
