@@ -12,6 +12,7 @@ from jaxllama.engine.request import EngineRequest, TokenLogprob, TokenOutput
 from jaxllama.llama import Completion, CompletionDelta, Llama, load
 from jaxllama.mesh import make_mesh
 from jaxllama.sampling import SamplingParams
+from jaxllama.scoring import PromptLogprob
 from jaxllama.text.chat import ChatTemplate
 from jaxllama.text.output import OutputAssembler
 from jaxllama.text.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "OutputAssembler",
+    "PromptLogprob",
     "RopeScaling",
     "SamplingParams",
     "TokenLogprob",

@@ -119,6 +119,24 @@ def clear_pages(pool: KVPool, pages: Int[Array, " max_pages"], count: Int[Array,
     return jax.tree.map(clear_in, pool)
 
 
+def read_pages(pool: KVPool, pages: Int[Array, " some"], num_layers: int) -> KVPool:
+    """A copy of `pages` (numbers of layer 0) of every layer, `[layers * some, …]`. Of page 0 it is of no use."""
+    index = _in_every_layer(pool, pages, num_layers)
+    return jax.tree.map(lambda part: part[index], pool)
+
+
+def put_pages(pool: KVPool, pages: Int[Array, " some"], copy: KVPool, num_layers: int) -> KVPool:
+    """The inverse of `read_pages`. What was read where `pages` is 0 now is left out."""
+    index = _in_every_layer(pool, pages, num_layers)
+    index = jnp.where(jnp.tile(pages, num_layers) == 0, pool.pages.shape[0], index)
+    return jax.tree.map(lambda part, new: part.at[index].set(new, mode="drop"), pool, copy)
+
+
+def _in_every_layer(pool: KVPool, pages: Array, num_layers: int) -> Array:
+    first = jnp.arange(num_layers) * (pool.pages.shape[0] // num_layers)
+    return (first[:, None] + pages).ravel()
+
+
 def _stored(kv: Float[Array, "tokens kv2 head_dim"], pool: KVPool) -> KVPool:
     """Tokens as `pool` keeps them. One with NaN or infinity has a scale of NaN, which attention carries on."""
     if pool.scales is None:

@@ -10,15 +10,15 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxllama.checkpoint import Checkpoint
 from jaxllama.config import LlamaConfig
-from jaxllama.decode import make_pool, prefill_logits
 from jaxllama.distributed import Group
 from jaxllama.engine.engine import Engine
 from jaxllama.engine.options import EngineOptions
@@ -28,14 +28,17 @@ from jaxllama.loading import load_params
 from jaxllama.mesh import make_mesh
 from jaxllama.params import Params
 from jaxllama.progress import Advance, show_progress
-from jaxllama.sampling import SamplingParams
+from jaxllama.sampling import MAX_TOP_LOGPROBS, SamplingParams
+from jaxllama.scoring import PromptLogprob, logits_of, prompt_logprobs
 from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
 from jaxllama.text.output import OutputAssembler
 from jaxllama.text.tokenizer import Tokenizer, load_tokenizer
 
+if TYPE_CHECKING:
+    from jaxllama.plan.live import MemoryTraffic
+
 type Prompt = str | Sequence[int]
 
-_LOGITS_CHUNK = 128
 _PROMPT_TAIL = 16
 _QUEUE_RETRY_S = 0.05
 
@@ -143,6 +146,13 @@ class Llama:
         """The most tokens that a prompt and its output may have together."""
         return self.engine.max_context
 
+    def memory_traffic(self) -> MemoryTraffic:
+        """What decoding must read from memory, to compare with what it takes (`Engine.on_steps`)."""
+        # Here, for the planner behind it takes its time to import.
+        from jaxllama.plan.live import memory_traffic
+
+        return memory_traffic(self.config, self.params, self.mesh, self.engine.kv_dtype)
+
     def __enter__(self) -> Self:
         return self
 
@@ -227,6 +237,22 @@ class Llama:
         Not over many processes. Raises: RequestError there and for ids outside the vocabulary, ContextLengthError for
         more than the context.
         """
+        tokens = self._checked_ids(ids)
+        return np.concatenate([np.asarray(chunk) for chunk in self._score(tokens)])[: len(tokens)]
+
+    def prompt_logprobs(self, ids: Sequence[int], num_top: int = 0) -> Iterator[PromptLogprob]:
+        """The log-probability of every token but the first, with the `num_top` (at most 20) likeliest at its place.
+
+        The work is done as the iterator is read, in an own small cache beside the engine's. Not over many processes.
+
+        Raises: as `logits`; RequestError for `num_top`.
+        """
+        if not 0 <= num_top <= MAX_TOP_LOGPROBS:
+            raise RequestError(f"num_top must be from 0 to {MAX_TOP_LOGPROBS}, got {num_top}", "num_top")
+        tokens = self._checked_ids(ids)
+        return prompt_logprobs(self._score(tokens), tokens, num_top)
+
+    def _checked_ids(self, ids: Sequence[int]) -> np.ndarray:
         if self.engine.group is not None:
             raise RequestError("logits are of one process; this model is spread over several")
         tokens = np.asarray(_token_ids(ids, "ids"), np.int32)
@@ -235,23 +261,19 @@ class Llama:
             raise RequestError(f"ids must be a non-empty list of token ids from 0 to {vocab - 1}", "ids")
         if len(tokens) > context:
             raise ContextLengthError(f"{len(tokens)} ids exceed the context of {context}", "ids")
-        page_size = self.engine.page_size
-        chunk = -(-_LOGITS_CHUNK // page_size) * page_size
-        # Powers of two, so that a loop over texts of all lengths compiles a few programs only.
-        num_chunks = 1 << (-(-len(tokens) // chunk) - 1).bit_length()
-        num_pages = num_chunks * chunk // page_size
-        pool = make_pool(self.config, self.mesh, num_pages=num_pages, page_size=page_size, dtype=self.engine.kv_dtype)
-        table = np.arange(num_pages, dtype=np.int32)
-        rows = []
-        for start in range(0, len(tokens), chunk):
-            part = tokens[start : start + chunk]
-            padded = np.pad(part, (0, chunk - len(part)))
-            at = (np.int32(start), np.int32(len(part)))
-            scores, pool = prefill_logits(
-                self.config, self.params, pool, padded, table, *at, attention=self.engine.attention
-            )
-            rows.append(np.asarray(scores[: len(part)]))
-        return np.concatenate(rows)
+        return tokens
+
+    def _score(self, tokens: np.ndarray) -> Iterator[jax.Array]:
+        engine = self.engine
+        return logits_of(
+            self.config,
+            self.params,
+            self.mesh,
+            tokens,
+            page_size=engine.page_size,
+            kv_dtype=engine.kv_dtype,
+            attention=engine.attention,
+        )
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):

@@ -16,12 +16,22 @@ TIMEOUT_S = 60.0
 class Collector:
     """Collects the outputs of one request, and checks that exactly one has a finish reason and that it is the last."""
 
-    def __init__(self, engine: Engine, prompt: Sequence[int], params: SamplingParams, **rest: Any) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_scope: str | bytes = b"",
+    ) -> None:
         self.outputs: list[TokenOutput] = []
         self.violations: list[str] = []
         self._first = threading.Event()
         self._ended = threading.Event()
-        self.request: EngineRequest = engine.submit(prompt, params, self._take, **rest)
+        self.request: EngineRequest = engine.submit(
+            prompt, params, self._take, priority=priority, cache_scope=cache_scope
+        )
 
     def _take(self, output: TokenOutput) -> None:
         if self._ended.is_set():
@@ -82,9 +92,9 @@ def held(engine: Engine) -> Iterator[None]:
         release.set()
 
 
-def run(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> Collector:
+def run(engine: Engine, prompt: Sequence[int], params: SamplingParams, *, cache_scope: str | bytes = b"") -> Collector:
     """Submits a request and waits for its end."""
-    return Collector(engine, prompt, params).wait()
+    return Collector(engine, prompt, params, cache_scope=cache_scope).wait()
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:

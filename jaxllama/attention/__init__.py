@@ -20,8 +20,8 @@ class Attention(Protocol):
     """Writes new keys and values to the cache and attends to it. Hashable: it is static under `jax.jit`.
 
     `kv` is interleaved by head (K0 V0 K1 V1 …). Page tables hold pages of the layer at hand (already offset).
-    `page_size` and `chunk_sizes`, in tokens, are what it works best with. If `needs_clean_pages`, pages must be cleared
-    before another row is given them, because what lies past a row's end must be finite.
+    `page_size` and `chunk_sizes`, in tokens, are what it works best with. If `needs_clean_pages`, pages that may
+    hold a failed row's NaN must be cleared before another row is given them: what lies past a row's end must be finite.
     """
 
     @property

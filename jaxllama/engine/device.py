@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Bool, Int
 
 from jaxllama.attention import Attention
+from jaxllama.cache import KVPool
 from jaxllama.compilation import OnProgress, compile_all
 from jaxllama.config import LlamaConfig
 from jaxllama.decode import (
@@ -19,6 +21,8 @@ from jaxllama.decode import (
     RowState,
     StepOutput,
     clear,
+    copy_in,
+    copy_out,
     decode_steps,
     insert,
     make_state,
@@ -28,6 +32,8 @@ from jaxllama.decode import (
 )
 from jaxllama.params import Params
 from jaxllama.sampling import SamplingParams
+
+PAGES_PER_COPY = 16
 
 
 class Programs(Protocol):
@@ -50,6 +56,15 @@ class Programs(Protocol):
     def clear(self, pages: Int[np.ndarray, " max_pages"], count: np.int32) -> None:
         """As `decode.clear`."""
 
+    def save(self, name: np.int32, pages: Int[np.ndarray, " pages"]) -> None:
+        """Copies `pages` to the hosts, under a number."""
+
+    def restore(self, name: np.int32, pages: Int[np.ndarray, " pages"]) -> None:
+        """Copies what was saved to these pages instead, but nothing where they are 0. It can be done once."""
+
+    def forget(self, name: np.int32) -> None:
+        """Drops what was saved."""
+
     def insert(self, row: np.int32, new: RowState) -> None:
         """As `decode.insert`."""
 
@@ -61,6 +76,40 @@ class Programs(Protocol):
 
     def wait(self) -> None:
         """Returns when the devices have done all that was asked."""
+
+
+@dataclass(frozen=True)
+class HostCopy:
+    """The parts of a pool's pages that this process's devices hold, in its memory."""
+
+    tree: Any
+    leaves: list[tuple[tuple[int, ...], Sharding, list[tuple[jax.Device, np.ndarray]]]]
+
+    @classmethod
+    def of(cls, copy: KVPool) -> HostCopy:
+        """Waits for the device."""
+        leaves, tree = jax.tree.flatten(copy)
+        for leaf in leaves:
+            leaf.copy_to_host_async()
+        return cls(
+            tree,
+            [(x.shape, x.sharding, [(s.device, np.asarray(s.data)) for s in x.addressable_shards]) for x in leaves],
+        )
+
+    def on_devices(self) -> KVPool:
+        """The same arrays again."""
+        leaves = [
+            jax.make_array_from_single_device_arrays(shape, sharding, [jax.device_put(x, d) for d, x in shards])
+            for shape, sharding, shards in self.leaves
+        ]
+        pool: KVPool = jax.tree.unflatten(self.tree, leaves)
+        return pool
+
+
+def _blocks(pages: Int[np.ndarray, " pages"]) -> list[Int[np.ndarray, " block"]]:
+    """`pages` in parts of one length, so that one program copies them all. Zeros fill the last."""
+    padded = np.pad(pages, (0, -len(pages) % PAGES_PER_COPY))
+    return list(padded.reshape(-1, PAGES_PER_COPY))
 
 
 class Device:
@@ -75,6 +124,7 @@ class Device:
         self._shapes = shapes
         self._shardings = state_shardings(config, mesh, shapes)
         self._state: DecodeState | None = None
+        self._saved: dict[int, list[HostCopy]] = {}
         self._replicate = jax.jit(lambda output: output, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def compile(
@@ -123,6 +173,24 @@ class Device:
         """Zeros in the first `count` of `pages`."""
         state = self._get_state()
         self._state = state._replace(pool=clear(self._config, state.pool, pages, count))
+
+    def save(self, name: np.int32, pages: Int[np.ndarray, " pages"]) -> None:
+        """Copies `pages` to this process's memory. Waits for the device."""
+        pool = self._get_state().pool
+        copies = [copy_out(self._config, pool, block) for block in _blocks(pages)]
+        self._saved[int(name)] = [HostCopy.of(copy) for copy in copies]
+
+    def restore(self, name: np.int32, pages: Int[np.ndarray, " pages"]) -> None:
+        """Copies what was saved to `pages`, and drops it."""
+        state = self._get_state()
+        pool = state.pool
+        for block, copy in zip(_blocks(pages), self._saved.pop(int(name)), strict=True):
+            pool = copy_in(self._config, pool, block, copy.on_devices())
+        self._state = state._replace(pool=pool)
+
+    def forget(self, name: np.int32) -> None:
+        """Drops what was saved."""
+        del self._saved[int(name)]
 
     def insert(self, row: np.int32, new: RowState) -> None:
         """Puts a row in place."""

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from jaxllama.decode import StepOutput
+from jaxllama.engine.options import StepReport
 from jaxllama.engine.request import EngineRequest, TokenLogprob
 
 
@@ -28,6 +29,12 @@ class Dispatch:
         chosen, ids, values = self._logprobs
         top = zip(ids[step, row, :count].tolist(), values[step, row, :count].tolist(), strict=True)
         return TokenLogprob(token, float(chosen[step, row]), tuple(top))
+
+    def report(self, num_steps: int, step_s: float) -> StepReport:
+        """What it did; the rows' lengths are those before its tokens are added to them."""
+        lengths = [len(request.prompt) + len(request.generated) for request in self.rows.values()]
+        kv_tokens = sum(lengths) + len(lengths) * num_steps / 2
+        return StepReport(num_steps, len(lengths), num_steps * step_s, kv_tokens)
 
     @cached_property
     def _logprobs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

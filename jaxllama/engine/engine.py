@@ -19,12 +19,14 @@ from jax.sharding import Mesh
 from jaxllama.attention import choose_attention
 from jaxllama.compilation import OnProgress, num_compilations
 from jaxllama.config import LlamaConfig
-from jaxllama.decode import MAX_STEPS, NOT_FINITE, row_state, state_shapes
+from jaxllama.decode import MAX_STEPS, NOT_FINITE, programs_agree, row_state, state_shapes
 from jaxllama.distributed import Group
+from jaxllama.engine.chunks import ChunkPlan
 from jaxllama.engine.device import Device, Programs
 from jaxllama.engine.dispatch import Dispatch
 from jaxllama.engine.lockstep import Leading, check_processes, follow
-from jaxllama.engine.options import EngineOptions, EngineStats
+from jaxllama.engine.options import EngineOptions, EngineStats, StepReport
+from jaxllama.engine.placement import Placement
 from jaxllama.engine.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
 from jaxllama.engine.scheduler import Chunk, Scheduler
 from jaxllama.errors import (
@@ -60,10 +62,11 @@ class Engine:
         if mesh.shape["data"] == 1:
             # XLA multiplies one row by another path, with other bits, than two: a row must not notice its batch.
             self._num_rows = max(2, options.max_rows)
-            self._row_buckets = _row_buckets(self._num_rows)
         else:
             self._num_rows = -(-options.max_rows // mesh.shape["data"]) * mesh.shape["data"]
-            self._row_buckets = (self._num_rows,)
+        # Elsewhere than on a CPU nobody has measured that a row's bits are the same in each.
+        has_buckets = mesh.shape["data"] == 1 and mesh.devices.flat[0].platform == "cpu"
+        self._row_buckets = _row_buckets(self._num_rows) if has_buckets else (self._num_rows,)
         self.kv_dtype = jnp.dtype(options.kv_dtype or params["norm"].dtype)
         self.attention = choose_attention(config, mesh, self.kv_dtype)
         self.page_size = page_size = options.page_size or self.attention.page_size
@@ -91,11 +94,19 @@ class Engine:
         self._device = Device(config, params, mesh, self._shapes, self.attention)
         self._programs: Programs = self._device if group is None else Leading(self._device, group)
         self._page_table = np.zeros((self._num_rows, self._table_width), np.int32)
+        self._plan = ChunkPlan(tuple(sorted(self.chunk_sizes)), page_size, programs_agree(mesh, params))
         self._scheduler = Scheduler(
             num_rows=self._num_rows if options.max_rows > 1 else 1,
             num_pages=num_pages,
-            page_size=page_size,
-            chunk_sizes=self.chunk_sizes,
+            plan=self._plan,
+        )
+        self._placement = Placement(
+            config,
+            self._programs,
+            self._scheduler,
+            max_tokens=max(self.chunk_sizes),
+            table_width=self._table_width,
+            needs_clean_pages=self.attention.needs_clean_pages,
         )
         self._in_flight: deque[Dispatch] = deque()
         self._step_s = 0.02
@@ -109,6 +120,8 @@ class Engine:
         self._failure: Exception | None = None
         self._is_warm = False
         self._last_progress = time.monotonic()
+        self.on_steps: Callable[[StepReport], None] | None = None
+        """Called on the engine's thread after every dispatch; must return at once."""
         if group is not None:
             group.on_failure(self._abandon)
 
@@ -126,17 +139,19 @@ class Engine:
         on_output: Callable[[TokenOutput], None],
         *,
         priority: int = 0,
+        cache_scope: str | bytes = b"",
     ) -> EngineRequest:
         """Queues a request. `on_output` runs on the engine's thread and must return at once.
 
-        `max_tokens` None or past the context ends the output at the context.
+        `max_tokens` None or past the context ends the output at the context. What earlier requests of the same
+        `cache_scope` began with is not prefilled again (`EngineRequest.num_cached_tokens`); no other's is used.
 
         Raises: RequestError or ContextLengthError for a prompt or parameters that cannot run, QueueFullError,
         EngineStoppedError.
         """
         if self.group is not None and not self.group.is_leader:
             raise EngineStoppedError("this process follows process 0, which alone takes requests")
-        request = self._make_request(prompt_ids, params, on_output, priority)
+        request = self._make_request(prompt_ids, params, on_output, priority, cache_scope)
         with self._changed:
             if self._failure is not None:
                 raise EngineStoppedError(f"the engine has failed: {self._failure}")
@@ -157,8 +172,11 @@ class Engine:
         """
         programs = self._programs
         programs.compile(np.array(self.chunk_sizes, np.int32), np.array(self._row_buckets, np.int32), on_progress)
-        nothing = self._make_request([0], SamplingParams(), lambda _: None, 0)
-        self._prefill(Chunk(nothing, 0, 0, min(self.chunk_sizes)))
+        nothing = self._make_request([0], SamplingParams(), lambda _: None, 0, b"")
+        self._placement.prefill(Chunk(nothing, 0, 0, min(self.chunk_sizes)))
+        none = np.zeros(1, np.int32)
+        programs.save(np.int32(0), none)
+        programs.restore(np.int32(0), none)
         row = row_state(self.config, nothing.params, prompt=[0], generated=[], remaining=1, seed=0)
         programs.insert(np.int32(0), row)
         if self.attention.needs_clean_pages:
@@ -176,6 +194,10 @@ class Engine:
             num_waiting=len(scheduler.waiting) + len(self._inbox),
             num_pages_used=scheduler.pages.num_used,
             num_pages=scheduler.pages.num_pages - 1,
+            num_cached_pages=scheduler.pages.num_cached,
+            num_prompt_tokens=scheduler.num_queried_tokens,
+            num_prompt_tokens_cached=scheduler.num_hit_tokens,
+            has_failed=self._failure is not None,
             num_compilations=num_compilations() - self._compilations_before,
             ready=self._is_warm and self.health() is None and self._is_accepting,
         )
@@ -222,7 +244,12 @@ class Engine:
     # The engine's thread
 
     def _make_request(
-        self, prompt_ids: Sequence[int], params: SamplingParams, on_output: Callable[[TokenOutput], None], priority: int
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        on_output: Callable[[TokenOutput], None],
+        priority: int,
+        cache_scope: str | bytes,
     ) -> EngineRequest:
         prompt = [int(token_id) for token_id in prompt_ids]
         if not prompt:
@@ -237,6 +264,7 @@ class Engine:
             )
         params.validate_vocab(self.config.vocab_size)
         room = self.max_context - len(prompt)
+        scope = cache_scope.encode("utf-8", "surrogatepass") if isinstance(cache_scope, str) else cache_scope
         return EngineRequest(
             prompt=prompt,
             params=params,
@@ -247,6 +275,8 @@ class Engine:
             priority=priority,
             arrival=0,
             wake=self._wake,
+            scope=scope,
+            page_keys=self._plan.page_keys(scope, prompt[:-1]),
             seed=secrets.randbits(63) if params.seed is None else params.seed,
         )
 
@@ -296,8 +326,7 @@ class Engine:
                 self._finish(request, "cancelled")
             elif request.budget == 0:
                 self._finish(request, "length")
-        self._scheduler.admit()
-        self._prefill_some()
+        self._placement.fill_rows()
         launched = self._launch()
         if not self._in_flight:
             # Prefill alone: wait for it, or chunks would pile up on the device while cancellations wait behind them.
@@ -305,40 +334,6 @@ class Engine:
             self._last_progress = time.monotonic()
         while len(self._in_flight) > (1 if launched else 0):
             self._read(self._in_flight.popleft())
-
-    def _prefill_some(self) -> None:
-        """At most one largest chunk's worth of tokens, so that running streams wait no longer than that."""
-        tokens_left = max(self.chunk_sizes)
-        for request in self._scheduler.prefilling:
-            for chunk in self._scheduler.chunks(request):
-                if chunk.size > tokens_left:
-                    return
-                tokens_left -= chunk.size
-                self._prefill(chunk)
-                request.num_prefilled += chunk.num_tokens
-            self._activate(request)
-
-    def _prefill(self, chunk: Chunk) -> None:
-        request = chunk.request
-        tokens = np.zeros(chunk.size, np.int32)
-        ids = (request.prompt + request.generated)[chunk.start : chunk.start + chunk.num_tokens]
-        tokens[: len(ids)] = ids
-        table = np.zeros(self._table_width, np.int32)
-        table[: len(request.pages)] = request.pages
-        self._programs.prefill(tokens, table, np.int32(chunk.start), np.int32(chunk.num_tokens))
-
-    def _activate(self, request: EngineRequest) -> None:
-        new = row_state(
-            self.config,
-            request.params,
-            prompt=request.prompt,
-            generated=request.generated,
-            remaining=request.budget - len(request.generated),
-            seed=request.seed,
-        )
-        assert request.row is not None
-        self._programs.insert(np.int32(request.row), new)
-        request.is_running = True
 
     def _launch(self) -> bool:
         max_steps = self._choose_steps()
@@ -390,9 +385,7 @@ class Engine:
                     break
                 if self._in_flight:
                     return False
-                youngest = self._scheduler.youngest()
-                self._clean(youngest)
-                self._scheduler.set_aside(youngest)
+                self._placement.set_aside(self._scheduler.youngest())
         return True
 
     def _read(self, dispatch: Dispatch) -> None:
@@ -402,6 +395,8 @@ class Engine:
         if num_steps:
             took_s = (now - max(dispatch.launched, self._last_progress)) / num_steps
             self._step_s = 0.5 * self._step_s + 0.5 * max(took_s, 1e-4)
+            if self.on_steps is not None:
+                self.on_steps(dispatch.report(num_steps, took_s))
         self._last_progress = now
         for row, request in dispatch.rows.items():
             if not request.is_finished:
@@ -441,17 +436,13 @@ class Engine:
         error: Exception | None = None,
     ) -> None:
         self._tell(request, TokenOutput(token_ids, logprobs, reason, stop_token_id, error))
-        self._clean(request)
+        if not self._is_closing and self._failure is None:
+            self._placement.forget(request)
         with self._changed:
-            self._scheduler.remove(request)
+            unclean = self._scheduler.remove(request, has_failed=reason == "error")
             self._changed.notify_all()
-
-    def _clean(self, request: EngineRequest) -> None:
-        """Clears a request's pages before they are given back, if the attention needs it."""
-        if self.attention.needs_clean_pages and request.pages and not self._is_closing and self._failure is None:
-            pages = np.zeros(self._table_width, np.int32)
-            pages[: len(request.pages)] = request.pages
-            self._programs.clear(pages, np.int32(len(request.pages)))
+        if not self._is_closing and self._failure is None:
+            self._placement.clear(unclean)
 
     def _tell(self, request: EngineRequest, output: TokenOutput) -> None:
         """Calls the request's `on_output`. If that raises, this request ends, and no other is hurt.

@@ -59,6 +59,21 @@ class Leading:
         self._group.publish(encode("clear", [pages, count]))
         self._device.clear(pages, count)
 
+    def save(self, name: np.int32, pages: Int[np.ndarray, " pages"]) -> None:
+        """As `Device.save`, in all processes, each its devices' part."""
+        self._group.publish(encode("save", [name, pages]))
+        self._device.save(name, pages)
+
+    def restore(self, name: np.int32, pages: Int[np.ndarray, " pages"]) -> None:
+        """As `Device.restore`, in all processes."""
+        self._group.publish(encode("restore", [name, pages]))
+        self._device.restore(name, pages)
+
+    def forget(self, name: np.int32) -> None:
+        """As `Device.forget`, in all processes."""
+        self._group.publish(encode("forget", [name]))
+        self._device.forget(name)
+
     def insert(self, row: np.int32, new: RowState) -> None:
         """As `Device.insert`, in all processes."""
         self._group.publish(encode("insert", [row, *jax.tree.leaves(new)]))
@@ -110,6 +125,9 @@ def follow(config: LlamaConfig, device: Device, group: Group) -> None:
         "compile": lambda chunk_sizes, row_buckets: device.compile(chunk_sizes, row_buckets, lambda *_: None),
         "prefill": device.prefill,
         "clear": device.clear,
+        "save": device.save,
+        "restore": device.restore,
+        "forget": device.forget,
         "insert": insert,
         "set_page_table": device.set_page_table,
         "decode": lambda max_steps, keep, num_rows: device.decode(max_steps, keep, int(num_rows)),

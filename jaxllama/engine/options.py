@@ -41,7 +41,11 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """The engine's load at one moment. `num_compilations` is the process's since the engine was made."""
+    """The engine's load at one moment. `has_failed`: it has ended for good; `Engine.health` says why.
+
+    `num_cached_pages` can be found by later requests. Of all prompts so far, `num_prompt_tokens` in length,
+    `num_prompt_tokens_cached` were found. `num_compilations` are the process's since the engine was made.
+    """
 
     num_running: int
     num_waiting: int
@@ -49,3 +53,17 @@ class EngineStats:
     num_pages: int
     ready: bool
     num_compilations: int = 0
+    num_cached_pages: int = 0
+    num_prompt_tokens: int = 0
+    num_prompt_tokens_cached: int = 0
+    has_failed: bool = False
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one dispatch did: `num_steps` of `num_rows` rows in `seconds`, over a mean of `kv_tokens` cached tokens."""
+
+    num_steps: int
+    num_rows: int
+    seconds: float
+    kv_tokens: float

@@ -1,31 +1,114 @@
-"""Which pages of the KV pool belong to whom. No JAX."""
+"""Which pages of the KV pool belong to whom, and which can be found again by what they hold. No JAX."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 
-class PageAllocator:
-    """Hands out pages 1 … num_pages - 1; page 0 stands for "none" in page tables."""
+
+class PagePool:
+    """Pages 1 … num_pages - 1 and how many rows hold each; page 0 stands for "none" in page tables.
+
+    A full page can get a key that names its content (`publish`): other rows then find and hold it too. What nobody
+    holds any more stays to be found until `take` needs it, least recently used first. That goes for pages known to be
+    finite (`prove`) alone: the others lose their key, because they may hold a failed row's NaN.
+    """
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, 0, -1))
+        self._holders = [0] * num_pages
+        self._keys: list[bytes | None] = [None] * num_pages
+        self._is_finite = [False] * num_pages
+        self._by_key: dict[bytes, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_free(self) -> int:
-        """Pages that can be taken now."""
-        return len(self._free)
+        """Pages that can be taken now, those included that are kept to be found."""
+        return len(self._free) + len(self._idle)
 
     @property
     def num_used(self) -> int:
         """Pages that rows hold."""
-        return self.num_pages - 1 - len(self._free)
+        return self.num_pages - 1 - self.num_free
+
+    @property
+    def num_cached(self) -> int:
+        """Pages that can be found by their keys."""
+        return len(self._by_key)
 
     def take(self, count: int) -> list[int] | None:
-        """`count` pages, or None (and nothing is taken) if there are not that many."""
-        if count > len(self._free):
+        """`count` pages for one holder, or None (and nothing is taken) if there are not that many."""
+        if count > self.num_free:
             return None
-        return [self._free.pop() for _ in range(count)]
+        taken = []
+        for _ in range(count):
+            if self._free:
+                page = self._free.pop()
+            else:
+                page, _ = self._idle.popitem(last=False)
+                self._unpublish(page)
+            self._holders[page], self._is_finite[page] = 1, False
+            taken.append(page)
+        return taken
 
-    def give_back(self, pages: list[int]) -> None:
-        """Frees pages that `take` gave."""
-        self._free.extend(reversed(pages))
+    def find(self, keys: Iterable[bytes]) -> list[int]:
+        """The pages of `keys` up to the first that is not known."""
+        found = []
+        for key in keys:
+            page = self._by_key.get(key)
+            if page is None:
+                break
+            found.append(page)
+        return found
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One more holder for pages that `find` gave."""
+        for page in pages:
+            self._holders[page] += 1
+            self._idle.pop(page, None)
+
+    def publish(self, pages: Sequence[int], keys: Sequence[bytes]) -> None:
+        """Lets pages, whose holder writes nothing more to them, be found. The first of a key is kept."""
+        for page, key in zip(pages, keys, strict=True):
+            if self._keys[page] is None and key not in self._by_key:
+                self._keys[page] = key
+                self._by_key[key] = page
+
+    def prove(self, pages: Iterable[int]) -> None:
+        """What these pages hold is finite: a token has come of it."""
+        for page in pages:
+            self._is_finite[page] = True
+
+    def distrust(self, pages: Iterable[int]) -> None:
+        """Nobody more finds these pages, unless they are known to be finite."""
+        for page in pages:
+            if not self._is_finite[page]:
+                self._unpublish(page)
+
+    def give_back(self, pages: Sequence[int]) -> list[int]:
+        """One holder less. Returns those that are free now and may hold NaN.
+
+        The last are the first to be taken again: without those before it a page cannot be found.
+        """
+        unclean = []
+        for page in reversed(pages):
+            self._holders[page] -= 1
+            assert self._holders[page] >= 0
+            if self._holders[page]:
+                continue
+            if self._is_finite[page] and self._keys[page] is not None:
+                self._idle[page] = None
+                continue
+            self._unpublish(page)
+            self._free.append(page)
+            if not self._is_finite[page]:
+                unclean.append(page)
+        return unclean
+
+    def _unpublish(self, page: int) -> None:
+        key = self._keys[page]
+        if key is not None:
+            del self._by_key[key]
+            self._keys[page] = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -38,7 +39,13 @@ class TokenOutput:
 
 @dataclass(eq=False)
 class EngineRequest:
-    """One accepted request. Callers read `id` and `seed` and call `cancel`; the rest belongs to the engine's thread."""
+    """One accepted request. Callers read `id`, `seed`, `queued_s` and `num_cached_tokens` and call `cancel`; the
+    rest belongs to the engine's thread.
+
+    `num_cached_tokens` is how much of the prompt was found in the cache, None until the request is admitted.
+    `page_keys` name the full pages of the prompt less its last token. `saved_as` numbers the copy that the devices'
+    hosts keep of the pages of a request that was set aside.
+    """
 
     prompt: list[int]
     params: SamplingParams
@@ -48,20 +55,32 @@ class EngineRequest:
     priority: int
     arrival: int
     wake: Callable[[], None]
+    scope: bytes = b""
+    page_keys: list[bytes] = field(default_factory=list)
     id: str = field(default_factory=lambda: f"req-{secrets.token_hex(8)}")
     seed: int = 0
     generated: list[int] = field(default_factory=list)
     row: int | None = None
     pages: list[int] = field(default_factory=list)
+    num_shared_pages: int = 0
     num_prefilled: int = 0
+    num_cached_tokens: int | None = None
+    saved_as: int | None = None
     is_running: bool = False
     is_finished: bool = False
     is_cancelled: bool = False
+    made_at: float = field(default_factory=time.monotonic)
+    queued_s: float | None = None  # from `submit` to the first row
 
     def cancel(self) -> None:
         """Ends the request at the next dispatch with finish_reason "cancelled". Does nothing if it has ended."""
         self.is_cancelled = True
         self.wake()
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether its keys and values are kept on the hosts, so that there is nothing to prefill."""
+        return self.saved_as is not None
 
     @property
     def num_to_prefill(self) -> int:

@@ -1,16 +1,18 @@
 """Who runs when: the host's decisions, without JAX.
 
-A request waits, is admitted to a row (its prompt's pages are taken), is prefilled chunk by chunk, and runs. Pages for
-its output are taken as it grows. When none are left, the youngest request is set aside: it gives its pages back and
-waits again in its place in the order, with what it has generated kept as part of its prompt.
+A request waits, is admitted to a row (it holds the pages of its prompt that others have filled, and takes the rest),
+is prefilled chunk by chunk, and runs. Pages for its output are taken as it grows. When none are left, the youngest
+request is set aside: it gives its pages back and waits again in its place in the order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jaxllama.engine.pages import PageAllocator
+from jaxllama.engine.chunks import ChunkPlan
+from jaxllama.engine.pages import PagePool
 from jaxllama.engine.request import EngineRequest
 
 
@@ -27,12 +29,13 @@ class Chunk:
 class Scheduler:
     """Rows, pages and the queue. Not thread-safe: the engine's thread alone uses it."""
 
-    def __init__(self, *, num_rows: int, num_pages: int, page_size: int, chunk_sizes: Sequence[int]) -> None:
+    def __init__(self, *, num_rows: int, num_pages: int, plan: ChunkPlan) -> None:
         self.rows: list[EngineRequest | None] = [None] * num_rows
         self.waiting: list[EngineRequest] = []
-        self.pages = PageAllocator(num_pages)
-        self._page_size = page_size
-        self._chunk_sizes = tuple(sorted(chunk_sizes))
+        self.pages = PagePool(num_pages)
+        self.num_queried_tokens = self.num_hit_tokens = 0
+        self._plan = plan
+        self._page_size = plan.page_size
 
     @property
     def running(self) -> list[EngineRequest]:
@@ -58,25 +61,55 @@ class Scheduler:
         """Gives rows, and pages for their prompts, to waiting requests in order, while there are any."""
         while self.waiting and None in self.rows:
             request = self.waiting[0]
-            pages = self.pages.take(self._num_pages_for(request.num_to_prefill + 1))
-            if pages is None:
+            found = self.pages.find(request.page_keys)
+            if not request.is_saved:
+                if self._is_being_prefilled(request, len(found)):
+                    return
+                usable = self._plan.usable(len(found) * self._page_size, request.num_to_prefill)
+                found = found[: usable // self._page_size]
+            self.pages.share(found)
+            taken = self.pages.take(self.num_pages_for(request.num_to_prefill + 1) - len(found))
+            if taken is None:
+                self.pages.give_back(found)
                 return
             self.waiting.pop(0)
-            request.row, request.pages, request.num_prefilled = self.rows.index(None), pages, 0
+            request.row, request.pages, request.num_shared_pages = self.rows.index(None), found + taken, len(found)
+            request.num_prefilled = len(found) * self._page_size
             self.rows[request.row] = request
+            if request.queued_s is None:
+                request.queued_s = time.monotonic() - request.made_at
+            if request.num_cached_tokens is None:
+                request.num_cached_tokens = request.num_prefilled
+                self.num_queried_tokens += len(request.prompt)
+                self.num_hit_tokens += request.num_prefilled
+
+    def _is_being_prefilled(self, request: EngineRequest, num_found: int) -> bool:
+        """Whether a row will soon have filled the next page that `request` needs.
+
+        Waiting for it costs nothing, as rows are prefilled one after another.
+        """
+        key = request.page_keys[num_found : num_found + 1]
+        return bool(key) and any(
+            other.page_keys[num_found : num_found + 1] == key and other.num_prefilled <= num_found * self._page_size
+            for other in self.prefilling
+            if not other.is_saved
+        )
 
     def chunks(self, request: EngineRequest) -> Iterator[Chunk]:
         """The chunks that a request's prefill still needs. Their sizes depend on its own length alone."""
-        start, end = request.num_prefilled, request.num_to_prefill
-        while start < end:
-            size = next((size for size in self._chunk_sizes if size >= end - start), self._chunk_sizes[-1])
-            num_tokens = min(size, end - start)
-            yield Chunk(request, start, num_tokens, size)
-            start += num_tokens
+        for span in self._plan.spans(request.num_prefilled, request.num_to_prefill):
+            yield Chunk(request, *span)
+
+    def advance(self, chunk: Chunk) -> None:
+        """Takes note that `chunk` is on its way to the device: who comes later finds the pages it fills."""
+        request = chunk.request
+        request.num_prefilled += chunk.num_tokens
+        full = slice(chunk.start // self._page_size, request.num_prefilled // self._page_size)
+        self.pages.publish(request.pages[full], request.page_keys[full])
 
     def grow(self, request: EngineRequest, num_tokens: int) -> bool:
         """Makes sure that `request` has pages for `num_tokens` in all. False if the pool is exhausted."""
-        missing = self._num_pages_for(num_tokens) - len(request.pages)
+        missing = self.num_pages_for(num_tokens) - len(request.pages)
         if missing <= 0:
             return True
         pages = self.pages.take(missing)
@@ -89,26 +122,52 @@ class Scheduler:
         """The request to set aside when pages run out: of those with a row, the last in order."""
         return max((request for request in self.rows if request is not None), key=lambda r: r.order)
 
-    def set_aside(self, request: EngineRequest) -> None:
-        """Takes a request's row and pages; it waits again in its old place in the order."""
-        self._release(request)
+    def set_aside(self, request: EngineRequest) -> list[int]:
+        """Takes a request's row and pages; it waits again in its old place in the order.
+
+        Returns the pages to clear, as `PagePool.give_back`.
+        """
+        unclean = self._release(request)
         request.is_running = False
         self.enqueue(request)
+        return unclean
 
-    def remove(self, request: EngineRequest) -> None:
-        """Forgets a request that has ended, wherever it is."""
+    def remove(self, request: EngineRequest, *, has_failed: bool = False) -> list[int]:
+        """Forgets a request that has ended, wherever it is. Returns the pages to clear, as `PagePool.give_back`.
+
+        `has_failed`: what it wrote may not be finite.
+        """
+        unclean = []
         if request.row is not None:
-            self._release(request)
+            unclean = self._release(request, has_failed=has_failed)
         elif request in self.waiting:
             self.waiting.remove(request)
         request.is_running = False
         request.is_finished = True
+        return unclean
 
-    def _release(self, request: EngineRequest) -> None:
+    def _release(self, request: EngineRequest, *, has_failed: bool = False) -> list[int]:
         assert request.row is not None
         self.rows[request.row] = None
-        self.pages.give_back(request.pages)
+        if has_failed:
+            self.pages.distrust(request.pages)
+        elif request.is_running and request.generated:
+            # A finite score saw them all. Past them a dispatch that is still running may write.
+            full = request.pages[: request.num_to_prefill // self._page_size]
+            self.pages.prove(full)
+            self._publish(request, full)
+        unclean = self.pages.give_back(request.pages)
         request.row, request.pages = None, []
+        return unclean
 
-    def _num_pages_for(self, num_tokens: int) -> int:
+    def _publish(self, request: EngineRequest, full: list[int]) -> None:
+        """Lets a request's full pages be found, those with generated tokens if prefill would give the same bits."""
+        keys = request.page_keys[: len(full)]
+        if self._plan.programs_agree:
+            ids = (request.prompt + request.generated)[len(keys) * self._page_size : request.num_to_prefill]
+            keys = keys + self._plan.more_keys(keys[-1] if keys else self._plan.root(request.scope), ids)
+        self.pages.publish(full[: len(keys)], keys)
+
+    def num_pages_for(self, num_tokens: int) -> int:
+        """Pages that hold so many tokens."""
         return -(-num_tokens // self._page_size)

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from jaxllama_serving.answer import log_failure
 from jaxllama_serving.auth import KeyRing
-from jaxllama_serving.chat import chat_completions, log_failure
 from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.context import CONTEXT, RequestContext
 from jaxllama_serving.errors import ApiError, from_exception, from_http_status
-from jaxllama_serving.metrics import metrics
+from jaxllama_serving.openapi import make_openapi
 from jaxllama_serving.page import add_page
+from jaxllama_serving.routes import ROUTES, Handler
 from jaxllama_serving.service import SERVICE, Service
-from jaxllama_serving.status import health, model, models, ready
+from jaxllama_serving.status import OPENAPI
+from jaxllama_serving.stream import to_json
 from jaxllama_serving.wire import SECURITY_HEADERS, error_response, new_request_id
 
 if TYPE_CHECKING:
@@ -26,8 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("jaxllama.serving")
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-PREFIXES = ("/v1", "/v1/openai")
+_HEADER_NAMES = re.compile(r"[A-Za-z0-9-]{1,64}(, ?[A-Za-z0-9-]{1,64}){0,63}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -45,16 +46,13 @@ def make_app(llama: Llama | None, config: ServerConfig) -> web.Application:
     service = Service(llama, config)
     app[SERVICE] = service
     app.on_cleanup.append(service.close)
-    for prefix in PREFIXES:
-        app.router.add_post(f"{prefix}/chat/completions", chat_completions)
-        app.router.add_get(f"{prefix}/models", models)
-        app.router.add_get(f"{prefix}/models/{{id:.+}}", model)
-    for prefix in ("", *PREFIXES):
-        for name, handler in (("health", health), ("ready", ready)):
-            route = app.router.add_get(f"{prefix}/{name}", handler)
-            if not prefix and route.resource is not None:
-                open_resources.add(route.resource)
-        app.router.add_get(f"{prefix}/metrics", metrics)
+    app[OPENAPI] = to_json(make_openapi(ROUTES, config.model_names, needs_key=bool(config.api_keys)))
+    for route in ROUTES:
+        for prefix in route.prefixes:
+            add = app.router.add_get if route.method == "GET" else app.router.add_post
+            resource = add(prefix + route.path, route.handler).resource
+            if route.is_open and not prefix and resource is not None:
+                open_resources.add(resource)
     open_resources |= add_page(app)
     return app
 
@@ -67,7 +65,7 @@ def _authenticate(
         # By the resource that was matched, never by the path: the router alone knows what a path means, and a route
         # that nobody thought of, or none at all, stays closed.
         if request.match_info.route.resource not in open_resources:
-            keys.check(request.headers.get("Authorization"))
+            request[CONTEXT].key = keys.check(request.headers.get("Authorization"))
         return await handler(request)
 
     return authenticate
@@ -81,15 +79,15 @@ def _edge(config: ServerConfig) -> Callable[..., Awaitable[web.StreamResponse]]:
         request_id = given if _REQUEST_ID.fullmatch(given) else new_request_id()
         headers = {**SECURITY_HEADERS, **_cors_headers(request, config), "X-Request-Id": request_id}
         request[CONTEXT] = RequestContext(request_id, headers)
-        started, outcome = time.perf_counter(), "gone"
+        status: int | None = None
         try:
             response = await _respond(request, handler)
             if not response.prepared:
                 response.headers.update(headers)
-            outcome = str(response.status)
+            status = response.status
             return response
         finally:
-            _log(request, outcome, time.perf_counter() - started)
+            _log(request, status)
 
     return edge
 
@@ -114,7 +112,7 @@ async def _respond(request: web.Request, handler: Handler) -> web.StreamResponse
 def _cors_headers(request: web.Request, config: ServerConfig) -> dict[str, str]:
     if not config.cors_origins:
         return {}
-    headers = {"Vary": "Origin"}
+    headers = {"Vary": "Origin, Access-Control-Request-Headers"}
     origin = request.headers.get("Origin")
     if origin in config.cors_origins:
         headers["Access-Control-Allow-Origin"] = origin
@@ -122,7 +120,9 @@ def _cors_headers(request: web.Request, config: ServerConfig) -> dict[str, str]:
         headers["Cross-Origin-Resource-Policy"] = "cross-origin"
         if request.method == "OPTIONS":
             headers["Access-Control-Allow-Methods"] = "GET, POST"
-            headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, X-Request-Id"
+            # Clients send headers of their own (OpenAI's: x-stainless-…): an origin that is trusted may send any.
+            asked = request.headers.get("Access-Control-Request-Headers", "")
+            headers["Access-Control-Allow-Headers"] = asked if _HEADER_NAMES.fullmatch(asked) else "Authorization"
             headers["Access-Control-Max-Age"] = "600"
     return headers
 
@@ -135,12 +135,13 @@ def _is_preflight(request: web.Request) -> bool:
     )
 
 
-def _log(request: web.Request, outcome: str, seconds: float) -> None:
+def _log(request: web.Request, status: int | None) -> None:
     # The route's pattern, not the path, and the method only if known: what a client chose may hold anything.
     resource = request.match_info.route.resource
     route = resource.canonical if resource is not None else "unmatched"
     method = request.method if request.method in ("GET", "HEAD", "POST", "OPTIONS") else "OTHER"
     context = request[CONTEXT]
+    request.app[SERVICE].metrics.count_request(route, status, failed=context.failed)
     level = logging.DEBUG if route in ("/health", "/ready", "/metrics") else logging.INFO
     logger.log(
         level,
@@ -148,8 +149,8 @@ def _log(request: web.Request, outcome: str, seconds: float) -> None:
         context.id,
         method,
         route,
-        outcome,
-        seconds * 1e3,
+        "gone" if status is None else status,
+        (time.monotonic() - context.started) * 1e3,
         context.num_prompt_tokens,
         context.num_completion_tokens,
     )

@@ -20,13 +20,13 @@ class KeyRing:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def check(self, authorization: str | None) -> None:
-        """Returns if no key is needed or `authorization` (the header's value) carries one of the keys.
+    def check(self, authorization: str | None) -> bytes | None:
+        """Returns the digest of the key that `authorization` (the header's value) carries; None if none is needed.
 
         Raises: ApiError, status 401.
         """
         if not self._digests:
-            return
+            return None
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise _refused("No API key was given. Send it as 'Authorization: Bearer KEY'.")
@@ -34,6 +34,7 @@ class KeyRing:
         # A sum, not `any`: every key is compared, whichever matches.
         if not sum(hmac.compare_digest(digest, known) for known in self._digests):
             raise _refused("The API key is wrong.")
+        return digest
 
 
 def _digest(key: str) -> bytes:

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--max-queue", type=int, default=256, help="requests that may wait (default: %(default)s)")
     add_behaviour(parser.add_argument_group("API behaviour"))
     _add_access(parser.add_argument_group("access"))
+    _add_operation(parser.add_argument_group("operation"))
     _add_limits(parser.add_argument_group("limits and timeouts (seconds)"))
     hosts.add_arguments(
         parser.add_argument_group(
@@ -96,6 +97,20 @@ def _add_access(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--cors-origin", action="append", default=[], metavar="ORIGIN", help="may be repeated (default: none)"
     )
+
+
+def _add_operation(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--peak-bandwidth",
+        type=float,
+        metavar="GB/S",
+        help="of one device's memory, for /metrics' roofline (default: known for TPUs, else left out)",
+    )
+    group.add_argument(
+        "--exit-on-engine-failure",
+        action="store_true",
+        help="exit with code 1 when the engine has failed, for a supervisor to restart (default: stay, /health is 503)",
+    )
     group.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: %(default)s)"
     )
@@ -139,6 +154,8 @@ def make_config(args: argparse.Namespace, environment: str | None) -> ServerConf
         cors_origins=tuple(args.cors_origin),
         price_input=args.price_input,
         price_output=args.price_output,
+        peak_bandwidth=args.peak_bandwidth,
+        exit_on_engine_failure=args.exit_on_engine_failure,
         generation_config=args.generation_config,
         strict_length=args.strict_length,
         lenient=args.lenient,

@@ -17,7 +17,8 @@ class ServerConfig:
     """How one server behaves. Validated when made; times are seconds, prices dollars per million tokens.
 
     `model_names` are the names clients may ask for; the first is listed first. `api_keys` empty means that no key is
-    needed. `request_timeout_s` None means no deadline. A stream whose reader is more than `max_stream_tokens` tokens
+    needed. `peak_bandwidth` is that of one device's memory in GB/s; None: what is known of it. `request_timeout_s` None
+    means no deadline. A stream whose reader is more than `max_stream_tokens` tokens
     behind, or takes nothing for `write_timeout_s`, is dropped.
 
     Raises: ServerConfigError naming the field, its range and the value.
@@ -30,6 +31,8 @@ class ServerConfig:
     cors_origins: tuple[str, ...] = ()
     price_input: float | None = None
     price_output: float | None = None
+    peak_bandwidth: float | None = None
+    exit_on_engine_failure: bool = False
     generation_config: str = "none"
     strict_length: bool = False
     lenient: bool = False
@@ -60,6 +63,7 @@ class ServerConfig:
             "drain_timeout_s": (0, 86_400),
             "price_input": (0, 1e6),
             "price_output": (0, 1e6),
+            "peak_bandwidth": (1e-3, 1e6),
         }
         for item in fields(self):
             value = getattr(self, item.name)

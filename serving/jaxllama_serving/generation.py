@@ -3,52 +3,75 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from jaxllama import OutputAssembler
 from jaxllama_serving.errors import ApiError, unavailable
-from jaxllama_serving.prepare import PreparedChat
 from jaxllama_serving.stream import OutputQueue
 
 if TYPE_CHECKING:
-    from jaxllama import Engine, EngineRequest, Tokenizer, TokenOutput
+    from jaxllama import Engine, EngineRequest, SamplingParams, TokenLogprob, TokenOutput
     from jaxllama.text.output import TextDelta
 
 
 @dataclass(frozen=True)
 class Update:
-    """New text of one choice; `finish_reason` is set on its last update."""
+    """New text of one choice, and the tokens since the last update; `finish_reason` is set on its last.
+
+    `logprobs` are those of content, `reasoning_logprobs` those of reasoning.
+    """
 
     index: int
     reasoning: str
     content: str
     finish_reason: str | None = None
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    reasoning_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass
 class Choice:
-    """One row's state. `num_tokens` counts its tokens up to the end, a stop token or a stop string's last included."""
+    """One row's state. `token_ids` are its tokens up to the end, a stop token or a stop string's last included.
+
+    The logprobs leave an ending stop token out: it has no text. Times are `time.monotonic`'s, of the first and the last
+    token.
+    """
 
     index: int
+    prompt_ids: list[int]
+    params: SamplingParams
     assembler: OutputAssembler
-    stop_token_ids: Sequence[int]
-    matches_strings: bool
     row: EngineRequest | None = None
-    num_tokens: int = 0
     num_reasoning_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     reasoning: list[str] = field(default_factory=list)
     content: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    is_reasoning: list[bool] = field(default_factory=list)
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    _num_told: tuple[int, int] = (0, 0)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far."""
+        return len(self.token_ids)
 
     def advance(self, output: TokenOutput) -> Update | None:
         """Takes one output of the engine; returns None if it changes nothing that a client sees.
 
         Cancels the row when a stop string ends it before the engine does.
         """
-        deltas = [self._push(ids, stop_id) for ids, stop_id in self._pieces(output) if self.finish_reason is None]
+        if output.token_ids:
+            self.last_token_at = time.monotonic()
+            self.first_token_at = self.first_token_at or self.last_token_at
+        deltas = [self._push(*piece) for piece in self._pieces(output) if self.finish_reason is None]
         if self.finish_reason is None and output.finish_reason is not None:
             deltas.append(self._end(output))
         reasoning = "".join(delta.reasoning for delta in deltas)
@@ -57,20 +80,38 @@ class Choice:
             return None
         self.reasoning.append(reasoning)
         self.content.append(content)
-        return Update(self.index, reasoning, content, self.finish_reason)
+        return self._update(reasoning, content)
 
-    def _pieces(self, output: TokenOutput) -> list[tuple[Sequence[int], int | None]]:
+    def _update(self, reasoning: str, content: str) -> Update:
+        (first_id, first_logprob), self._num_told = self._num_told, (len(self.token_ids), len(self.logprobs))
+        told = list(zip(self.logprobs[first_logprob:], self.is_reasoning[first_logprob:], strict=True))
+        return Update(
+            self.index,
+            reasoning,
+            content,
+            self.finish_reason,
+            tuple(self.token_ids[first_id:]),
+            tuple(entry for entry, is_reasoning in told if not is_reasoning),
+            tuple(entry for entry, is_reasoning in told if is_reasoning),
+        )
+
+    def _pieces(self, output: TokenOutput) -> list[tuple[Sequence[int], int | None, TokenLogprob | None]]:
         ids, stop_id = output.token_ids, output.stop_token_id
         if not ids:
             return []
-        if not self.matches_strings:
-            return [(ids, stop_id)]
-        # One token at a time: the usage must not count tokens that were decoded past a stop string.
-        return [((token_id,), None) for token_id in ids[:-1]] + [((ids[-1],), stop_id)]
+        if not self.params.stop and self.params.logprobs is None:
+            return [(ids, stop_id, None)]
+        # One token at a time: what was decoded past a stop string does not count, and each has its own log-probability.
+        entries = output.logprobs or (None,) * len(ids)
+        stops = (None,) * (len(ids) - 1) + (stop_id,)
+        return [((token_id,), stop, entry) for token_id, stop, entry in zip(ids, stops, entries, strict=True)]
 
-    def _push(self, ids: Sequence[int], stop_token_id: int | None) -> TextDelta:
+    def _push(self, ids: Sequence[int], stop_token_id: int | None, entry: TokenLogprob | None) -> TextDelta:
         delta = self.assembler.push(ids, stop_token_id=stop_token_id)
-        self.num_tokens += len(ids)
+        self.token_ids += ids
+        if entry is not None and stop_token_id is None:
+            self.logprobs.append(entry)
+            self.is_reasoning.append(False)
         self._account(delta)
         return delta
 
@@ -79,12 +120,15 @@ class Choice:
         self._account(delta)
         if self.finish_reason is None:
             self.finish_reason = output.finish_reason
-            if output.stop_token_id in self.stop_token_ids:
+            if output.stop_token_id in self.params.stop_token_ids:
                 self.stop_reason = output.stop_token_id
         return delta
 
     def _account(self, delta: TextDelta) -> None:
         self.num_reasoning_tokens += delta.num_reasoning_tokens
+        # Tokens that may yet open the reasoning are counted, and marked, once they do.
+        if num_marked := min(delta.num_reasoning_tokens, len(self.is_reasoning)):
+            self.is_reasoning[-num_marked:] = [True] * num_marked
         if delta.matched_stop is not None:
             self.finish_reason, self.stop_reason = "stop", delta.matched_stop
             if self.row is not None:
@@ -94,46 +138,38 @@ class Choice:
 class Generation:
     """All choices of one request. A context manager: leaving it, for whatever reason, frees every row.
 
-    `on_overflow` runs when the consumer is more than `max_tokens` tokens behind; the rows are cancelled first.
+    Nothing is shared with requests of another `cache_scope`. `on_overflow` runs when the consumer is more than
+    `max_tokens` tokens behind; the rows are cancelled first.
     """
 
     def __init__(
         self,
         engine: Engine,
-        tokenizer: Tokenizer,
-        prepared: PreparedChat,
+        choices: Sequence[Choice],
         *,
-        stop_in_reasoning: bool,
+        priority: int,
+        cache_scope: bytes,
         max_tokens: int | None,
         on_overflow: Callable[[], None],
     ) -> None:
+        self.choices = choices
         self._engine = engine
-        self._prepared = prepared
+        self._priority, self._cache_scope = priority, cache_scope
         self._on_overflow = on_overflow
-        request = prepared.request
-        self.choices = [
-            Choice(
-                index=i,
-                assembler=OutputAssembler(
-                    tokenizer,
-                    stop=request.stop,
-                    include_stop=request.include_stop_str_in_output,
-                    starts_in_reasoning=prepared.starts_in_reasoning,
-                    stop_in_reasoning=stop_in_reasoning,
-                ),
-                stop_token_ids=request.stop_token_ids,
-                matches_strings=bool(request.stop),
-            )
-            for i in range(request.n)
-        ]
         self._queue: OutputQueue[tuple[int, TokenOutput] | ApiError] = OutputQueue(
             asyncio.get_running_loop(), _weigh, max_tokens, self._overflow
         )
 
     def __enter__(self) -> Self:
-        for choice, params in zip(self.choices, self._prepared.params, strict=True):
+        for choice in self.choices:
             try:
-                choice.row = self._engine.submit(self._prepared.prompt_ids, params, self._receiver(choice.index))
+                choice.row = self._engine.submit(
+                    choice.prompt_ids,
+                    choice.params,
+                    self._receiver(choice.index),
+                    priority=self._priority,
+                    cache_scope=self._cache_scope,
+                )
             except BaseException:
                 self._cancel()
                 raise
@@ -151,6 +187,12 @@ class Generation:
     def num_tokens(self) -> int:
         """Completion tokens of all choices so far."""
         return sum(choice.num_tokens for choice in self.choices)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompts that were found in the cache. A prompt counts once, as its first choice found it."""
+        firsts = {id(choice.prompt_ids): choice.row for choice in reversed(self.choices)}
+        return sum(row.num_cached_tokens or 0 for row in firsts.values() if row is not None)
 
     @property
     def num_reasoning_tokens(self) -> int:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from jaxllama import SamplingParams
 from jaxllama_serving.config import ServerConfig, ServerConfigError
 from jaxllama_serving.errors import invalid, model_not_found
-from jaxllama_serving.protocol import ChatRequest, parse_chat_request
+from jaxllama_serving.protocol.chat import ChatMessage, ChatRequest, parse_chat_request
+from jaxllama_serving.protocol.completions import CompletionRequest, parse_completion_request
+from jaxllama_serving.protocol.generation import GenerationRequest
 from jaxllama_serving.strict_json import decode
 
 if TYPE_CHECKING:
@@ -19,18 +21,51 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PreparedChat:
-    """A request ready for the engine: one `SamplingParams` per choice, all over the same prompt.
+class Prepared:
+    """A request ready for the engine: one `SamplingParams` per choice; the choices of one prompt follow each other."""
 
-    `starts_in_reasoning` is None when the output is not to be split into reasoning and content.
-    """
-
-    request: ChatRequest
+    request: GenerationRequest
     dropped: tuple[str, ...]
-    prompt_ids: list[int]
+    prompts: tuple[list[int], ...]
     params: tuple[SamplingParams, ...]
     seed: int
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all prompts; each counts once, however many choices it has."""
+        return sum(map(len, self.prompts))
+
+    @property
+    def scored(self) -> tuple[int | None, str]:
+        """How many likeliest tokens to find at every place of the prompts (None: no scores), and who asks for them."""
+        return self.request.prompt_logprobs, "prompt_logprobs"
+
+    def prompt_of(self, index: int) -> int:
+        """Which prompt choice `index` continues."""
+        return index * len(self.prompts) // len(self.params)
+
+
+@dataclass(frozen=True)
+class PreparedChat(Prepared):
+    """`starts_in_reasoning` is None when the output is not to be split into reasoning and content."""
+
+    request: ChatRequest
     starts_in_reasoning: bool | None
+
+
+@dataclass(frozen=True)
+class PreparedCompletion(Prepared):
+    """`texts` are the prompts as `echo` shows them."""
+
+    request: CompletionRequest
+    texts: tuple[str, ...]
+
+    @property
+    def scored(self) -> tuple[int | None, str]:
+        """As for any request; an echo with logprobs needs the prompts' scores too."""
+        echoed = self.request.logprobs if self.request.echo else None
+        wanted = [n for n in (echoed, self.request.prompt_logprobs) if n is not None]
+        return max(wanted, default=None), "prompt_logprobs" if echoed is None else "logprobs"
 
 
 def prepare_chat(llama: Llama, config: ServerConfig, body: bytes) -> PreparedChat:
@@ -39,37 +74,93 @@ def prepare_chat(llama: Llama, config: ServerConfig, body: bytes) -> PreparedCha
     Raises: ApiError (400, 404), RequestError, ChatTemplateError.
     """
     request, dropped = parse_chat_request(decode(body), lenient=config.lenient)
-    if request.model not in config.model_names:
-        raise model_not_found(request.model, config.model_names)
-    if request.n > config.max_n:
-        raise invalid(f"n must be an integer from 1 to {config.max_n}, got {request.n}", "n")
+    check_model(request.model, config)
+    # Sampling parameters first: rendering and encoding are what costs.
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    seed, params = _params_of_choices(llama, config, request, request.n, request.max_new_tokens, logprobs)
+    prompt_ids, starts_in_reasoning = render_chat(llama, request.messages)
+    _check_length(len(prompt_ids), request.max_new_tokens, llama.max_context, "messages", strict=config.strict_length)
+    return PreparedChat(request, dropped, (prompt_ids,), params, seed, starts_in_reasoning)
+
+
+def prepare_completion(llama: Llama, config: ServerConfig, body: bytes) -> PreparedCompletion:
+    """Returns the request in `body`, its texts encoded as the tokenizer does by itself (BOS included, if it adds one).
+
+    Raises: ApiError (400, 404), RequestError.
+    """
+    request, dropped = parse_completion_request(decode(body), lenient=config.lenient)
+    check_model(request.model, config)
+    if request.best_of is not None and request.best_of > config.max_n:
+        raise invalid(f"best_of must be an integer from n to {config.max_n}, got {request.best_of}", "best_of")
+    num_choices = len(request.prompt) * request.num_drawn
+    # The best are those with the likeliest tokens.
+    logprobs = 0 if request.logprobs is None and request.num_drawn > request.n else request.logprobs
+    seed, params = _params_of_choices(llama, config, request, num_choices, request.max_tokens, logprobs)
+    assert llama.tokenizer is not None  # the server does not start without one
+    prompts, texts = [], []
+    for prompt in request.prompt:
+        ids = llama.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if not ids:
+            raise invalid("The prompt has no tokens; it needs at least one.", "prompt")
+        check_ids(ids, llama, "prompt")
+        _check_length(len(ids), request.max_tokens, llama.max_context, "prompt", strict=config.strict_length)
+        prompts.append(ids)
+        texts.append(prompt if isinstance(prompt, str) else llama.tokenizer.decode(ids))
+    return PreparedCompletion(request, dropped, tuple(prompts), params, seed, tuple(texts))
+
+
+def render_chat(
+    llama: Llama, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
+) -> tuple[list[int], bool | None]:
+    """Returns the prompt's ids, and whether the answer begins inside reasoning (None: there is none to split off).
+
+    Raises: ApiError (400), RequestError, ChatTemplateError.
+    """
     if llama.chat_template is None or llama.tokenizer is None:
         raise invalid("This model has no chat template, so it cannot chat.", "messages")
-    # Sampling parameters first: rendering and encoding are what costs.
+    rendered = llama.chat_template.render(template_messages(messages), add_generation_prompt=add_generation_prompt)
+    return llama.tokenizer.encode_rendered(rendered), rendered.starts_in_reasoning
+
+
+def check_model(name: str, config: ServerConfig) -> None:
+    """Raises: ApiError, status 404, for a model that is not served."""
+    if name not in config.model_names:
+        raise model_not_found(name, config.model_names)
+
+
+def check_ids(ids: Sequence[int], llama: Llama, param: str) -> None:
+    """Raises: ApiError, status 400, for an id outside the vocabulary."""
+    if ids and max(ids) >= llama.config.vocab_size:
+        raise invalid(
+            f"{param}: token id {max(ids)} is outside the vocabulary (0 to {llama.config.vocab_size - 1})", param
+        )
+
+
+def _params_of_choices(
+    llama: Llama,
+    config: ServerConfig,
+    request: GenerationRequest,
+    num_choices: int,
+    max_tokens: int | None,
+    logprobs: int | None,
+) -> tuple[int, tuple[SamplingParams, ...]]:
+    if request.n > config.max_n:
+        raise invalid(f"n must be an integer from 1 to {config.max_n}, got {request.n}", "n")
     seed = request.seed if request.seed is not None else draw_seed()
     params = sampling_params(request, config, generation_config(llama))
+    params = replace(params, max_tokens=max_tokens, logprobs=logprobs)
     params.validate_vocab(llama.config.vocab_size)
-    rendered = llama.chat_template.render(template_messages(request))
-    prompt_ids = llama.tokenizer.encode_rendered(rendered)
-    _check_length(len(prompt_ids), request.max_new_tokens, llama.max_context, strict=config.strict_length)
-    return PreparedChat(
-        request=request,
-        dropped=dropped,
-        prompt_ids=prompt_ids,
-        params=tuple(replace(params, seed=choice_seed(seed, i)) for i in range(request.n)),
-        seed=seed,
-        starts_in_reasoning=rendered.starts_in_reasoning,
-    )
+    return seed, tuple(replace(params, seed=choice_seed(seed, i)) for i in range(num_choices))
 
 
-def template_messages(request: ChatRequest) -> list[dict[str, Any]]:
+def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """Returns the messages as templates want them: text content, `developer` as `system`, the system message first.
 
     Raises: ApiError for a second system message.
     """
     system: list[dict[str, Any]] = []
     rest: list[dict[str, Any]] = []
-    for i, message in enumerate(request.messages):
+    for i, message in enumerate(messages):
         if message.role in ("system", "developer"):
             if system:
                 raise invalid(
@@ -83,8 +174,11 @@ def template_messages(request: ChatRequest) -> list[dict[str, Any]]:
     return system + rest
 
 
-def sampling_params(request: ChatRequest, config: ServerConfig, generation: Mapping[str, Any]) -> SamplingParams:
-    """Returns the request's controls, defaults filled in: the checkpoint's own under `--generation-config auto`."""
+def sampling_params(request: GenerationRequest, config: ServerConfig, generation: Mapping[str, Any]) -> SamplingParams:
+    """Returns the request's controls but for the budget and the seed, defaults filled in.
+
+    They are the checkpoint's own under `--generation-config auto`.
+    """
     defaults = generation_defaults(generation) if config.generation_config == "auto" else {}
 
     def choose(name: str, fallback: float) -> Any:
@@ -96,7 +190,6 @@ def sampling_params(request: ChatRequest, config: ServerConfig, generation: Mapp
         top_p=choose("top_p", 1.0),
         min_p=choose("min_p", 0.0),
         top_k=choose("top_k", 0),
-        max_tokens=request.max_new_tokens,
         min_tokens=request.min_tokens,
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,
@@ -136,20 +229,20 @@ def draw_seed() -> int:
 
 
 def choice_seed(seed: int, index: int) -> int:
-    """Returns choice `index`'s seed: the request's own for choice 0, else a hash of both.
+    """Returns choice `index`'s seed: the request's own for choice 0, else a hash of both, exact in every JSON reader.
 
     A hash, not `seed + index`: neighbouring seeds would otherwise share choices.
     """
     if index == 0:
         return seed
-    return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8]) >> 1
+    return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8]) >> 11
 
 
-def _check_length(num_prompt: int, max_tokens: int | None, max_context: int, *, strict: bool) -> None:
-    if num_prompt > max_context:
+def _check_length(num_prompt: int, max_tokens: int | None, max_context: int, param: str, *, strict: bool) -> None:
+    if num_prompt >= max_context:
         raise invalid(
-            f"The prompt has {num_prompt} tokens, but the context holds {max_context}.",
-            "messages",
+            f"The prompt has {num_prompt} tokens, but the context holds {max_context}, the answer included.",
+            param,
             "context_length_exceeded",
         )
     if strict and max_tokens is not None and num_prompt + max_tokens > max_context:

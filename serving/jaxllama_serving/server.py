@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("jaxllama.serving")
 
 CLOSE_TIMEOUT_S = 10.0
+FAILURE_GRACE_S = 2.0
 
 
 def serve(config: ServerConfig, load: Callable[[], Llama], *, started: float | None = None) -> int:
@@ -70,7 +71,10 @@ async def _serve(config: ServerConfig, load: Callable[[], Llama], sock: socket.s
             check_model(llama, config)
             service.set_llama(llama)
             _announce(config, address, time.perf_counter() - started)
-            await stop
+            if await _failed_before(stop, service, config):
+                # Every request has its error by now; it only has to reach the client.
+                await service.drain(FAILURE_GRACE_S)
+                return 1
             ended = await service.drain(config.drain_timeout_s)
             if ended:
                 print(f"Ended {ended} requests at the drain timeout of {config.drain_timeout_s:g} s.", flush=True)
@@ -80,6 +84,21 @@ async def _serve(config: ServerConfig, load: Callable[[], Llama], sock: socket.s
         await listener.close()
     print("Stopped.", flush=True)
     return 0
+
+
+async def _failed_before(stop: asyncio.Future[None], service: Service, config: ServerConfig) -> bool:
+    """Waits for a signal; with `--exit-on-engine-failure` returns True if the engine fails before it."""
+    if not config.exit_on_engine_failure:
+        await stop
+        return False
+    failure = asyncio.ensure_future(service.engine_failure())
+    waits: list[asyncio.Future[Any]] = [stop, failure]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    if stop.done():
+        failure.cancel()
+        return False
+    print(f"{failure.result()} Exiting (--exit-on-engine-failure).", file=sys.stderr, flush=True)
+    return True
 
 
 def check_model(llama: Llama, config: ServerConfig) -> None:

@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from jaxllama_serving.config import ServerConfig
+from jaxllama_serving.context import RequestContext
 from jaxllama_serving.errors import unavailable
 from jaxllama_serving.generation import Generation
+from jaxllama_serving.metrics import Metrics
 
 if TYPE_CHECKING:
-    from jaxllama import EngineStats, Llama
+    from jaxllama import Llama
+
+FAILURE_POLL_S = 0.5
 
 
 class Service:
@@ -28,9 +32,13 @@ class Service:
     def __init__(self, llama: Llama | None, config: ServerConfig) -> None:
         self.config = config
         self.draining = False
-        self.fingerprint = ""
+        self.fingerprint: str | None = None
         self.started_at = int(time.time())
+        self.metrics = Metrics(self._gauges)
+        # One at a time, and not among the workers: scoring a long prompt takes the devices for seconds.
+        self.scorer = ThreadPoolExecutor(1, thread_name_prefix="jaxllama-score")
         self._llama: Llama | None = None
+        self._peak_bytes_per_s: float | None = None
         self._generations: set[Generation] = set()
         self._num_requests = 0
         self._idle = asyncio.Event()
@@ -44,15 +52,40 @@ class Service:
         """Makes the server ready."""
         self._llama = llama
         self.fingerprint = fingerprint(llama)
+        traffic = llama.memory_traffic()
+        given = self.config.peak_bandwidth
+        self._peak_bytes_per_s = given * 1e9 if given is not None else traffic.bytes_per_s
+        llama.engine.on_steps = lambda report: self.metrics.count_steps(
+            report.num_rows, report.seconds, traffic.read_bytes(report)
+        )
 
     @property
     def max_context(self) -> int | None:
         """The longest prompt and completion together, in tokens; None while the model loads."""
         return self._llama.max_context if self._llama is not None else None
 
-    def engine_stats(self) -> EngineStats | None:
-        """Returns the engine's load; None while the model loads."""
-        return self._llama.engine.stats() if self._llama is not None else None
+    def _gauges(self) -> dict[str, float]:
+        values: dict[str, float] = {"jaxllama_ready": self.not_ready_reason() is None}
+        if self._llama is None:
+            return values
+        stats, rate = self._llama.engine.stats(), self.metrics.read_rate()
+        values |= {
+            "jaxllama_requests_waiting": stats.num_waiting,
+            "jaxllama_requests_running": stats.num_running,
+            "jaxllama_kv_pages_used": stats.num_pages_used,
+            "jaxllama_kv_pages": stats.num_pages,
+            "jaxllama_kv_pages_cached": stats.num_cached_pages,
+            "jaxllama_compilations": stats.num_compilations,
+        }
+        if self._peak_bytes_per_s is not None and rate is not None:
+            values["jaxllama_decode_roofline_ratio"] = rate / self._peak_bytes_per_s
+        return values
+
+    async def engine_failure(self) -> str:
+        """Waits until the engine has failed for good and returns the reason."""
+        while self._llama is None or not self._llama.engine.stats().has_failed:
+            await asyncio.sleep(FAILURE_POLL_S)
+        return self.unhealthy_reason() or "The engine has failed."
 
     def not_ready_reason(self) -> str | None:
         """Returns why a request would be refused now, or None."""
@@ -91,14 +124,15 @@ class Service:
                 self._idle.set()
 
     @contextmanager
-    def generating(self, generation: Generation) -> Iterator[Generation]:
-        """Holds a generation's rows, and keeps it where the end of draining finds it."""
+    def generating(self, generation: Generation, context: RequestContext) -> Iterator[Generation]:
+        """Holds a generation's rows, and keeps it where the end of draining finds it. Counts it at its end."""
         with generation:
             self._generations.add(generation)
             try:
                 yield generation
             finally:
                 self._generations.discard(generation)
+                self.metrics.count_generation(context.num_prompt_tokens, generation, context.started)
 
     async def drain(self, timeout_s: float) -> int:
         """Refuses new requests and waits for the running ones; returns how many had to be ended at the deadline."""
@@ -116,7 +150,8 @@ class Service:
 
     async def close(self, app: web.Application) -> None:
         """Lets go of the worker threads; aiohttp calls it at cleanup."""
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._workers, self.scorer):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 SERVICE = web.AppKey("service", Service)
@@ -124,9 +159,13 @@ SERVICE = web.AppKey("service", Service)
 
 def fingerprint(llama: Llama) -> str:
     """Returns a short name for what decides the bits of an answer: this build, the checkpoint and the devices."""
-    try:
-        version = metadata.version("jaxllama")
-    except metadata.PackageNotFoundError:
-        version = "source"
-    parts = [version, repr(llama.checkpoint and llama.checkpoint.manifest), repr(getattr(llama, "mesh", None))]
+    parts = [version(), repr(llama.checkpoint and llama.checkpoint.manifest), repr(getattr(llama, "mesh", None))]
     return "fp_" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def version() -> str:
+    """Returns the installed package's version."""
+    try:
+        return metadata.version("jaxllama")
+    except metadata.PackageNotFoundError:
+        return "source"

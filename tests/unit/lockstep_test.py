@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -24,11 +25,13 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from collector import Collector, held
 
-from jaxllama import SamplingParams, checkpoint, distributed
+from jaxllama import Engine, SamplingParams, checkpoint, distributed
 from jaxllama.decode import row_state
 from jaxllama.distributed import join
-from jaxllama.engine.lockstep import check_processes, decode, encode
+from jaxllama.engine.device import Device
+from jaxllama.engine.lockstep import check_processes, decode, encode, follow
 from jaxllama.errors import ConfigError, LockstepError
 
 START_TIMEOUT_S = 120.0
@@ -71,6 +74,35 @@ def test_a_call_survives_its_encoding():
 def test_bytes_that_are_no_call_are_refused(message: bytes):
     with pytest.raises(LockstepError, match="process 0 sent"):
         decode(message)
+
+
+def test_a_follower_holds_the_same_bits_when_rows_were_set_aside():
+    """Every call of an engine with few pages, made again on another device from their bytes."""
+    messages: list[bytes] = []
+    leader: Any = SimpleNamespace(
+        num_processes=1, is_leader=True, publish=messages.append, on_failure=lambda _: None, close=lambda: None
+    )
+    options = dataclasses.replace(tiny.SMALL, num_pages=26)
+    params = SamplingParams(seed=1, ignore_eos=True, max_tokens=60)
+    with tiny.make_llama(tp=2, options=options) as llama:
+        config, mesh = llama.config, llama.mesh
+        engine = Engine(config, llama.params, mesh, options, leader)
+        with held(engine):
+            done = [Collector(engine, tiny.prompt_of("divisible", 20, seed=i), params) for i in range(5)]
+            cancelled = Collector(engine, tiny.prompt_of("divisible", 20, seed=9), params)
+        done[0].wait()
+        cancelled.request.cancel()
+        assert [collector.wait().finish_reason for collector in done] == ["length"] * 5
+        engine.close()
+        names = [decode(message)[0] for message in messages]
+        assert names.count("save") == names.count("restore") + names.count("forget") >= 2
+        follower = Device(config, llama.params, mesh, engine._shapes, engine.attention)
+        follow(config, follower, SimpleNamespace(is_leader=False, messages=lambda: iter(messages)))  # type: ignore[arg-type]
+        pair = (engine._device, follower)
+        for got, want in zip(*(jax.tree.leaves(device._get_state()) for device in pair), strict=True):
+            np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+        assert not engine._device._saved
+        assert not follower._saved
 
 
 # ---- Who takes part ----

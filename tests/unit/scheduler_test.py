@@ -1,23 +1,41 @@
-"""The scheduler's laws in any order of events: a page has one owner, the line is kept, the first always advances."""
+"""The scheduler's laws in any order of events: rows find in their pages what they would have alone, none leak, the line
+is kept, the first always advances."""
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from typing import Any
 
+import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from jaxllama.engine.pages import PageAllocator
+from jaxllama.engine.chunks import ChunkPlan
+from jaxllama.engine.pages import PagePool
+from jaxllama.engine.placement import Placement
 from jaxllama.engine.request import EngineRequest
 from jaxllama.engine.scheduler import Scheduler
 from jaxllama.sampling import SamplingParams
 
 
-def make_request(length: int, *, budget: int = 10, priority: int = 0, arrival: int = 0) -> EngineRequest:
+def make_request(
+    length: int = 0,
+    *,
+    prompt: list[int] | None = None,
+    budget: int = 10,
+    priority: int = 0,
+    arrival: int = 0,
+    scope: bytes = b"",
+    plan: ChunkPlan | None = None,
+) -> EngineRequest:
+    """A request whose prompt nobody else has, unless `prompt` is given."""
+    prompt = [arrival] * length if prompt is None else prompt
     return EngineRequest(
-        prompt=[0] * length,
+        prompt=prompt,
         params=SamplingParams(),
         on_output=pytest.fail,
         budget=budget,
@@ -25,25 +43,41 @@ def make_request(length: int, *, budget: int = 10, priority: int = 0, arrival: i
         priority=priority,
         arrival=arrival,
         wake=lambda: None,
+        scope=scope,
+        page_keys=(plan or make_plan()).page_keys(scope, prompt[:-1]),
     )
 
 
-def make_scheduler(
-    *, rows: int = 3, pages: int = 20, page_size: int = 4, chunks: tuple[int, ...] = (8, 32)
-) -> Scheduler:
-    return Scheduler(num_rows=rows, num_pages=pages, page_size=page_size, chunk_sizes=chunks)
+def make_plan(*, chunks: tuple[int, ...] = (8, 32), agree: bool = True) -> ChunkPlan:
+    return ChunkPlan(chunks, page_size=4, programs_agree=agree)
+
+
+def make_scheduler(*, rows: int = 3, pages: int = 20, plan: ChunkPlan | None = None) -> Scheduler:
+    return Scheduler(num_rows=rows, num_pages=pages, plan=plan or make_plan())
+
+
+def spans_of(scheduler: Scheduler, request: EngineRequest) -> list[tuple[int, int, int]]:
+    return [(chunk.start, chunk.num_tokens, chunk.size) for chunk in scheduler.chunks(request)]
+
+
+def prefill(scheduler: Scheduler, *requests: EngineRequest) -> None:
+    """Prefills and activates admitted requests."""
+    for request in requests:
+        for chunk in scheduler.chunks(request):
+            scheduler.advance(chunk)
+        request.is_running = True
 
 
 # ---- Pages ----
 
 
 def test_page_zero_is_never_given_away():
-    pages = PageAllocator(7)
+    pages = PagePool(7)
     assert sorted(pages.take(6) or []) == [1, 2, 3, 4, 5, 6]
 
 
 def test_taking_too_many_takes_none():
-    pages = PageAllocator(7)
+    pages = PagePool(7)
     assert pages.take(7) is None
     assert (pages.num_free, pages.num_used) == (6, 0)
     taken = pages.take(4)
@@ -57,7 +91,7 @@ def test_taking_too_many_takes_none():
 @given(st.lists(st.integers(-6, 8), max_size=60))
 def test_pages_are_given_once_and_come_back(steps):
     """Positive steps take, negative ones give back the oldest holdings."""
-    pages = PageAllocator(20)
+    pages = PagePool(20)
     held: list[list[int]] = []
     for step in steps:
         if step >= 0:
@@ -72,36 +106,242 @@ def test_pages_are_given_once_and_come_back(steps):
         assert pages.num_free + pages.num_used == 19
 
 
+KEYS = [bytes([i]) for i in range(9)]
+
+
+def test_pages_are_found_up_to_the_first_unknown_key():
+    pages = PagePool(9)
+    held = pages.take(4) or []
+    pages.publish(held, [KEYS[0], KEYS[1], KEYS[3], KEYS[4]])
+    assert pages.find(KEYS[:6]) == held[:2]
+    assert pages.find(KEYS[3:]) == held[2:]
+    assert pages.find([KEYS[8]]) == []
+
+
+def test_a_shared_page_is_free_when_its_last_holder_is_gone():
+    pages = PagePool(5)
+    held = pages.take(2) or []
+    pages.publish(held, KEYS[:2])
+    pages.share(pages.find(KEYS))
+    assert pages.num_used == 2
+    pages.prove(held)
+    assert pages.give_back(held) == []
+    assert pages.take(3) is None, "two are held still"
+    assert pages.give_back(held) == []
+    assert (pages.num_free, pages.num_used, pages.num_cached) == (4, 0, 2)
+
+
+def test_the_least_recently_used_pages_go_first_and_only_when_needed():
+    pages = PagePool(6)
+    first, second = pages.take(2) or [], pages.take(2) or []
+    pages.publish([*first, *second], KEYS[:4])
+    pages.prove([*first, *second])
+    for held in (first, second):
+        pages.give_back(held)
+    assert pages.num_cached == 4
+    assert len(pages.take(1) or []) == 1
+    assert pages.num_cached == 4, "the page that was free came first"
+    pages.share(pages.find(KEYS[:2]))
+    pages.give_back(first)
+    assert set(pages.take(2) or []) == set(second), "those used last are kept"
+    assert pages.find(KEYS[:2]) == first
+    # Of a chain the end goes first: what remains can be found.
+    assert pages.take(1) == first[1:]
+    assert pages.find(KEYS[:2]) == first[:1]
+
+
+def test_a_held_page_is_never_evicted():
+    pages = PagePool(4)
+    held = pages.take(2) or []
+    pages.publish(held, KEYS[:2])
+    pages.prove(held)
+    assert not set(pages.take(1) or []) & set(held)
+    assert pages.take(1) is None
+    assert pages.find(KEYS[:2]) == held
+
+
+def test_what_may_hold_nan_is_told_and_not_found_again():
+    pages = PagePool(6)
+    held = pages.take(3) or []
+    pages.publish(held, KEYS[:3])
+    pages.prove(held[:1])
+    assert sorted(pages.give_back(held)) == sorted(held[1:])
+    assert pages.find(KEYS[:3]) == held[:1]
+
+
+def test_a_failed_row_s_pages_are_not_found_while_another_holds_them():
+    pages = PagePool(6)
+    held = pages.take(3) or []
+    pages.publish(held, KEYS[:3])
+    pages.prove(held[:1])
+    pages.share(held)
+    pages.distrust(held)
+    assert pages.give_back(held) == []
+    assert pages.find(KEYS[:3]) == held[:1], "the first is known to be finite"
+    assert sorted(pages.give_back(held)) == sorted(held[1:])
+
+
+def test_of_two_pages_with_one_key_the_first_is_found():
+    pages = PagePool(6)
+    first, second = pages.take(1) or [], pages.take(1) or []
+    pages.publish(first, KEYS[:1])
+    pages.publish(second, KEYS[:1])
+    assert pages.find(KEYS[:1]) == first
+    pages.prove([*first, *second])
+    assert pages.give_back(second) == []
+    assert pages.find(KEYS[:1]) == first
+
+
 # ---- Chunks ----
 
 
 CHUNKS = st.sampled_from([(8, 32), (4,), (16, 48, 128), (64,)])
 
 
-@given(length=st.integers(1, 300), generated=st.integers(0, 40), chunks=CHUNKS)
-def test_chunks_cover_all_but_the_last_token_once(length, generated, chunks):
-    scheduler = make_scheduler(chunks=chunks)
-    request = make_request(length)
-    request.generated = [0] * generated
-    made = list(scheduler.chunks(request))
-    covered = [position for chunk in made for position in range(chunk.start, chunk.start + chunk.num_tokens)]
-    assert covered == list(range(length + generated - 1))
-    for chunk in made:
-        assert chunk.size in chunks
-        assert chunk.start % 4 == 0
-        assert 0 < chunk.num_tokens <= chunk.size
-        # No larger than it must be.
-        smaller = [size for size in chunks if size < chunk.size]
-        assert not smaller or chunk.num_tokens > max(smaller)
+@given(length=st.integers(1, 300), chunks=CHUNKS, agree=st.booleans())
+def test_chunks_cover_all_but_the_last_token_once(length, chunks, agree):
+    plan = make_plan(chunks=chunks, agree=agree)
+    made = spans_of(make_scheduler(plan=plan), make_request(length, plan=plan))
+    assert [position for start, num, _ in made for position in range(start, start + num)] == list(range(length - 1))
+    for start, num_tokens, size in made:
+        assert size in chunks
+        assert start % 4 == 0
+        assert 0 < num_tokens <= size
+        if size > chunks[0]:
+            assert num_tokens >= 0.75 * size, "a smaller one would do"
+    partial = [num for _, num, size in made[:-1] if num < size]
+    assert not partial, "only the last chunk has padding"
+
+
+@given(end=st.integers(1, 300), more=st.integers(1, 300), chunks=CHUNKS)
+def test_prompts_that_begin_alike_share_at_least_half(end, more, chunks):
+    """Where programs differ: the chunks of a shorter prompt are those of a longer one, up to a bounded rest."""
+    plan = make_plan(chunks=chunks, agree=False)
+    short, long = ([*range(length)] for length in (end, end + more))
+    num_same = sum(a == b for a, b in zip(plan.page_keys(b"", short), plan.page_keys(b"", long), strict=False))
+    usable = plan.usable(4 * num_same, end + more)
+    assert usable > end - max(chunks)
+    if end >= 2 * chunks[-1]:
+        assert usable >= end / 2
+
+
+@given(end=st.integers(0, 200), found=st.integers(0, 50), chunks=CHUNKS, agree=st.booleans())
+def test_what_is_used_of_the_cache_ends_where_a_chunk_begins(end, found, chunks, agree):
+    plan = make_plan(chunks=chunks, agree=agree)
+    num_found = min(4 * found, end // 4 * 4)
+    usable = plan.usable(num_found, end)
+    assert 0 <= usable <= num_found
+    assert agree <= (usable == num_found)
+    rest = [*plan.spans(usable, end)]
+    assert [position for start, num, _ in rest for position in range(start, start + num)] == [*range(usable, end)]
+    if not agree:
+        assert rest == [*plan.spans(0, end)][len([*plan.spans(0, end)]) - len(rest) :], "the same programs"
 
 
 def test_chunks_depend_on_the_request_alone():
     scheduler, request = make_scheduler(), make_request(50)
-    alone = [(c.start, c.num_tokens, c.size) for c in scheduler.chunks(request)]
+    alone = spans_of(scheduler, request)
     for i in range(5):
         scheduler.enqueue(make_request(9 + i, arrival=i + 1))
     scheduler.admit()
-    assert [(c.start, c.num_tokens, c.size) for c in scheduler.chunks(request)] == alone
+    assert spans_of(scheduler, request) == alone
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_a_page_s_name_tells_all_that_its_bits_depend_on(agree):
+    plan = make_plan(chunks=(8, 32), agree=agree)
+    ids = [*range(100, 143)]
+    keys = plan.page_keys(b"a", ids)
+    assert len(keys) == len(set(keys)) == 10
+    assert plan.page_keys(b"a", ids) == keys
+    assert not set(plan.page_keys(b"b", ids)) & set(keys), "another scope"
+    changed = plan.page_keys(b"a", [*ids[:13], 1, *ids[14:]])
+    assert [a == b for a, b in zip(keys, changed, strict=True)] == [True] * 3 + [False] * 7
+    longer = plan.page_keys(b"a", [*ids, *range(40)])
+    assert (longer[:10] == keys) == agree
+    assert longer[:8] == keys[:8], "the same chunks"
+    assert plan.more_keys(plan.root(b"a"), ids) == keys if agree else True
+
+
+# ---- The prefix cache ----
+
+
+def test_a_prompt_that_begins_alike_holds_the_same_pages():
+    scheduler = make_scheduler(pages=40)
+    first = make_request(prompt=[*range(30)], arrival=0)
+    second = make_request(prompt=[*range(22), 77, 78, 79], arrival=1)
+    scheduler.enqueue(first)
+    scheduler.admit()
+    prefill(scheduler, first)
+    scheduler.enqueue(second)
+    scheduler.admit()
+    assert second.pages[:5] == first.pages[:5]
+    assert not set(second.pages[5:]) & set(first.pages)
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 20)
+    assert spans_of(scheduler, second) == [(20, 4, 8)]
+    assert (scheduler.num_queried_tokens, scheduler.num_hit_tokens) == (55, 20)
+    assert scheduler.pages.num_used == 8 + 2
+
+
+def test_another_scope_shares_nothing():
+    scheduler = make_scheduler(pages=40)
+    for arrival, scope in enumerate((b"", b"key")):
+        request = make_request(prompt=[*range(30)], arrival=arrival, scope=scope)
+        scheduler.enqueue(request)
+        scheduler.admit()
+        prefill(scheduler, request)
+        assert request.num_cached_tokens == 0
+
+
+def test_choices_wait_for_the_first_one_s_prefill_and_share_it():
+    scheduler = make_scheduler(rows=8, pages=14)
+    choices = [make_request(prompt=[*range(41)], arrival=arrival) for arrival in range(4)]
+    for request in choices:
+        scheduler.enqueue(request)
+    scheduler.admit()
+    assert [request.row is not None for request in choices] == [True, False, False, False]
+    chunks = [*scheduler.chunks(choices[0])]
+    scheduler.advance(chunks[0])
+    scheduler.admit()
+    assert choices[1].row is None, "the second chunk is to come"
+    prefill(scheduler, choices[0])
+    scheduler.admit()
+    # Ten pages of prompt, and one for each choice's own tokens: 13 in all.
+    assert [request.row is not None for request in choices] == [True, True, True, False]
+    assert scheduler.pages.num_used == 13
+    assert [request.num_cached_tokens for request in choices] == [0, 40, 40, None]
+    assert spans_of(scheduler, choices[1]) == []
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_a_second_turn_finds_the_first_and_its_answer_if_programs_agree(agree):
+    plan = make_plan(chunks=(4,), agree=agree)
+    scheduler = make_scheduler(pages=40, plan=plan)
+    first = make_request(prompt=[*range(22)], plan=plan)
+    scheduler.enqueue(first)
+    scheduler.admit()
+    prefill(scheduler, first)
+    scheduler.grow(first, 40)
+    first.generated = [*range(50, 65)]
+    scheduler.remove(first)
+    second = make_request(prompt=[*first.prompt, *first.generated, 1, 2, 3, 4, 5], plan=plan)
+    scheduler.enqueue(second)
+    scheduler.admit()
+    # All 37 tokens less the last have keys and values: nine full pages; of the prompt alone, five.
+    assert second.num_cached_tokens == (36 if agree else 20)
+
+
+def test_a_request_cancelled_before_its_first_token_leaves_nothing_to_be_found():
+    scheduler = make_scheduler(pages=40)
+    first, second = (make_request(prompt=[*range(30)], arrival=i) for i in range(2))
+    scheduler.enqueue(first)
+    scheduler.admit()
+    prefill(scheduler, first)
+    held = list(first.pages)
+    assert sorted(scheduler.remove(first)) == sorted(held)
+    scheduler.enqueue(second)
+    scheduler.admit()
+    assert second.num_cached_tokens == 0
 
 
 # ---- Order ----
@@ -142,7 +382,7 @@ def test_a_request_set_aside_keeps_its_place_and_what_it_said():
     assert (second.row, second.pages, second.is_running, second.generated) == (None, [], False, [7, 8])
     scheduler.admit()
     assert second.row is not None
-    assert sum(chunk.num_tokens for chunk in scheduler.chunks(second)) == 6
+    assert len(second.pages) == 2, "seven tokens and the next"
 
 
 def test_removing_twice_or_from_the_line_is_fine():
@@ -164,45 +404,119 @@ def test_removing_twice_or_from_the_line_is_fine():
 # ---- Every order of events ----
 
 PAGE, CONTEXT = 4, 40
+NAN, POISON = -1, 3
+CONFIG = tiny.config_of("divisible")
+
+
+def bits(before: int, token: int, program: object) -> int:
+    """What stands for a token's keys and values, and for the scores that come of them."""
+    return NAN if before == NAN or token == POISON else abs(hash((before, token, program)))
+
+
+class FakeDevice:
+    """`Programs` over numbers: each slot of a page holds `bits` of the token and of what is before it."""
+
+    def __init__(self, num_pages: int, *, agree: bool) -> None:
+        self.memory = np.zeros((num_pages, PAGE), np.int64)
+        self.agree = agree
+        self.saved: dict[int, np.ndarray] = {}
+
+    def put(self, table: Any, position: int, token: int, program: object) -> int:
+        before = 0 if position == 0 else int(self.memory[table[(position - 1) // PAGE], (position - 1) % PAGE])
+        assert table[position // PAGE] > 0, "a row without a page"
+        value = bits(before, token, None if self.agree else program)
+        self.memory[table[position // PAGE], position % PAGE] = value
+        return value
+
+    def prefill(self, tokens: Any, table: Any, start: Any, num_tokens: Any) -> None:
+        for i in range(num_tokens):
+            self.put(table, int(start) + i, int(tokens[i]), (int(start), len(tokens)))
+
+    def clear(self, pages: Any, count: Any) -> None:
+        self.memory[pages[:count]] = 0
+
+    def save(self, name: Any, pages: Any) -> None:
+        assert 0 not in pages
+        self.saved[int(name)] = self.memory[pages]
+
+    def restore(self, name: Any, pages: Any) -> None:
+        saved = self.saved.pop(int(name))
+        self.memory[pages[pages > 0]] = saved[pages > 0]
+
+    def forget(self, name: Any) -> None:
+        del self.saved[int(name)]
+
+    def insert(self, row: Any, new: Any) -> None:
+        pass
 
 
 class Life(RuleBasedStateMachine):
-    """Plays the engine without a device: the same calls, in any order that hypothesis finds."""
+    """Plays the engine over numbers: the same calls, in any order that hypothesis finds."""
 
-    @initialize(rows=st.integers(1, 4), spare=st.integers(0, 12))
-    def start(self, rows, spare):
+    @initialize(rows=st.integers(1, 4), spare=st.integers(0, 12), agree=st.booleans())
+    def start(self, rows, spare, agree):
         self.num_pages = 1 + CONTEXT // PAGE + spare
-        self.scheduler = make_scheduler(rows=rows, pages=self.num_pages, page_size=PAGE, chunks=(4, 12))
+        self.plan = make_plan(chunks=(4, 12), agree=agree)
+        self.scheduler = make_scheduler(rows=rows, pages=self.num_pages, plan=self.plan)
+        self.device: Any = FakeDevice(self.num_pages, agree=agree)
+        self.placement = Placement(
+            CONFIG,
+            self.device,
+            self.scheduler,
+            max_tokens=24,
+            table_width=2 * CONTEXT // PAGE,
+            needs_clean_pages=True,
+        )
         self.live: list[EngineRequest] = []
         self.arrivals = itertools.count()
 
-    @rule(length=st.integers(1, CONTEXT - 1), budget=st.integers(1, CONTEXT), priority=st.integers(-1, 1))
-    def submit(self, length, budget, priority):
-        request = make_request(
-            length, budget=min(budget, CONTEXT - length), priority=priority, arrival=next(self.arrivals)
-        )
-        self.scheduler.enqueue(request)
-        self.live.append(request)
+    @rule(
+        data=st.data(),
+        length=st.integers(1, CONTEXT - 1),
+        budget=st.integers(1, CONTEXT),
+        priority=st.integers(-1, 1),
+        times=st.integers(1, 3),
+        scope=st.sampled_from([b"", b"", b"x"]),
+    )
+    def submit(self, data, length, budget, priority, times, scope):
+        """`times` as choices of one request. Prompts are alike, and may go on where another request has come to."""
+        others = [[*request.prompt, *request.generated] for request in self.live]
+        stem = data.draw(st.sampled_from([[0] * CONTEXT, [0, 1] * CONTEXT, *others]))
+        prompt = (stem + [0] * length)[:length]
+        if data.draw(st.integers(0, 5)) == 0:
+            prompt[data.draw(st.integers(0, length - 1))] = data.draw(st.integers(1, POISON))
+        for _ in range(times):
+            request = make_request(
+                prompt=prompt,
+                budget=min(budget, CONTEXT - length),
+                priority=priority,
+                arrival=next(self.arrivals),
+                scope=scope,
+                plan=self.plan,
+            )
+            self.scheduler.enqueue(request)
+            self.live.append(request)
 
     @rule()
-    def admit(self):
+    def fill_rows(self):
         before = list(self.scheduler.waiting)
-        self.scheduler.admit()
+        self.placement.fill_rows()
         admitted = [request for request in before if request.row is not None]
         assert before[: len(admitted)] == admitted, "somebody was overtaken"
         assert self.scheduler.waiting == before[len(admitted) :]
 
-    @rule(num_chunks=st.integers(1, 3))
-    def prefill(self, num_chunks):
-        for request in self.scheduler.prefilling:
-            for chunk in self.scheduler.chunks(request):
-                if not num_chunks:
-                    return
-                num_chunks -= 1
-                # Whole pages are written, so the row must hold them.
-                assert -(-(chunk.start + chunk.num_tokens) // PAGE) <= len(request.pages)
-                request.num_prefilled += chunk.num_tokens
-            request.is_running = True
+    def alone(self, request: EngineRequest) -> list[int]:
+        """What the request's pages would hold if nobody else were there."""
+        values: list[int] = []
+        for start, num_tokens, size in self.plan.spans(0, len(request.prompt) - 1):
+            for token in request.prompt[start : start + num_tokens]:
+                values.append(
+                    bits(values[-1] if values else 0, token, None if self.plan.programs_agree else (start, size))
+                )
+        for token in [request.prompt[-1], *request.generated][: len(request.generated)]:
+            program = None if self.plan.programs_agree else "decode"
+            values.append(bits(values[-1] if values else 0, token, program))
+        return values
 
     @rule(steps=st.integers(1, 5))
     def decode(self, steps):
@@ -218,32 +532,77 @@ class Life(RuleBasedStateMachine):
                 victim = self.scheduler.youngest()
                 assert victim is not oldest, "the oldest was set aside"
                 assert victim.order == max(r.order for r in self.scheduler.rows if r is not None)
-                self.scheduler.set_aside(victim)
+                self.placement.set_aside(victim)
         for request in self.scheduler.running:
-            more = min(steps, request.budget - len(request.generated))
-            assert len(request.pages) * PAGE >= len(request.prompt) + len(request.generated) + more
-            request.generated += [1] * more
+            for _ in range(min(steps, request.budget - len(request.generated))):
+                if not self.step(request):
+                    self.finish(request, has_failed=True)
+                    break
             if len(request.generated) == request.budget:
                 self.finish(request)
 
-    def finish(self, request: EngineRequest) -> None:
-        self.scheduler.remove(request)
+    def step(self, request: EngineRequest) -> bool:
+        """Writes the last token and says the next, which depends on all before. False if they are not finite."""
+        last = [*request.prompt, *request.generated][-1]
+        scores = self.device.put(request.pages, request.num_to_prefill, last, "decode")
+        if scores == NAN:
+            return False
+        request.generated.append(scores % POISON)
+        return True
+
+    def finish(self, request: EngineRequest, *, has_failed: bool = False) -> None:
+        if not has_failed and request.is_running:
+            in_pages = [
+                int(self.device.memory[request.pages[i // PAGE], i % PAGE]) for i in range(request.num_to_prefill)
+            ]
+            assert in_pages == self.alone(request)
+        self.placement.forget(request)
+        self.placement.clear(self.scheduler.remove(request, has_failed=has_failed))
         self.live.remove(request)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def cancel(self, data):
-        self.finish(data.draw(st.sampled_from(self.live)))
+        """While a dispatch runs, which writes on, and what it writes may be NaN."""
+        request = data.draw(st.sampled_from(self.live))
+        if request.is_running:
+            self.device.put(request.pages, request.num_to_prefill, POISON, "decode")
+        self.finish(request)
 
     @invariant()
-    def pages_have_one_owner(self):
+    def pages_are_shared_through_the_cache_alone(self):
         if not hasattr(self, "scheduler"):
             return
-        owned = [page for request in self.live for page in request.pages]
-        assert len(owned) == len(set(owned)), "a page has two owners"
-        assert set(owned) <= set(range(1, self.num_pages))
-        assert self.scheduler.pages.num_used == len(owned), "pages leaked"
-        assert self.scheduler.pages.num_free == self.num_pages - 1 - len(owned)
+        pages = self.scheduler.pages
+        holders = Counter(page for request in self.live for page in request.pages)
+        assert set(holders) <= set(range(1, self.num_pages))
+        assert pages._holders == [holders[page] for page in range(self.num_pages)]
+        assert pages.num_used == len(holders), "pages leaked"
+        assert pages.num_free == self.num_pages - 1 - len(holders)
+        for request in self.live:
+            assert len(set(request.pages)) == len(request.pages)
+            for index, page in enumerate(request.pages):
+                assert holders[page] == 1 or index < len(request.page_keys), "a page that is written has two holders"
+        assert len({*pages._free, *pages._idle}) == len(pages._free) + len(pages._idle) == pages.num_free
+        assert {page: key for page, key in enumerate(pages._keys) if key} == {p: k for k, p in pages._by_key.items()}
+
+    @invariant()
+    def rows_hold_what_they_would_alone(self):
+        if not hasattr(self, "scheduler"):
+            return
+        for request in self.live:
+            if request.row is None:
+                continue
+            written = request.num_to_prefill if request.is_running else request.num_prefilled
+            values = [int(self.device.memory[request.pages[i // PAGE], i % PAGE]) for i in range(written)]
+            assert request.is_saved or values == self.alone(request)[:written]
+            assert request.is_saved or NAN not in values or POISON in request.prompt
+
+    @invariant()
+    def what_nobody_holds_is_finite(self):
+        if hasattr(self, "scheduler"):
+            pages = self.scheduler.pages
+            assert NAN not in self.device.memory[[*pages._free, *pages._idle]]
 
     @invariant()
     def everybody_is_in_one_place(self):
@@ -256,6 +615,7 @@ class Life(RuleBasedStateMachine):
             assert (request.row, request.pages, request.is_running) == (None, [], False)
         assert [r.order for r in self.scheduler.waiting] == sorted(r.order for r in self.scheduler.waiting)
         assert self.scheduler.has_work == bool(self.live)
+        assert set(self.device.saved) == {r.saved_as for r in self.live if r.is_saved}, "copies leaked"
 
     def teardown(self):
         """Whatever happened, all that is left comes to its end, the first in order among those with rows first."""
@@ -264,16 +624,19 @@ class Life(RuleBasedStateMachine):
         for _ in range(60 * (len(self.live) + 1)):
             if not self.live:
                 break
-            self.admit()
-            self.prefill(99)
+            self.fill_rows()
             holders = [request for request in self.scheduler.rows if request is not None]
             oldest = min(holders, key=lambda r: r.order)
-            before = len(oldest.generated)
+            before = len(oldest.generated), oldest.num_prefilled
+            self.fill_rows()
             self.decode(3)
-            assert oldest.is_finished or len(oldest.generated) > before, "the oldest made no progress"
-            self.pages_have_one_owner()
+            after = len(oldest.generated), oldest.num_prefilled
+            assert oldest not in self.live or after > before or oldest.is_running, "the oldest made no progress"
+            self.pages_are_shared_through_the_cache_alone()
+            self.rows_hold_what_they_would_alone()
             self.everybody_is_in_one_place()
         assert not self.live, "some never ended"
+        assert self.scheduler.pages.num_used == 0
 
 
 TestLife = Life.TestCase

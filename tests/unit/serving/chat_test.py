@@ -69,6 +69,7 @@ def test_an_answer_has_every_field_of_the_contract():
         "prompt_tokens": 9,
         "completion_tokens": 8,
         "total_tokens": 17,
+        "prompt_tokens_details": {"cached_tokens": 0},
         "completion_tokens_details": {"reasoning_tokens": 0},
     }
 

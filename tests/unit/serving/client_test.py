@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from unit.serving import client_script
 from unit.serving.fakes import END_THINK, FakeLlama
 from unit.serving.live import serving_in_thread
 
@@ -69,7 +73,7 @@ def test_errors_are_the_clients_own_exceptions(url):
             client.chat.completions.create(model="gpt-4", messages=MESSAGES)
         assert missing.value.code == "model_not_found"
         with pytest.raises(openai.BadRequestError, match="not implemented yet"):
-            ask(client, logprobs=True)
+            ask(client, extra_body={"chat_template": "x"})
     with serving_in_thread(FakeLlama(), api_keys=("sk-right",)) as closed:
         with client_of(closed, key="sk-wrong") as client, pytest.raises(openai.AuthenticationError):
             ask(client)
@@ -81,3 +85,23 @@ def test_errors_are_the_clients_own_exceptions(url):
             list(ask(client, stream=True))
         with pytest.raises(openai.InternalServerError):
             ask(client)
+
+
+def test_every_field_goes_through_the_client(url):
+    client_script.main(url)
+
+
+@pytest.mark.slow
+def test_every_field_goes_through_a_client_of_a_year_ago(url, tmp_path):
+    """In an environment of its own, from the package index."""
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tmp_path), "openai==2.8.1"]
+    subprocess.run(install, check=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, client_script.__file__, url],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "openai 2.8.1: all well" in done.stdout

@@ -17,6 +17,7 @@ from jaxllama.text.decoding import ByteDecoder
 
 EOS = 0
 THINK, END_THINK = 1, 2
+BOS, PROMPT = 3, 5
 FIRST_WORD = 10
 
 
@@ -29,6 +30,16 @@ class FakeOutput:
     finish_reason: str | None = None
     stop_token_id: int | None = None
     error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class FakeLogprob:
+    """`TokenLogprob` or `PromptLogprob`, field for field."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    rank: int = 1
 
 
 class FakeTokenizer:
@@ -53,13 +64,22 @@ class FakeTokenizer:
         return FIRST_WORD + self._pieces.index(data)
 
     def token_bytes(self, token_id: int) -> bytes:
-        return self._pieces[token_id - FIRST_WORD] if token_id >= FIRST_WORD else b""
+        if token_id < FIRST_WORD:
+            return b"x" if token_id == PROMPT else b""
+        return self._pieces[token_id - FIRST_WORD] if token_id - FIRST_WORD < len(self._pieces) else b""
 
     def decoder(self, *, skip_special: bool = True, prompt_tail: Sequence[int] = ()) -> ByteDecoder:
-        return ByteDecoder(self.token_bytes)
+        return ByteDecoder(self.token_bytes, prompt_tail=prompt_tail)
+
+    def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
+        """One token a character, and one before all unless `add_bos` is false."""
+        return [*([] if add_bos is False else [BOS]), *([PROMPT] * len(text))]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def encode_rendered(self, rendered: Any) -> list[int]:
-        return [5] * len(rendered.text)
+        return [PROMPT] * len(rendered.text)
 
 
 @dataclass
@@ -90,6 +110,8 @@ class FakeRequest:
         self.cancelled = threading.Event()
         self.ended = threading.Event()
         self.num_sent = 0
+        self.queued_s = 0.001
+        self.num_cached_tokens = engine.num_cached_tokens if index == 0 else 10**6
 
     def cancel(self) -> None:
         self.cancelled.set()
@@ -100,6 +122,10 @@ class FakeRequest:
             self._on_output(self._play(engine.script_of(self)))
         finally:
             self.ended.set()
+
+    def _output(self, ids: tuple[int, ...], **fields: Any) -> FakeOutput:
+        entries = () if self.params.logprobs is None else tuple(self._engine.logprob(i, self) for i in ids)
+        return FakeOutput(ids, entries, **fields)
 
     def _play(self, script: list[int]) -> FakeOutput:
         engine, budget = self._engine, self.params.max_tokens
@@ -118,12 +144,12 @@ class FakeRequest:
             stops = {EOS, *self.params.stop_token_ids} if not self.params.ignore_eos else set()
             for n, token_id in enumerate(batch):
                 if token_id in stops:
-                    return FakeOutput(batch[: n + 1], finish_reason="stop", stop_token_id=token_id)
+                    return self._output(batch[: n + 1], finish_reason="stop", stop_token_id=token_id)
             if self.num_sent >= len(script) and not engine.repeats:
-                return FakeOutput(batch, finish_reason="length")
+                return self._output(batch, finish_reason="length")
             if self.num_sent >= len(script):
                 script = script * 2
-            self._on_output(FakeOutput(batch))
+            self._on_output(self._output(batch))
             self.cancelled.wait(engine.delay_s)
 
 
@@ -141,13 +167,25 @@ class FakeEngine:
     failure: Exception | None = None
     max_queue: int | None = None
     max_context: int = 4096
+    num_cached_tokens: int = 0
     unhealthy: str | None = None
     stopped: bool = False
     rows: list[FakeRequest] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
+    scopes: list[bytes] = field(default_factory=list)
+    priorities: list[int] = field(default_factory=list)
+    logprobs: dict[int, float] = field(default_factory=dict)
+    failed: bool = False
+    on_steps: Any = None
 
     def submit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, on_output: Callable[[Any], None], *, priority: int = 0
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        on_output: Callable[[Any], None],
+        *,
+        priority: int = 0,
+        cache_scope: bytes = b"",
     ) -> FakeRequest:
         if self.stopped:
             raise EngineStoppedError("the engine has stopped")
@@ -158,11 +196,19 @@ class FakeEngine:
         row = FakeRequest(self, params, on_output, len(self.rows))
         self.rows.append(row)
         self.prompts.append(list(prompt_ids))
+        self.priorities.append(priority)
+        self.scopes.append(cache_scope)
         threading.Thread(target=row.play, daemon=True).start()
         return row
 
     def script_of(self, row: FakeRequest) -> list[int]:
         return self.scripts[row.index % len(self.scripts)] if self.scripts else self.script
+
+    def logprob(self, token_id: int, row: FakeRequest) -> FakeLogprob:
+        """Of a token: what `logprobs` says, else minus its id; rows differ a little. Token 20 - i is i-th likeliest."""
+        value = self.logprobs.get(token_id, -float(token_id)) - row.index / 8
+        top = tuple((20 - i, -float(i + 1)) for i in range(row.params.logprobs or 0))
+        return FakeLogprob(token_id, value, top)
 
     @property
     def num_running(self) -> int:
@@ -179,6 +225,7 @@ class FakeEngine:
             num_pages_used=running,
             num_pages=64,
             ready=self.unhealthy is None,
+            has_failed=self.failed,
             num_compilations=7,
         )
 
@@ -212,10 +259,22 @@ class FakeLlama:
             path=Path("/nowhere/fake"), generation_config=generation_config or {}, manifest={"files": {}}
         )
         self.closed = False
+        self.num_scored, self.score_delay_s = 0, 0.0
 
     def set_scripts(self, *scripts: Sequence[str | bytes | int]) -> None:
         """Gives each row its own pieces, in the order of submission."""
         self.engine.scripts = [[*self.tokenizer.ids_of(pieces), EOS] for pieces in scripts]
+
+    def memory_traffic(self) -> Any:
+        """A device reads 1 GB a step, and has a bandwidth only if the server is told."""
+        return SimpleNamespace(bytes_per_s=None, read_bytes=lambda report: report.num_steps * 1e9)
+
+    def prompt_logprobs(self, ids: Sequence[int], num_top: int = 0) -> Any:
+        """Place i has log-probability -i and rank i, and likeliest are the ids 20, 19, …"""
+        for i, token_id in enumerate(ids[1:], 1):
+            self.num_scored += 1
+            time.sleep(self.score_delay_s)
+            yield FakeLogprob(token_id, -float(i), tuple((21 - k, -k / 10) for k in range(1, num_top + 1)), i)
 
     def close(self) -> None:
         self.engine.close()

@@ -6,9 +6,9 @@ import json
 import time
 
 import pytest
-from jaxllama_serving import protocol
 from jaxllama_serving.errors import ApiError
-from jaxllama_serving.protocol import ChatRequest, parse_chat_request
+from jaxllama_serving.protocol import generation
+from jaxllama_serving.protocol.chat import NOT_YET, ChatRequest, parse_chat_request
 from jaxllama_serving.strict_json import MAX_DEPTH, decode
 from unit.serving.live import body
 
@@ -34,7 +34,7 @@ def test_the_smallest_request_has_every_default():
 def test_null_means_the_default_in_every_optional_field():
     optional = set(ChatRequest.model_fields) - {"model", "messages"}
     assert parse(**dict.fromkeys(optional)) == parse()
-    assert parse(**dict.fromkeys(protocol.NOT_YET)) == parse()
+    assert parse(**dict.fromkeys(NOT_YET)) == parse()
 
 
 def test_what_official_clients_send_by_default_is_accepted():
@@ -49,12 +49,12 @@ def test_what_official_clients_send_by_default_is_accepted():
         "reasoning_content": "Hm.",
     }
     messages = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, message]
-    harmless = {name: values[0] for name, values in protocol.NOT_YET.items() if values}
+    harmless = {name: values[0] for name, values in NOT_YET.items() if values}
     request = parse(messages=messages, user="u", metadata={"a": "b"}, store=False, service_tier="auto", **harmless)
     assert [m.text for m in request.messages] == ["Hi", "Yes."]
 
 
-@pytest.mark.parametrize("name", protocol.NOT_YET)
+@pytest.mark.parametrize("name", NOT_YET)
 def test_what_is_not_built_yet_is_refused_by_name(name):
     value = {"tool_choice": "required", "priority": 3, "top_logprobs": 5}.get(name, {"type": "json_object"})
     with pytest.raises(ApiError) as caught:
@@ -64,14 +64,14 @@ def test_what_is_not_built_yet_is_refused_by_name(name):
 
 
 def test_a_harmless_value_is_compared_with_its_json_type():
-    for fields in ({"logprobs": 0}, {"top_logprobs": False}, {"include_reasoning": 1}, {"logprobs": True}):
+    for fields in ({"logprobs": 0}, {"top_logprobs": False}, {"include_reasoning": 1}, {"continue_final_message": 0}):
         with pytest.raises(ApiError):
             parse(**fields)
 
 
 def test_the_bounds_are_those_of_the_sampler():
     for name in ("MAX_STOP_STRINGS", "MAX_STOP_BYTES", "MAX_STOP_TOKEN_IDS", "MAX_LOGIT_BIAS", "MAX_TOKENS"):
-        assert getattr(protocol, name) == getattr(sampling, name)
+        assert getattr(generation, name) == getattr(sampling, name)
 
 
 BOUNDS = {

@@ -22,15 +22,24 @@ from jaxllama_serving.config import ServerConfig, ServerConfigError
 
 TESTS = Path(__file__).parents[2]
 SERVER = f"""
-import sys, time
+import sys, threading, time
 sys.path.insert(0, {str(TESTS)!r})
 from unit.serving.fakes import FakeLlama
 from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.server import serve
 def load():
     time.sleep(float(sys.argv[1]))
-    return FakeLlama(["a"] * int(sys.argv[2]), delay_s=0.05)
-sys.exit(serve(ServerConfig(("default",), port=0, drain_timeout_s=float(sys.argv[3])), load))
+    llama = FakeLlama(["a"] * int(sys.argv[2]), delay_s=0.05)
+    def fail():
+        llama.engine.failed, llama.engine.unhealthy = True, "a program failed"
+        llama.engine.failure, llama.engine.fail_after = RuntimeError(), 0
+    if sys.argv[4] != "never":
+        threading.Timer(1.0, fail).start()
+    return llama
+config = ServerConfig(
+    ("default",), port=0, drain_timeout_s=float(sys.argv[3]), exit_on_engine_failure=sys.argv[4] == "exit"
+)
+sys.exit(serve(config, load))
 """
 
 
@@ -47,9 +56,9 @@ def _logging_as_it_was():
 class Process:
     """A server in a process of its own, and what it prints."""
 
-    def __init__(self, load_s=0.0, tokens=20, drain_s=10.0):
+    def __init__(self, load_s=0.0, tokens=20, drain_s=10.0, fails="never"):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(load_s), str(tokens), str(drain_s)],
+            [sys.executable, "-c", SERVER, str(load_s), str(tokens), str(drain_s), fails],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -144,6 +153,21 @@ def test_it_answers_while_it_loads_and_a_signal_then_exits_0():
         assert server.code(3) == 0
 
 
+def test_a_failed_engine_ends_the_process_only_if_asked():
+    with Process(tokens=10_000, fails="exit") as server:
+        url = server.read_until("Ready in").split(": ")[1].split()[0]
+        status, text = fetch(url + "/v1/chat/completions", {"stream": True})
+        assert (status, '"server_error"' in text) == (200, True)
+        server.read_until("The engine is not healthy: a program failed")
+        assert server.code() == 1
+    with Process(fails="stay") as server:
+        url = server.read_until("Ready in").split(": ")[1].split()[0]
+        time.sleep(2.0)
+        assert (fetch(url + "/health")[0], fetch(url + "/version")[0]) == (503, 200)
+        server.signal()
+        assert server.code() == 0
+
+
 def parse(*flags):
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
@@ -156,6 +180,7 @@ def test_flags_make_one_config(tmp_path):
         "ckpt --served-model-name default org/model --port 0 --price-input 0.59 --price-output 0.79 --max-n 4 --lenient"
     )
     flags += " --strict-length --stop-in-reasoning --generation-config auto --request-timeout 60 --drain-timeout 5"
+    flags += " --peak-bandwidth 819 --exit-on-engine-failure"
     config = cli.make_config(parse(*flags.split(), "--cors-origin", "https://a.example"), "k1, k2")
     assert config == ServerConfig(
         ("default", "org/model"),
@@ -171,6 +196,8 @@ def test_flags_make_one_config(tmp_path):
         generation_config="auto",
         request_timeout_s=60,
         drain_timeout_s=5,
+        peak_bandwidth=819,
+        exit_on_engine_failure=True,
     )
     assert "k1" not in repr(config)
 
@@ -184,6 +211,7 @@ def test_flags_make_one_config(tmp_path):
         ["--request-timeout", "0"],
         ["--request-timeout", "nan"],
         ["--price-input", "-1"],
+        ["--peak-bandwidth", "0"],
         ["--api-key-file", "/nowhere/keys"],
         ["--served-model-name", "a\nb"],
     ],
@@ -227,6 +255,6 @@ def test_help_needs_no_http_library():
     code += "sys.exit(cli.run(p.parse_args(['ckpt'])))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr
-    for group in ("network:", "model and engine:", "API behaviour:", "access:", "limits and timeouts"):
+    for group in ("network:", "model and engine:", "API behaviour:", "access:", "operation:", "limits and timeouts"):
         assert group in done.stdout
     assert "jaxllama[serve]" in done.stderr

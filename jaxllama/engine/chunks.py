@@ -1,0 +1,85 @@
+"""How a prompt is cut into chunks, and the names of the pages that they write. No JAX."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import NamedTuple
+
+_FULL_ENOUGH = 0.75
+
+
+class Span(NamedTuple):
+    """Tokens `start … start + num_tokens` of a prompt, to run in a program made for `size` tokens."""
+
+    start: int
+    num_tokens: int
+    size: int
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """Cuts prompts into chunks of `sizes` (ascending multiples of `page_size`).
+
+    If `programs_agree` (see `decode.programs_agree`), a chunk may start at any page and a page is named by the tokens
+    up to its end. Else a token's bits depend on the program it goes through and its place there: the cut is then a
+    function of the prompt's length alone, a page's name tells its program and place too, and only whole chunks are
+    found again. So that prompts of different lengths are cut alike as far as they can, their first chunks are small
+    then: a chunk is no longer than what comes before it.
+    """
+
+    sizes: tuple[int, ...]
+    page_size: int
+    programs_agree: bool
+
+    def spans(self, start: int, end: int) -> Iterator[Span]:
+        """The chunks of tokens `start … end`; `start` is one that `usable` gave."""
+        at = start if self.programs_agree else 0
+        while at < end:
+            size = self._size(at, end - at)
+            span = Span(at, min(size, end - at), size)
+            if at >= start:
+                yield span
+            at += span.num_tokens
+
+    def _size(self, at: int, left: int) -> int:
+        """The smallest that holds all that is `left`, if that fills it well, else the largest that it fills."""
+        sizes = self.sizes if self.programs_agree else [s for s in self.sizes if s <= max(at, self.sizes[0])]
+        enough = next((size for size in sizes if size >= left), None)
+        if enough is not None and left >= _FULL_ENOUGH * enough:
+            return enough
+        return max((size for size in sizes if size <= left), default=sizes[0])
+
+    def usable(self, num_tokens: int, end: int) -> int:
+        """How many of the first `num_tokens` (whole pages), found in the cache, a prompt of `end` tokens may use."""
+        if self.programs_agree:
+            return num_tokens
+        edges = [span.start for span in self.spans(0, end)] + [end]
+        return max(edge for edge in edges if edge <= num_tokens)
+
+    def root(self, scope: bytes) -> bytes:
+        """What comes before the first page's content in its name."""
+        return blake2b(scope, digest_size=32).digest()
+
+    def page_keys(self, scope: bytes, ids: Sequence[int]) -> list[bytes]:
+        """Names of the full pages of `ids`, each of everything up to its end. Nothing is shared between scopes."""
+        keys: list[bytes] = []
+        parent = self.root(scope)
+        for span in self.spans(0, len(ids)):
+            program = b"" if self.programs_agree else array("q", (span.start, span.size)).tobytes()
+            num_full = span.num_tokens // self.page_size * self.page_size
+            new = self.more_keys(parent, ids[span.start : span.start + num_full], program)
+            keys += new
+            parent = new[-1] if new else parent
+        return keys
+
+    def more_keys(self, parent: bytes, ids: Sequence[int], program: bytes = b"") -> list[bytes]:
+        """Names of the full pages of `ids` that follow the page `parent`."""
+        keys = []
+        for start in range(0, len(ids) - self.page_size + 1, self.page_size):
+            content = array("q", ids[start : start + self.page_size]).tobytes()
+            parent = blake2b(parent + program + content, digest_size=32).digest()
+            keys.append(parent)
+        return keys

@@ -1,0 +1,111 @@
+"""Requests into rows and out of them: prefill, what is set aside and brought back, and pages left clean."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxllama.config import LlamaConfig
+from jaxllama.decode import row_state
+from jaxllama.engine.device import Programs
+from jaxllama.engine.request import EngineRequest
+from jaxllama.engine.scheduler import Chunk, Scheduler
+
+
+class Placement:
+    """Carries out on the devices what the scheduler decides about rows. The engine's thread alone uses it.
+
+    `max_tokens` bounds the prefill of one turn. If `needs_clean_pages` (see `Attention`), pages that may hold NaN are
+    cleared when they become free; all others are finite.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        programs: Programs,
+        scheduler: Scheduler,
+        *,
+        max_tokens: int,
+        table_width: int,
+        needs_clean_pages: bool,
+    ) -> None:
+        self._config = config
+        self._programs = programs
+        self._scheduler = scheduler
+        self._max_tokens = max_tokens
+        self._table_width = table_width
+        self._needs_clean_pages = needs_clean_pages
+        self._numbers = itertools.count()
+
+    def fill_rows(self) -> None:
+        """Admits what can be, and prefills at most `max_tokens`, so that running streams wait no longer than that."""
+        tokens_left = self._max_tokens
+        while True:
+            # Again after each, as the next may wait for its pages.
+            self._scheduler.admit()
+            request = next(iter(self._scheduler.prefilling), None)
+            if request is None:
+                return
+            if request.saved_as is not None:
+                self._bring_back(request, request.saved_as)
+            for chunk in self._scheduler.chunks(request):
+                if chunk.size > tokens_left:
+                    return
+                tokens_left -= chunk.size
+                self.prefill(chunk)
+                self._scheduler.advance(chunk)
+            self.activate(request)
+
+    def prefill(self, chunk: Chunk) -> None:
+        """Writes a chunk into the cache."""
+        request = chunk.request
+        tokens = np.zeros(chunk.size, np.int32)
+        tokens[: chunk.num_tokens] = request.prompt[chunk.start : chunk.start + chunk.num_tokens]
+        self._programs.prefill(tokens, self._table(request.pages), np.int32(chunk.start), np.int32(chunk.num_tokens))
+
+    def set_aside(self, request: EngineRequest) -> None:
+        """Takes a request's row and pages. If it runs, the hosts keep a copy: prefill might not give the same bits."""
+        if request.is_running:
+            request.saved_as = next(self._numbers)
+            self._programs.save(np.int32(request.saved_as), self._written_pages(request))
+        self.clear(self._scheduler.set_aside(request))
+
+    def _bring_back(self, request: EngineRequest, saved_as: int) -> None:
+        pages = self._written_pages(request)
+        pages[: request.num_shared_pages] = 0  # others have filled them with the same bits
+        self._programs.restore(np.int32(saved_as), pages)
+        request.saved_as, request.num_prefilled = None, request.num_to_prefill
+
+    def forget(self, request: EngineRequest) -> None:
+        """Drops the copy of a request that has ended."""
+        if request.saved_as is not None:
+            self._programs.forget(np.int32(request.saved_as))
+            request.saved_as = None
+
+    def clear(self, pages: list[int]) -> None:
+        """Clears pages that a row has left and that may hold NaN, if the attention needs it."""
+        if self._needs_clean_pages and pages:
+            self._programs.clear(self._table(pages), np.int32(len(pages)))
+
+    def activate(self, request: EngineRequest) -> None:
+        new = row_state(
+            self._config,
+            request.params,
+            prompt=request.prompt,
+            generated=request.generated,
+            remaining=request.budget - len(request.generated),
+            seed=request.seed,
+        )
+        assert request.row is not None
+        self._programs.insert(np.int32(request.row), new)
+        request.is_running = True
+
+    def _written_pages(self, request: EngineRequest) -> Int[np.ndarray, " pages"]:
+        return np.array(request.pages[: self._scheduler.num_pages_for(request.num_to_prefill)], np.int32)
+
+    def _table(self, pages: list[int]) -> Int[np.ndarray, " max_pages"]:
+        table = np.zeros(self._table_width, np.int32)
+        table[: len(pages)] = pages
+        return table

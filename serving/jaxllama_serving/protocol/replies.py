@@ -1,0 +1,242 @@
+"""What each route answers: of these the OpenAPI document is made, and the tests hold the answers against them.
+
+A field with a default is left out of an answer unless the request, or the server's flags, ask for it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+type FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class _Reply(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class ErrorDetails(_Reply):
+    """What went wrong, and where."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(_Reply):
+    """Every error of every route."""
+
+    error: ErrorDetails
+
+
+class PromptTokensDetails(_Reply):
+    """How many tokens of the prompt were found in the prefix cache."""
+
+    cached_tokens: int
+
+
+class CompletionTokensDetails(_Reply):
+    """How many tokens of the completion were reasoning."""
+
+    reasoning_tokens: int
+
+
+class Usage(_Reply):
+    """Tokens, and with prices set their cost in dollars. A prompt counts once for all its choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+    estimated_cost: float = 0.0
+
+
+class TopLogprob(_Reply):
+    """A token and its log-probability; `bytes` are exact where the text is not UTF-8 by itself."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the answer, with the likeliest at its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(_Reply):
+    """One entry a token, but for a stop token at the end; those of the reasoning apart."""
+
+    content: list[TokenLogprob]
+    refusal: None
+    reasoning_content: list[TokenLogprob] = []
+
+
+class PromptLogprob(_Reply):
+    """A token that could stand at a place of the prompt. Rank 1 is the likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+type PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
+class ChatReplyMessage(_Reply):
+    """The assistant's message."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+    reasoning_content: str = ""
+
+
+class _Choice(_Reply):
+    index: int
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None = None
+    seed: int = 0
+    token_ids: list[int] = []
+
+
+class ChatChoice(_Choice):
+    """One answer."""
+
+    message: ChatReplyMessage
+    logprobs: ChatLogprobs | None
+
+
+class ChatDelta(_Reply):
+    """What a chunk adds to the message."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str = ""
+    reasoning_content: str = ""
+
+
+class ChatChunkChoice(_Choice):
+    """What a chunk adds to one answer."""
+
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+
+
+class _Head(_Reply):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    seed: int
+
+
+class ChatCompletion(_Head):
+    """The answer to a chat request."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_token_ids: list[int] = []
+    prompt_logprobs: PromptLogprobs = []
+
+
+class ChatCompletionChunk(_Head):
+    """One event of a chat stream."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    prompt_token_ids: list[int] = []
+
+
+class CompletionLogprobs(_Reply):
+    """One entry a token in each list; the first token of an echoed prompt has none."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(_Choice):
+    """One completion, or what a chunk adds to it."""
+
+    text: str
+    logprobs: CompletionLogprobs | None
+    prompt_token_ids: list[int] = []
+    prompt_logprobs: PromptLogprobs = []
+
+
+class Completion(_Head):
+    """The answer to a text completion request, or one event of its stream."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class ModelLimits(_Reply):
+    """What the server allows of one request."""
+
+    max_n: int
+    max_body_bytes: int
+    request_timeout_s: float = 0.0
+
+
+class Pricing(_Reply):
+    """Dollars per million tokens."""
+
+    input: float
+    output: float
+
+
+class Model(_Reply):
+    """A served name. `max_model_len` is the context: prompt and completion together, in tokens."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    limits: ModelLimits
+    max_model_len: int = 0
+    pricing: Pricing = Field(default_factory=lambda: Pricing(input=0.0, output=0.0))
+
+
+class ModelList(_Reply):
+    """All served names."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Tokens(_Reply):
+    """Ids of a text or a chat."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] = []
+
+
+class Text(_Reply):
+    """Text of ids."""
+
+    prompt: str
+    count: int
+
+
+class Status(_Reply):
+    """All is well."""
+
+    status: Literal["ok", "ready"]
+
+
+class Version(_Reply):
+    """What runs."""
+
+    version: str
+    system_fingerprint: str | None

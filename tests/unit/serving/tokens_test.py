@@ -1,0 +1,84 @@
+"""`/tokenize` and `/detokenize`, `/version`, and the limits that `/v1/models` shows."""
+
+from __future__ import annotations
+
+import pytest
+from unit.serving.fakes import BOS, FakeLlama
+from unit.serving.live import run, serving
+
+
+def post(path, status=200, **fields):
+    async def test():
+        async with serving(FakeLlama(["Hi", b"\xe2"])) as live:
+            found, answer, _ = await live.post(path=path, json=fields)
+            assert found == status, answer
+            return answer
+
+    return run(test())
+
+
+@pytest.mark.parametrize("prefix", ["", "/v1", "/v1/openai"])
+def test_text_and_messages_become_the_ids_that_the_routes_use(prefix):
+    path = f"{prefix}/tokenize"
+    assert post(path, prompt="abc") == {"count": 4, "max_model_len": 4096, "tokens": [BOS, 5, 5, 5]}
+    assert post(path, prompt="abc", add_special_tokens=False, model="default")["tokens"] == [5, 5, 5]
+    assert post(path, prompt="")["count"] == 1
+    assert post(path, messages=[{"role": "user", "content": "Hi"}])["count"] == len("user: Hi\n")
+    assert post(path, prompt="ab", return_token_strs=True)["token_strs"] == ["", "x", "x"]
+
+
+@pytest.mark.parametrize("prefix", ["", "/v1", "/v1/openai"])
+def test_ids_become_text(prefix):
+    path = f"{prefix}/detokenize"
+    assert post(path, tokens=[10, 5, 11]) == {"prompt": "Hix\ufffd", "count": 3}
+    assert post(path, tokens=[]) == {"prompt": "", "count": 0}
+
+
+BAD = [
+    ("/tokenize", {}, "prompt"),
+    ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
+    ("/tokenize", {"prompt": 1}, "prompt"),
+    ("/tokenize", {"messages": []}, "messages"),
+    ("/tokenize", {"messages": [{"role": "user"}]}, "messages[0].content"),
+    ("/tokenize", {"prompt": "a", "text": "b"}, "text"),
+    ("/detokenize", {}, "tokens"),
+    ("/detokenize", {"tokens": [1000]}, "tokens"),
+    ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
+    ("/detokenize", {"tokens": ["1"]}, "tokens[0]"),
+    ("/detokenize", {"tokens": "1"}, "tokens"),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "param"), BAD)
+def test_what_cannot_be_is_refused_by_name(path, fields, param):
+    assert post(path, status=400, **fields)["error"]["param"] == param
+
+
+def test_an_unknown_model_is_not_found():
+    for path, fields in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
+        assert post(path, status=404, model="gpt-4", **fields)["error"]["code"] == "model_not_found"
+
+
+def test_lenient_answers_with_a_warning_header():
+    async def test():
+        async with serving(FakeLlama(), lenient=True) as live:
+            for path, fields in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
+                status, _, headers = await live.post(path=path, json={**fields, "foo": 1})
+                assert (status, headers["X-Jaxllama-Warning"]) == (200, "ignored unknown parameters: foo")
+
+    run(test())
+
+
+def test_version_and_models_tell_what_runs_and_its_limits():
+    async def test():
+        async with serving(None, price_input=0.5, request_timeout_s=9.0, max_n=4) as live:
+            version = (await live.get("/version"))[1]
+            assert version["system_fingerprint"] is None
+            live.service.set_llama(FakeLlama())
+            assert (await live.get("/v1/version"))[1]["version"] == version["version"]
+            entry = (await live.get("/v1/models/org/model"))[1]
+            assert entry["max_model_len"] == 4096
+            assert entry["limits"] == {"max_n": 4, "max_body_bytes": 4 * 2**20, "request_timeout_s": 9.0}
+            assert entry["pricing"] == {"input": 0.5, "output": 0.0}
+
+    run(test())
