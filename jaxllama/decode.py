@@ -119,6 +119,8 @@ _STATE_AXES: DecodeState = _state_of(
         stop_ids=("rows", None),
         logit_bias=("rows", "vocab"),
         num_logprobs=("rows",),
+        is_masked=("rows",),
+        token_mask=("rows", None),
     ),
 )
 
@@ -151,9 +153,11 @@ def state_shapes(
             frequency_penalty=rows(f32),
             repetition_penalty=rows(f32),
             seed=rows(jnp.uint32, 2),
-            stop_ids=rows(i32, MAX_STOP_TOKEN_IDS + len(config.eos_token_ids)),
+            stop_ids=rows(i32, MAX_STOP_TOKEN_IDS + len(config.eos_token_ids) + 1),
             logit_bias=rows(f32, config.vocab_size),
             num_logprobs=rows(i32),
+            is_masked=rows(jnp.bool_),
+            token_mask=rows(jnp.uint32, -(-config.vocab_size // 32)),
         ),
     )
     return shapes
@@ -196,10 +200,12 @@ def row_state(
     generated: list[int],
     remaining: int,
     seed: int,
+    halt_id: int | None = None,
 ) -> RowState:
     """The row that continues `prompt + generated` (`generated` is not empty after a preemption).
 
-    `remaining` is the number of tokens still to come at most. Its last token is the row's next input.
+    `remaining` is the number of tokens still to come at most. Its last token is the row's next input. `halt_id` makes
+    the row inactive as stop ids do. It begins without a mask.
     """
     vocab = config.vocab_size
     prompt_mask = np.zeros(vocab, np.bool_)
@@ -208,7 +214,8 @@ def row_state(
     bias = np.zeros(vocab, np.float32)
     bias[list(params.logit_bias)] = list(params.logit_bias.values())
     stops = [*params.stop_token_ids, *(() if params.ignore_eos else config.eos_token_ids)]
-    stop_ids = np.full(MAX_STOP_TOKEN_IDS + len(config.eos_token_ids), -1, np.int32)
+    stops += [] if halt_id is None else [halt_id]
+    stop_ids = np.full(MAX_STOP_TOKEN_IDS + len(config.eos_token_ids) + 1, -1, np.int32)
     stop_ids[: len(stops)] = stops
     f32 = np.float32
     sampling = _sampling_of(
@@ -223,6 +230,8 @@ def row_state(
         stop_ids=stop_ids,
         logit_bias=bias,
         num_logprobs=np.int32(-1 if params.logprobs is None else params.logprobs),
+        is_masked=np.bool_(False),
+        token_mask=np.full(-(-vocab // 32), 0xFFFFFFFF, np.uint32),
     )
     ids = prompt + generated
     return RowState(

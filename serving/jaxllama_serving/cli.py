@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxllama.errors import (
     CheckpointError,
@@ -21,7 +21,7 @@ from jaxllama.errors import (
     TokenizerError,
 )
 from jaxllama_serving import hosts
-from jaxllama_serving.config import ServerConfig, ServerConfigError
+from jaxllama_serving.config import REASONING_FIELDS, TOOL_PARSERS, ServerConfig, ServerConfigError
 
 if TYPE_CHECKING:
     from jaxllama import Llama
@@ -82,10 +82,36 @@ def add_behaviour(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--lenient", action="store_true", help="ignore unknown parameters, with a warning header")
     group.add_argument("--stop-in-reasoning", action="store_true", help="let stop strings end the reasoning too")
     group.add_argument(
+        "--reasoning-field",
+        choices=REASONING_FIELDS,
+        default="reasoning_content",
+        help="where answers have the reasoning (default: %(default)s)",
+    )
+    group.add_argument(
+        "--tool-parser", choices=TOOL_PARSERS, help="format of tool calls (default: by the chat template)"
+    )
+    group.add_argument(
         "--max-n", type=int, default=16, help="most choices a request may ask for (default: %(default)s)"
     )
     group.add_argument("--price-input", type=float, metavar="USD", help="per million prompt tokens, for estimated_cost")
     group.add_argument("--price-output", type=float, metavar="USD", help="per million completion tokens")
+
+
+def behaviour(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what the flags of `add_behaviour`, and the model's names, say, as fields of `ServerConfig`."""
+    fields = (
+        "generation_config",
+        "strict_length",
+        "lenient",
+        "stop_in_reasoning",
+        "reasoning_field",
+        "tool_parser",
+        "max_n",
+        "price_input",
+        "price_output",
+    )
+    names = tuple(args.served_model_name or (args.checkpoint.resolve().name,))
+    return {"model_names": names, **{name: getattr(args, name) for name in fields}}
 
 
 def _add_access(group: argparse._ArgumentGroup) -> None:
@@ -128,6 +154,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         ("--max-body-bytes", int, "largest body"),
         ("--max-connections", int, "open connections"),
         ("--max-stream-tokens", int, "tokens a stream's reader may be behind"),
+        ("--max-pending-tokens", int, "prompt tokens of all requests at once"),
     ):
         default = getattr(defaults, _field(flag))
         shown = "none" if default is None else f"{default:g}" if kind is float else str(default)
@@ -147,23 +174,17 @@ def make_config(args: argparse.Namespace, environment: str | None) -> ServerConf
     from jaxllama_serving.auth import read_keys
 
     return ServerConfig(
-        model_names=tuple(args.served_model_name or (args.checkpoint.resolve().name,)),
+        **behaviour(args),
         host=args.host,
         port=args.port,
         api_keys=read_keys(args.api_key_file, environment),
         cors_origins=tuple(args.cors_origin),
-        price_input=args.price_input,
-        price_output=args.price_output,
         peak_bandwidth=args.peak_bandwidth,
         exit_on_engine_failure=args.exit_on_engine_failure,
-        generation_config=args.generation_config,
-        strict_length=args.strict_length,
-        lenient=args.lenient,
-        stop_in_reasoning=args.stop_in_reasoning,
-        max_n=args.max_n,
         max_body_bytes=args.max_body_bytes,
         max_connections=args.max_connections,
         max_stream_tokens=args.max_stream_tokens,
+        max_pending_tokens=args.max_pending_tokens,
         header_timeout_s=args.header_timeout,
         body_timeout_s=args.body_timeout,
         write_timeout_s=args.write_timeout,

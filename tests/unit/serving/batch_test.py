@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 import tiny
 from jaxllama_serving.batch import Counts, answer_batch
 from jaxllama_serving.batch_files import BatchError, InputFile, OutputFile
+from jaxllama_serving.cli import add_behaviour, behaviour
 from jaxllama_serving.config import ServerConfig
 from unit.serving.fakes import FakeLlama
 from unit.serving.live import body, serving
@@ -286,6 +288,15 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, checkpoint, lines, f
     assert text.startswith("jaxllama batch: ")
     assert text.count("\n") == 1
     assert message in text
+
+
+def test_no_flag_that_changes_answers_is_left_out():
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(served_model_name=["default"])
+    add_behaviour(parser)
+    args = parser.parse_args([])
+    flags = {action.dest for action in parser._actions} - {"help"}
+    assert set(behaviour(args)) == flags | {"model_names"}
 
 
 def test_the_input_is_never_the_output(tmp_path, capsys, checkpoint):
