@@ -16,22 +16,12 @@ TIMEOUT_S = 60.0
 class Collector:
     """Collects the outputs of one request, and checks that exactly one has a finish reason and that it is the last."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        *,
-        priority: int = 0,
-        cache_scope: str | bytes = b"",
-    ) -> None:
+    def __init__(self, engine: Engine, prompt: Sequence[int], params: SamplingParams, **rest: Any) -> None:
         self.outputs: list[TokenOutput] = []
         self.violations: list[str] = []
         self._first = threading.Event()
         self._ended = threading.Event()
-        self.request: EngineRequest = engine.submit(
-            prompt, params, self._take, priority=priority, cache_scope=cache_scope
-        )
+        self.request: EngineRequest = engine.submit(prompt, params, self._take, **rest)
 
     def _take(self, output: TokenOutput) -> None:
         if self._ended.is_set():

@@ -180,11 +180,11 @@ class Engine:
         programs.compile(np.array(self.chunk_sizes, np.int32), np.array(self._row_buckets, np.int32), on_progress)
         nothing = self._make_request([0], SamplingParams(), lambda _: None, 0, b"")
         self._placement.prefill(Chunk(nothing, 0, 0, min(self.chunk_sizes)))
+        row = row_state(self.config, nothing.params, prompt=[0], generated=[], remaining=1, seed=0)
+        programs.insert(np.int32(0), row)
         none = np.zeros(1, np.int32)
         programs.save(np.int32(0), none)
         programs.restore(np.int32(0), none)
-        row = row_state(self.config, nothing.params, prompt=[0], generated=[], remaining=1, seed=0)
-        programs.insert(np.int32(0), row)
         if self.attention.needs_clean_pages:
             programs.clear(np.zeros(self._table_width, np.int32), np.int32(0))
         for num_rows in self._row_buckets:

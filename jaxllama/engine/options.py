@@ -44,7 +44,7 @@ class EngineStats:
     """The engine's load at one moment. `has_failed`: it has ended for good; `Engine.health` says why.
 
     `num_cached_pages` can be found by later requests. Of all prompts so far, `num_prompt_tokens` in length,
-    `num_prompt_tokens_cached` were found. `num_compilations` are the process's since the engine was made.
+    `num_prompt_tokens_cached` were found. `num_compilations` is the process's since the engine was made.
     """
 
     num_running: int
@@ -52,11 +52,11 @@ class EngineStats:
     num_pages_used: int
     num_pages: int
     ready: bool
-    num_compilations: int = 0
     num_cached_pages: int = 0
     num_prompt_tokens: int = 0
     num_prompt_tokens_cached: int = 0
     has_failed: bool = False
+    num_compilations: int = 0
 
 
 @dataclass(frozen=True)

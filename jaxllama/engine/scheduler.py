@@ -15,6 +15,8 @@ from jaxllama.engine.chunks import ChunkPlan
 from jaxllama.engine.pages import PagePool
 from jaxllama.engine.request import EngineRequest
 
+MAX_STEPS_AHEAD = 32
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -68,7 +70,7 @@ class Scheduler:
                 usable = self._plan.usable(len(found) * self._page_size, request.num_to_prefill)
                 found = found[: usable // self._page_size]
             self.pages.share(found)
-            taken = self.pages.take(self.num_pages_for(request.num_to_prefill + 1) - len(found))
+            taken = self.pages.take(self.num_pages_for(request.num_to_prefill + self._room(request)) - len(found))
             if taken is None:
                 self.pages.give_back(found)
                 return
@@ -82,6 +84,10 @@ class Scheduler:
                 request.num_cached_tokens = request.num_prefilled
                 self.num_queried_tokens += len(request.prompt)
                 self.num_hit_tokens += request.num_prefilled
+
+    def _room(self, request: EngineRequest) -> int:
+        """Tokens to come that an admitted request has pages for; who was set aside is not to be so at once again."""
+        return min(MAX_STEPS_AHEAD, request.budget - len(request.generated)) if request.is_saved else 1
 
     def _is_being_prefilled(self, request: EngineRequest, num_found: int) -> bool:
         """Whether a row will soon have filled the next page that `request` needs.

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from jaxllama.decode import MAX_STEPS
 from jaxllama.engine.chunks import ChunkPlan
 from jaxllama.engine.pages import PagePool
 from jaxllama.engine.placement import Placement
 from jaxllama.engine.request import EngineRequest
-from jaxllama.engine.scheduler import Scheduler
+from jaxllama.engine.scheduler import MAX_STEPS_AHEAD, Scheduler
 from jaxllama.sampling import SamplingParams
 
 
@@ -383,6 +384,19 @@ def test_a_request_set_aside_keeps_its_place_and_what_it_said():
     scheduler.admit()
     assert second.row is not None
     assert len(second.pages) == 2, "seven tokens and the next"
+
+
+def test_who_was_set_aside_comes_back_with_room_for_a_dispatch():
+    """Or it would be copied to the host and back for a few tokens."""
+    assert MAX_STEPS_AHEAD == MAX_STEPS
+    for budget, num_pages in ((100, 12), (18, 7)):
+        scheduler = make_scheduler(pages=30)
+        request = make_request(9, budget=budget)
+        request.generated, request.saved_as = [1] * 6, 0
+        scheduler.enqueue(request)
+        scheduler.admit()
+        # 14 tokens have keys and values; 32 more may come, or what is left of the budget.
+        assert len(request.pages) == num_pages
 
 
 def test_removing_twice_or_from_the_line_is_fine():
