@@ -34,6 +34,7 @@ from jaxllama.scoring import PromptLogprob, logits_of, prompt_logprobs
 from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
 from jaxllama.text.constraint import ConstraintMaker, OutputConstraint
 from jaxllama.text.output import OutputAssembler
+from jaxllama.text.structured import Grammar
 from jaxllama.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -361,7 +362,8 @@ class _Output:
             )
         elif params.stop:
             raise RequestError("this checkpoint has no tokenizer: stop strings cannot be found", "stop")
-        self._constraint = self._make_constraint(starts_in_reasoning)
+        self._starts_in_reasoning = starts_in_reasoning
+        self._grammar = self._compile()
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._token_ids: list[int] = []
@@ -377,24 +379,27 @@ class _Output:
     def start(self, inbox: queue.SimpleQueue[tuple[_Output, TokenOutput]]) -> None:
         """Submits the request, whose outputs then arrive in `inbox`."""
         self._request = self._llama.engine.submit(
-            self._prompt, self._params, lambda tokens: inbox.put((self, tokens)), constraint=self._constraint
+            self._prompt, self._params, lambda tokens: inbox.put((self, tokens)), constraint=self._make_constraint()
         )
 
-    def _make_constraint(self, starts_in_reasoning: bool | None) -> OutputConstraint | None:
-        params = self._params
-        if params.structured is None and params.thinking_budget is None:
-            return None
-        if params.thinking_budget is not None and starts_in_reasoning is None:
+    def _compile(self) -> Grammar | None:
+        params, starts = self._params, self._starts_in_reasoning
+        if params.thinking_budget is not None and starts is None:
             raise RequestError(
                 "thinking_budget bounds the reasoning in `chat` with a model that reasons; here there is none to bound",
                 "thinking_budget",
             )
-        maker, grammar = self._llama.constraints, None
-        if params.structured is not None:
-            grammar = maker.compile(params.structured.source(), params.structured.kind, starts_in_reasoning)
-        return maker.make(
-            grammar,
-            starts_in_reasoning=starts_in_reasoning,
+        if params.structured is None:
+            return None
+        return self._llama.constraints.compile(params.structured.source(), params.structured.kind, starts)
+
+    def _make_constraint(self) -> OutputConstraint | None:
+        params = self._params
+        if self._grammar is None and params.thinking_budget is None:
+            return None
+        return self._llama.constraints.make(
+            self._grammar,
+            starts_in_reasoning=self._starts_in_reasoning,
             thinking_budget=params.thinking_budget,
             min_tokens=params.min_tokens,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from jaxllama.text.structured import Grammar, GrammarCompiler, GrammarSource, Gr
 from jaxllama.text.tokenizer import Tokenizer
 
 FOREVER = 1 << 40
+_MAX_GRAMMARS_KEPT = 64
 _MAX_NEWLINES = 2  # between the end of the reasoning and a grammar's content, as R1 writes them
 
 
@@ -216,11 +218,11 @@ class ConstraintMaker:
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
         self._lock = threading.Lock()
+        self._compiled: OrderedDict[str, Grammar] = OrderedDict()
 
     @cached_property
     def _tokens(self) -> ReasoningTokens:
-        with self._lock:
-            return ReasoningTokens.of(self._tokenizer)
+        return ReasoningTokens.of(self._tokenizer)
 
     def compile(self, source: GrammarSource, name: str, starts_in_reasoning: bool | None) -> Grammar:
         """The grammar of the content, for `make` with the same `starts_in_reasoning`.
@@ -229,7 +231,16 @@ class ConstraintMaker:
         """
         if starts_in_reasoning and self._tokens.close_id is None:
             source = source.after(CLOSE_TAG)
-        return self.compiler.compile(source, name)
+        key = source.to_llguidance()
+        with self._lock:
+            grammar = self._compiled.pop(key, None)
+        if grammar is None:
+            grammar = self.compiler.compile(source, name)
+        with self._lock:
+            self._compiled[key] = grammar
+            if len(self._compiled) > _MAX_GRAMMARS_KEPT:
+                self._compiled.popitem(last=False)
+        return grammar
 
     def make(
         self,

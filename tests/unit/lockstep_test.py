@@ -42,6 +42,7 @@ REQUESTS: list[dict[str, Any]] = [
     {"temperature": 1, "seed": 1, "max_tokens": 40, "n": 3},
     {"temperature": 1.3, "top_p": 0.9, "top_k": 50, "seed": 2, "max_tokens": 30, "presence_penalty": 1},
     {"temperature": 0.7, "min_p": 0.02, "seed": 3, "repetition_penalty": 1.2, "logit_bias": {"65": 5}},
+    {"temperature": 2, "seed": 4, "structured_outputs": {"regex": "[a-z]{9}é"}},
 ]
 
 
