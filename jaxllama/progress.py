@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+_REDRAW_S = 0.2
 
 
 class Advance(Protocol):
@@ -18,15 +23,37 @@ class Advance(Protocol):
 
 @contextmanager
 def show_progress(name: str, total: int, *, show: bool | None = None, done: int = 0) -> Iterator[Advance]:
-    """Shows on stderr how many of `total` items are done (`done` were before), and tokens a second.
+    """Shows how many of `total` items are done (`done` were before), and tokens a second.
 
-    `show` None shows a bar on a terminal and in a notebook (with ipywidgets), and nothing elsewhere; True shows a line
-    every tenth of the items there; False shows nothing.
+    `show` None shows a bar on a terminal (stderr) and in a notebook, and nothing elsewhere; True shows a line every
+    tenth of the items there; False shows nothing.
     """
     if show is False:
         yield _count_nothing
         return
     from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal and not console.is_jupyter:
+        yield _Lines(name, total, done) if show else _count_nothing
+        return
+    rate, bar = _Rate(), _make_bar(console)
+    task = bar.add_task(name, total=total, completed=done, rate="")
+    redraw = _redraw_in_notebook(bar) if console.is_jupyter else None
+
+    def advance(*, items: int = 0, tokens: int = 0) -> None:
+        bar.update(task, advance=items, rate=rate.after(tokens))
+        if redraw is not None:
+            redraw(bar.finished)
+
+    if redraw is not None:
+        yield advance
+        return
+    with bar:
+        yield advance
+
+
+def _make_bar(console: Console) -> Progress:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -36,26 +63,31 @@ def show_progress(name: str, total: int, *, show: bool | None = None, done: int 
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
-    if not console.is_terminal and not (console.is_jupyter and importlib.util.find_spec("ipywidgets")):
-        yield _Lines(name, total, done) if show else _count_nothing
-        return
-    rate = _Rate()
-    columns = (
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        console=console,
     )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(name, total=total, completed=done, rate="")
 
-        def advance(*, items: int = 0, tokens: int = 0) -> None:
-            bar.update(task, advance=items, rate=rate.after(tokens))
 
-        yield advance
+def _redraw_in_notebook(bar: Progress) -> Callable[[bool], None]:
+    """Shows the bar, and returns what shows it anew, at most every `_REDRAW_S`; rich's own way needs ipywidgets."""
+    from IPython.display import display
+
+    handle = display(bar.make_tasks_table(bar.tasks), display_id=True)
+    drawn = time.monotonic()
+
+    def redraw(is_last: bool) -> None:
+        nonlocal drawn
+        if is_last or time.monotonic() - drawn >= _REDRAW_S:
+            drawn = time.monotonic()
+            handle.update(bar.make_tasks_table(bar.tasks))
+
+    return redraw
 
 
 def _count_nothing(*, items: int = 0, tokens: int = 0) -> None:

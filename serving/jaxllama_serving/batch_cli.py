@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError
-from jaxllama_serving.cli import add_behaviour, add_model
+from jaxllama_serving.cli import add_behaviour, add_model, behaviour
 from jaxllama_serving.config import ServerConfig
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ what `jaxllama serve` would answer. A line that is no request gets an answer tha
 same command goes on where it was: no line is answered twice, none is lost. Exit code 0 when every line has its answer,
 1 on a failure, 2 on bad input."""
 MAX_QUEUE = 1_000_000
-"""The lines at work are bounded, and with them their choices: the queue needs no bound of its own."""
+MAX_PENDING_TOKENS = 2**40
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,16 +57,9 @@ def _run(args: argparse.Namespace) -> int:
         from jaxllama_serving.server import check_model
     except ModuleNotFoundError as error:
         raise MissingExtraError("serve", error.name or "aiohttp") from None
+    # The lines at work are bounded, so nothing in the server needs a bound that a batch could meet.
     config = ServerConfig(
-        model_names=tuple(args.served_model_name or (args.checkpoint.resolve().name,)),
-        generation_config=args.generation_config,
-        strict_length=args.strict_length,
-        lenient=args.lenient,
-        stop_in_reasoning=args.stop_in_reasoning,
-        max_n=args.max_n,
-        price_input=args.price_input,
-        price_output=args.price_output,
-        max_connections=max(1, 4 * args.max_rows),
+        **behaviour(args), max_connections=max(1, 4 * args.max_rows), max_pending_tokens=MAX_PENDING_TOKENS
     )
     started = time.perf_counter()
     source = InputFile(args.input, config.max_body_bytes)

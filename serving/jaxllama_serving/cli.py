@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxllama.errors import (
     CheckpointError,
@@ -97,6 +97,23 @@ def add_behaviour(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--price-output", type=float, metavar="USD", help="per million completion tokens")
 
 
+def behaviour(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what the flags of `add_behaviour`, and the model's names, say, as fields of `ServerConfig`."""
+    fields = (
+        "generation_config",
+        "strict_length",
+        "lenient",
+        "stop_in_reasoning",
+        "reasoning_field",
+        "tool_parser",
+        "max_n",
+        "price_input",
+        "price_output",
+    )
+    names = tuple(args.served_model_name or (args.checkpoint.resolve().name,))
+    return {"model_names": names, **{name: getattr(args, name) for name in fields}}
+
+
 def _add_access(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--api-key-file",
@@ -157,22 +174,13 @@ def make_config(args: argparse.Namespace, environment: str | None) -> ServerConf
     from jaxllama_serving.auth import read_keys
 
     return ServerConfig(
-        model_names=tuple(args.served_model_name or (args.checkpoint.resolve().name,)),
+        **behaviour(args),
         host=args.host,
         port=args.port,
         api_keys=read_keys(args.api_key_file, environment),
         cors_origins=tuple(args.cors_origin),
-        price_input=args.price_input,
-        price_output=args.price_output,
         peak_bandwidth=args.peak_bandwidth,
         exit_on_engine_failure=args.exit_on_engine_failure,
-        generation_config=args.generation_config,
-        strict_length=args.strict_length,
-        lenient=args.lenient,
-        stop_in_reasoning=args.stop_in_reasoning,
-        reasoning_field=args.reasoning_field,
-        tool_parser=args.tool_parser,
-        max_n=args.max_n,
         max_body_bytes=args.max_body_bytes,
         max_connections=args.max_connections,
         max_stream_tokens=args.max_stream_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import re
 import threading
@@ -13,6 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 import reference
@@ -259,6 +262,23 @@ def test_progress_is_shown_where_asked_or_on_a_terminal(llama: Llama, capsys, mo
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes any stream for a terminal then
     assert "20/20" in shown(20, None)
     assert shown(1, None) == ""
+
+
+NOTEBOOK = """
+from jaxllama.progress import show_progress
+with show_progress("generate", 4) as advance:
+    for _ in range(4):
+        advance(items=1, tokens=3)
+"""
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+def test_progress_is_shown_in_a_notebook():
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
+    asyncio.run(nbclient.NotebookClient(notebook, timeout=60).async_execute())
+    (shown,) = notebook.cells[0].outputs
+    assert "4/4" in shown.data["text/plain"]
+    assert "tokens/s" in shown.data["text/html"]
 
 
 def test_generate_waits_where_others_fill_the_queue():
