@@ -21,6 +21,7 @@ MAX_TOP_K = 1000
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 1_000_000
 _DRAW_BLOCK = 128
+_INFINITY_BITS = 0x7F800000
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ class SamplingArrays(NamedTuple):
     """What the device needs of every row's `SamplingParams`: always arrays, so that no value recompiles anything.
 
     `stop_ids` is padded with -1. `logit_bias` is dense: adding it is elementwise over a sharded vocabulary, a scatter
-    of ids is not. `num_logprobs` is -1 where none are asked for. Where `is_masked`, only the tokens whose bits are set
-    in `token_mask` (bit i % 32 of word i // 32 for token i) may come.
+    of ids is not; `is_biased` spares reading it. `num_logprobs` is -1 where none are asked for. Where `is_masked`, only
+    the tokens whose bits are set in `token_mask` (bit i % 32 of word i // 32 for token i) may come.
     """
 
     temperature: Float[Array, " rows"]
@@ -150,6 +151,7 @@ class SamplingArrays(NamedTuple):
     seed: UInt32[Array, "rows 2"]
     stop_ids: Int[Array, "rows max_stop_ids"]
     logit_bias: Float[Array, "rows vocab"]
+    is_biased: Bool[Array, " rows"]
     num_logprobs: Int[Array, " rows"]
     is_masked: Bool[Array, " rows"]
     token_mask: UInt32[Array, "rows words"]
@@ -311,24 +313,31 @@ def sample(
     changed by it in any bit.
     `positions` are those of the tokens being drawn.
     """
-    is_finite = jnp.isfinite(logits.max(axis=1)) & jnp.isfinite(logits.min(axis=1))
+    # As integers, because the largest of floats may pass over NaN; and one reduction is one exchange between devices.
+    magnitudes = jax.lax.bitcast_convert_type(logits, jnp.int32) & 0x7FFFFFFF
+    is_finite = magnitudes.max(axis=1) < _INFINITY_BITS
     s = sampling
     penalised = active & ((s.presence_penalty != 0) | (s.frequency_penalty != 0) | (s.repetition_penalty != 1))
-    biased = active & jnp.any(s.logit_bias != 0, axis=1)
+    biased = active & s.is_biased
     # Whoever makes a mask has thought of min_tokens.
     suppressed = active & suppress_stops & ~s.is_masked
     masked = active & s.is_masked
-    logits = _when(biased, lambda x: x + s.logit_bias, logits)
-    logits = _when(penalised, lambda x: apply_penalties(x, s, generated_counts, prompt_mask), logits)
-    logits = _when(suppressed, lambda x: suppress_stop_ids(x, s.stop_ids, suppressed), logits)
-    logits = _when(masked, lambda x: apply_token_mask(x, s.token_mask, masked), logits)
-    drawn_rows = active & (s.temperature > 0)
-    tokens = jax.lax.cond(
-        jnp.any(drawn_rows),
-        lambda x: jnp.where(s.temperature > 0, _filter_and_draw(x, s, positions, drawn_rows), argmax(x)),
-        argmax,
-        logits,
-    )
+    drawn = active & (s.temperature > 0)
+
+    def choose(logits: jax.Array) -> jax.Array:
+        logits = _when(biased, lambda x: x + s.logit_bias, logits)
+        logits = _when(penalised, lambda x: apply_penalties(x, s, generated_counts, prompt_mask), logits)
+        logits = _when(suppressed, lambda x: suppress_stop_ids(x, s.stop_ids, suppressed), logits)
+        logits = _when(masked, lambda x: apply_token_mask(x, s.token_mask, masked), logits)
+        return jax.lax.cond(
+            jnp.any(drawn),
+            lambda x: jnp.where(s.temperature > 0, _filter_and_draw(x, s, positions, drawn), argmax(x)),
+            argmax,
+            logits,
+        )
+
+    # One branch around all: what passes through a branch unchanged is copied there.
+    tokens = jax.lax.cond(jnp.any(biased | penalised | suppressed | masked | drawn), choose, argmax, logits)
     return Sampled(tokens, is_finite)
 
 
