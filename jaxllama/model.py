@@ -146,21 +146,19 @@ class Llama(nnx.Module):
 
         # Jitted, one layer is traced and lowered for all. XLA inlines the calls.
         @jax.jit
-        def run_layer(weights: Mapping[str, Any], x: Array, pool: KVPool, pages: Array) -> tuple[Array, KVPool]:
+        def run(weights: Mapping[str, Any], x: Array, pool: KVPool, pages: Array) -> tuple[Array, KVPool]:
             return DecoderLayer(self.config, weights, self.dtype)(x, angles, pool, pages, attend)
 
-        def run(layers: range, x: Array, pool: KVPool) -> tuple[Array, KVPool]:
+        def run_group(layers: range, x: Array, pool: KVPool) -> tuple[Array, KVPool]:
             for index in layers:
-                x, pool = run_layer(self.layers[index], x, pool, page_table + index * num_pages)
+                x, pool = run(self.layers[index], x, pool, page_table + index * num_pages)
             return x, pool
 
-        size = self.layers_per_loop or len(self.layers)
-        groups = [range(first, min(first + size, len(self.layers))) for first in range(0, len(self.layers), size)]
-        if len(groups) == 1:
-            x, pool = run(groups[0], x, pool)
-            return self.norm(x), pool
+        count = len(self.layers)
+        size = self.layers_per_loop or count
+        groups = [partial(run_group, range(first, min(first + size, count))) for first in range(0, count, size)]
         for group in groups:
-            x, pool = _run_once(partial(run, group), once, x, pool)
+            x, pool = group(x, pool) if len(groups) == 1 else _run_once(group, once, x, pool)
         return self.norm(x), pool
 
     def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:

@@ -337,7 +337,8 @@ def sample(
         )
 
     # One branch around all: what passes through a branch unchanged is copied there.
-    tokens = jax.lax.cond(jnp.any(biased | penalised | suppressed | masked | drawn), choose, argmax, logits)
+    is_asked = jnp.any(biased | penalised | suppressed | masked | drawn)
+    tokens = jax.lax.cond(is_asked, choose, argmax, logits)
     return Sampled(tokens, is_finite)
 
 

@@ -342,8 +342,7 @@ class Engine:
             self._read(self._in_flight.popleft())
 
     def _launch(self) -> bool:
-        steps = self._choose_steps()
-        max_steps = self._constraints.max_steps(self._scheduler.running, steps, self._steps_in_flight)
+        max_steps = self._constraints.max_steps(self._scheduler.running, self._choose_steps(), self._steps_in_flight)
         if not max_steps or not self._make_room(max_steps):
             return False
         for request, error in self._constraints.send_masks(self._scheduler.running):

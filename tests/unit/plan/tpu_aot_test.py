@@ -96,7 +96,7 @@ LLAMA_70B = Path(__file__).parents[3] / "bench" / "configs" / "llama3-70b.json"
 
 @dataclass(frozen=True)
 class Bar:
-    """What a step of the 70B with a context of 2,048 reaches: shared TPU.md's bars, but for v6e's time (16.5 for 15.7)."""
+    """What a step of the 70B with a context of 2,048 reaches: TPU.md's bars, but for v6e's time (15.7)."""
 
     topology: str
     rows: int
