@@ -59,10 +59,10 @@ async def _answer(
         async with timeout:
             prepared = await service.in_worker(prepare, llama, config, body)
             context.num_prompt_tokens = prepared.num_prompt_tokens
-            reply = await _begin(service, llama, prepared, reply_type)
             headers = headers_of(request, prepared.dropped)
             if prepared.request.stream:
                 events = EventStream(request, headers, config.write_timeout_s)
+            reply = await _begin(service, llama, prepared, reply_type, events)
             generation = Generation(
                 llama.engine,
                 reply.choices(),
@@ -88,9 +88,21 @@ async def _answer(
         context.num_completion_tokens = generation.num_tokens if generation is not None else 0
 
 
-async def _begin(service: Service, llama: Llama, prepared: Prepared, reply_type: type[Reply]) -> Reply:
+async def _begin(
+    service: Service, llama: Llama, prepared: Prepared, reply_type: type[Reply], events: EventStream | None
+) -> Reply:
     assert llama.tokenizer is not None  # the server does not start without one
     num_top, param = prepared.scored
+    scores = None
+    if num_top is not None:
+        scoring = asyncio.ensure_future(score_prompts(service, llama, prepared.prompts, num_top, param))
+        try:
+            while not (await asyncio.wait([scoring], timeout=service.config.sse_keepalive_s))[0]:
+                if events is not None:
+                    await events.keep_alive()
+            scores = await scoring
+        finally:
+            scoring.cancel()
     return reply_type(
         id=f"{reply_type.id_prefix}-{secrets.token_hex(12)}",
         created=int(time.time()),
@@ -98,7 +110,7 @@ async def _begin(service: Service, llama: Llama, prepared: Prepared, reply_type:
         prepared=prepared,
         config=service.config,
         tokenizer=llama.tokenizer,
-        scores=None if num_top is None else await score_prompts(service, llama, prepared.prompts, num_top, param),
+        scores=scores,
     )
 
 

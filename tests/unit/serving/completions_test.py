@@ -173,6 +173,21 @@ def test_prompt_logprobs_and_token_ids_are_each_choice_s():
         assert choice["seed"] == row.seed
 
 
+def test_a_stream_that_waits_for_scores_is_kept_alive():
+    llama = FakeLlama(["!"])
+    llama.score_delay_s = 0.05
+
+    async def test():
+        fields = request(stream=True, prompt="abcdef", echo=True, logprobs=0)
+        alive = serving(llama, sse_keepalive_s=0.1)
+        async with alive as live, live.session.post(live.url + PATH, json=fields) as response:
+            text = await response.text()
+        assert text.startswith(": keep-alive\n\n")
+        assert joined(parse_events(text))["text"] == "abcdef!"
+
+    run(test())
+
+
 def test_echo_shows_only_as_many_alternatives_as_each_field_asks_for():
     answer = completion_of(FakeLlama(["!"]), prompt="ab", echo=True, logprobs=1, prompt_logprobs=3)
     choice = answer["choices"][0]

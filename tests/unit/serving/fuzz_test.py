@@ -23,13 +23,14 @@ CHECKS = (
 )
 
 
-def fuzz(url: str, *options: str) -> int:
-    """Runs Schemathesis and returns how many cases it tried."""
+def fuzz(url: str, folder: Path, *options: str) -> int:
+    """Runs Schemathesis in `folder` and returns how many cases it tried."""
     command = [Path(sys.executable).with_name("schemathesis"), "run", f"{url}/openapi.json", "--no-color", "--mode=all"]
     done = subprocess.run(
         [*command, f"--checks={','.join(CHECKS)}", "--generation-database=none", *options],
         capture_output=True,
         text=True,
+        cwd=folder,
         timeout=580,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-1000:]
@@ -38,9 +39,11 @@ def fuzz(url: str, *options: str) -> int:
     return int(found[1])
 
 
-def test_a_few_cases_of_every_route():
+def test_a_few_cases_of_every_route(tmp_path):
     with serving_in_thread(FakeLlama(["a", "b"])) as url:
-        cases = fuzz(url, "--phases=examples,fuzzing", "--max-examples=30", "--exclude-path-regex=openai/", "--seed=1")
+        cases = fuzz(
+            url, tmp_path, "--phases=examples,fuzzing", "--max-examples=30", "--exclude-path-regex=openai/", "--seed=1"
+        )
     assert cases > 100
 
 
@@ -51,4 +54,4 @@ def test_a_thousand_cases_against_a_model(tmp_path):
     with tiny.make_llama(options=options, tokenizer_folder=tiny.write_tokenizer(tmp_path)) as llama:
         llama.engine.warm_up()
         with serving_in_thread(llama) as url:
-            assert fuzz(url, "--max-examples=25", "--seed=2") > 1000
+            assert fuzz(url, tmp_path, "--max-examples=25", "--seed=2") > 1000

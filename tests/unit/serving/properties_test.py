@@ -56,7 +56,7 @@ def bodies(model, valid):
     ids=["chat", "completions", "tokenize", "detokenize"],
 )
 def test_any_object_is_a_request_or_a_400_that_names_a_field(model, read, valid):
-    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
     @given(bodies(model, valid))
     def check(data):
         request, error = outcome(read, data)
@@ -80,7 +80,7 @@ def outcome(read, data):
         return None, error
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(MESSAGES)
 def test_any_messages_are_read_or_refused_by_a_path(messages):
     _, error = outcome(parse_chat_request, {"model": "m", "messages": messages})
