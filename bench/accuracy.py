@@ -1,5 +1,7 @@
 """What rounding costs: mean KL from float32, argmax agreement and HellaSwag, of bfloat16, int8 weights, int8 KV, both.
 
+"As on TPUs" is the form of the layers there, bfloat16 between products, with the reference attention.
+
     jaxllama convert MODEL.gguf f32 --dtype float32
     python bench/accuracy.py f32 [--hellaswag CASES.jsonl] [--tokens 512] [--only NAME …] [--json OUT]
 
@@ -14,10 +16,13 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import jax
 import numpy as np
 
 import jaxllama
+from jaxllama.attention import ReferenceAttention
 from jaxllama.compilation import enable_compilation_cache
 
 ROOT = Path(__file__).parents[1]
@@ -25,9 +30,16 @@ TEXTS = ("README.md", "convert/README.md", "LICENSE", "Makefile", "jaxllama/samp
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16 as on TPUs": {"dtype": "bfloat16", "keeps_float32": False},
     "int8 weights": {"dtype": "bfloat16", "quantize": "int8"},
     "int8 KV": {"dtype": "bfloat16", "kv_dtype": "int8"},
     "int8 weights and KV": {"dtype": "bfloat16", "quantize": "int8", "kv_dtype": "int8"},
+    "int8 weights and KV as on TPUs": {
+        "dtype": "bfloat16",
+        "quantize": "int8",
+        "kv_dtype": "int8",
+        "keeps_float32": False,
+    },
 }
 
 
@@ -49,9 +61,13 @@ def main() -> None:
         if name not in ("float32", *args.only):
             continue
         options = jaxllama.EngineOptions(kv_dtype=values.get("kv_dtype"))
-        with jaxllama.load(
-            args.checkpoint, dtype=values["dtype"], quantize=values.get("quantize"), options=options
-        ) as llama:
+        jax.clear_caches()  # The form is no part of what programs are looked up by.
+        with (
+            mock.patch.object(ReferenceAttention, "keeps_float32", values.get("keeps_float32", True)),
+            jaxllama.load(
+                args.checkpoint, dtype=values["dtype"], quantize=values.get("quantize"), options=options
+            ) as llama,
+        ):
             assert llama.tokenizer is not None
             logprobs = [log_softmax(llama.logits(llama.tokenizer.encode(text)[: args.tokens])) for text in texts]
             exact = logprobs if exact is None else exact

@@ -15,6 +15,7 @@ from jaxllama.sampling import SamplingParams
 from jaxllama.scoring import PromptLogprob
 from jaxllama.text.chat import ChatTemplate
 from jaxllama.text.output import OutputAssembler
+from jaxllama.text.structured import Structured
 from jaxllama.text.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "PromptLogprob",
     "RopeScaling",
     "SamplingParams",
+    "Structured",
     "TokenLogprob",
     "TokenOutput",
     "Tokenizer",

@@ -3,6 +3,9 @@
 Layer l's pages are `l * num_pages … (l + 1) * num_pages - 1`; a row's page table holds page numbers of layer 0. Keys
 and values are interleaved by head (K0 V0 K1 V1 …), as TPU attention kernels read them. Page 0 is never given to a row:
 a table's unused entries are 0.
+
+Pages of floats hold tokens of heads, pages of int8 heads of tokens: a TPU pads the last but one dimension of int8 to a
+multiple of 32, which one head a device is not.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 from jaxllama.config import LlamaConfig
 from jaxllama.quant import quantize_rows
@@ -23,8 +26,13 @@ class KVPool(NamedTuple):
     `scales` is float32, and None for floats: another tree, so another program, but a pool never changes its kind.
     """
 
-    pages: Float[Array, "pages page_size kv2 head_dim"]
-    scales: Float[Array, "pages page_size kv2"] | None
+    pages: Float[Array, "pages page_size kv2 head_dim"] | Int8[Array, "pages kv2 page_size head_dim"]
+    scales: Float[Array, "pages kv2 page_size"] | None
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page."""
+        return int(self.pages.shape[1 if self.scales is None else 2])
 
 
 # A tree of the same form that holds something else than arrays: shapes, axes.
@@ -32,17 +40,22 @@ _pool_of: Any = KVPool
 
 
 def kv_pool_shapes(config: LlamaConfig, num_pages: int, page_size: int, dtype: Any) -> KVPool:
-    """Shapes and dtypes: pages of `dtype` `[num_layers * num_pages, page_size, 2 * num_kv_heads, head_dim]`."""
-    shape = (config.num_layers * num_pages, page_size, 2 * config.num_kv_heads, config.head_dim)
-    scales = jax.ShapeDtypeStruct(shape[:3], jnp.float32) if dtype == jnp.int8 else None
+    """The shapes and dtypes of a pool with pages of `dtype`."""
+    num_pages, kv2 = config.num_layers * num_pages, 2 * config.num_kv_heads
+    shape, scales = (num_pages, page_size, kv2, config.head_dim), None
+    if dtype == jnp.int8:
+        shape = (num_pages, kv2, page_size, config.head_dim)
+        scales = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
     pool: KVPool = _pool_of(jax.ShapeDtypeStruct(shape, dtype), scales)
     return pool
 
 
 def kv_pool_axes(dtype: Any) -> KVPool:
     """The logical axes of a pool of `dtype` (see `mesh.py`)."""
-    axes = ("pages", "page", "kv_heads", "head_dim")
-    pool: KVPool = _pool_of(axes, axes[:3] if dtype == jnp.int8 else None)
+    axes = ("pages", "kv_heads", "page", "head_dim")
+    pool: KVPool = _pool_of(axes, axes[:3])
+    if dtype != jnp.int8:
+        pool = _pool_of(("pages", "page", "kv_heads", "head_dim"), None)
     return pool
 
 
@@ -70,15 +83,18 @@ def write_tokens(
 
     `page_table` holds pages of the layer that is written (already offset).
     """
-    num_pages, page_size = pool.pages.shape[:2]
+    num_pages, page_size = pool.pages.shape[0], pool.page_size
     pages = jnp.take_along_axis(page_table, positions[:, None] // page_size, axis=1)[:, 0]
-    slots = jnp.where(valid, pages * page_size + positions % page_size, num_pages * page_size)
+    pages, slots = jnp.where(valid, pages, num_pages), positions % page_size
+    heads_first = pool.scales is not None
 
     def write(old: Array, new: Array) -> Array:
+        if heads_first:
+            return old.at[pages, :, slots].set(new, mode="drop")
         flat = old.reshape(num_pages * page_size, *old.shape[2:])
-        return flat.at[slots].set(new, mode="drop").reshape(old.shape)
+        return flat.at[pages * page_size + slots].set(new, mode="drop").reshape(old.shape)
 
-    return jax.tree.map(write, pool, _stored(kv, pool))
+    return jax.tree.map(write, pool, stored(kv, pool))
 
 
 def write_pages(
@@ -93,15 +109,17 @@ def write_pages(
     `start` and the chunk's length are multiples of the page size. Of the chunk, `num_tokens` are real: pages past them
     are not written, and what the last page holds past them is never read before it is overwritten.
     """
-    num_pages, page_size = pool.pages.shape[:2]
+    num_pages, page_size = pool.pages.shape[0], pool.page_size
     chunk_pages = kv.shape[0] // page_size
+    heads_first = pool.scales is not None
     pages = jax.lax.dynamic_slice_in_dim(page_table, start // page_size, chunk_pages)
     pages = jnp.where(jnp.arange(chunk_pages) * page_size < num_tokens, pages, num_pages)
 
     def write(old: Array, new: Array) -> Array:
-        return old.at[pages].set(new.reshape(chunk_pages, page_size, *new.shape[1:]), mode="drop")
+        new = new.reshape(chunk_pages, page_size, *new.shape[1:])
+        return old.at[pages].set(new.swapaxes(1, 2) if heads_first else new, mode="drop")
 
-    return jax.tree.map(write, pool, _stored(kv, pool))
+    return jax.tree.map(write, pool, stored(kv, pool))
 
 
 def clear_pages(pool: KVPool, pages: Int[Array, " max_pages"], count: Int[Array, ""], num_layers: int) -> KVPool:
@@ -137,8 +155,9 @@ def _in_every_layer(pool: KVPool, pages: Array, num_layers: int) -> Array:
     return (first[:, None] + pages).ravel()
 
 
-def _stored(kv: Float[Array, "tokens kv2 head_dim"], pool: KVPool) -> KVPool:
-    """Tokens as `pool` keeps them. One with NaN or infinity has a scale of NaN, which attention carries on."""
+def stored(kv: Float[Array, "tokens kv2 head_dim"], pool: KVPool) -> KVPool:
+    """Tokens as `pool` keeps them, [tokens, 2K, D] and [tokens, 2K]. NaN or infinity makes a scale NaN, which attention
+    carries on."""
     if pool.scales is None:
         return KVPool(kv.astype(pool.pages.dtype), None)
     return KVPool(*quantize_rows(kv))

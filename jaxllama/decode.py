@@ -118,7 +118,10 @@ _STATE_AXES: DecodeState = _state_of(
         seed=("rows", None),
         stop_ids=("rows", None),
         logit_bias=("rows", "vocab"),
+        is_biased=("rows",),
         num_logprobs=("rows",),
+        is_masked=("rows",),
+        token_mask=("rows", None),
     ),
 )
 
@@ -151,9 +154,12 @@ def state_shapes(
             frequency_penalty=rows(f32),
             repetition_penalty=rows(f32),
             seed=rows(jnp.uint32, 2),
-            stop_ids=rows(i32, MAX_STOP_TOKEN_IDS + len(config.eos_token_ids)),
+            stop_ids=rows(i32, MAX_STOP_TOKEN_IDS + len(config.eos_token_ids) + 1),
             logit_bias=rows(f32, config.vocab_size),
+            is_biased=rows(jnp.bool_),
             num_logprobs=rows(i32),
+            is_masked=rows(jnp.bool_),
+            token_mask=rows(jnp.uint32, -(-config.vocab_size // 32)),
         ),
     )
     return shapes
@@ -196,10 +202,12 @@ def row_state(
     generated: list[int],
     remaining: int,
     seed: int,
+    halt_id: int | None = None,
 ) -> RowState:
     """The row that continues `prompt + generated` (`generated` is not empty after a preemption).
 
-    `remaining` is the number of tokens still to come at most. Its last token is the row's next input.
+    `remaining` is the number of tokens still to come at most. Its last token is the row's next input. `halt_id` makes
+    the row inactive as stop ids do. It begins without a mask.
     """
     vocab = config.vocab_size
     prompt_mask = np.zeros(vocab, np.bool_)
@@ -208,7 +216,8 @@ def row_state(
     bias = np.zeros(vocab, np.float32)
     bias[list(params.logit_bias)] = list(params.logit_bias.values())
     stops = [*params.stop_token_ids, *(() if params.ignore_eos else config.eos_token_ids)]
-    stop_ids = np.full(MAX_STOP_TOKEN_IDS + len(config.eos_token_ids), -1, np.int32)
+    stops += [] if halt_id is None else [halt_id]
+    stop_ids = np.full(MAX_STOP_TOKEN_IDS + len(config.eos_token_ids) + 1, -1, np.int32)
     stop_ids[: len(stops)] = stops
     f32 = np.float32
     sampling = _sampling_of(
@@ -222,7 +231,10 @@ def row_state(
         seed=np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32),
         stop_ids=stop_ids,
         logit_bias=bias,
+        is_biased=np.bool_(bias.any()),
         num_logprobs=np.int32(-1 if params.logprobs is None else params.logprobs),
+        is_masked=np.bool_(False),
+        token_mask=np.full(-(-vocab // 32), 0xFFFFFFFF, np.uint32),
     )
     ids = prompt + generated
     return RowState(
@@ -289,7 +301,7 @@ def prefill_logits(
 ) -> tuple[Float[Array, "chunk vocab"], KVPool]:
     """`prefill` that also returns the logits of every position of the chunk."""
     hidden, pool = _forward_chunk(config, params, pool, tokens, page_table, start, num_tokens, attention)
-    return Llama(config, params).logits(hidden), pool
+    return Llama(config, params, attention).logits(hidden), pool
 
 
 @partial(jax.jit, donate_argnames="pool", static_argnames="config")
@@ -326,7 +338,8 @@ def _forward_chunk(
         out, pool = attention.prefill(q[0], kv[0], pool, pages[0], start, num_tokens)
         return out[None], pool
 
-    hidden, pool = Llama(config, params)(tokens[None], positions, pool, page_table[None], attend)
+    once = jnp.minimum(num_tokens, 1)  # 0 in the runs that only compile
+    hidden, pool = Llama(config, params, attention)(tokens[None], positions, pool, page_table[None], attend, once)
     return hidden[0], pool
 
 
@@ -352,8 +365,9 @@ def decode_steps(
     or budget. Pages for `max_steps` more tokens must be in the page table.
     """
     state = state._replace(active=state.active & keep)
-    model = Llama(config, params)
+    model = Llama(config, params, attention)
     num_top = min(MAX_TOP_LOGPROBS, config.vocab_size)
+    once = jnp.minimum(max_steps, 1)
     out = StepOutput(
         tokens=jnp.full((MAX_STEPS, num_rows), -1, jnp.int32),
         num_steps=jnp.int32(0),
@@ -367,13 +381,20 @@ def decode_steps(
         return (out.num_steps < max_steps) & jnp.any(state.active[:num_rows])
 
     def step(carry: tuple[DecodeState, StepOutput]) -> tuple[DecodeState, StepOutput]:
-        return _decode_step(config, model, *carry, num_rows=num_rows, attention=attention)
+        return _decode_step(config, model, *carry, once, num_rows=num_rows, attention=attention)
 
     return jax.lax.while_loop(unfinished, step, (state, out))
 
 
 def _decode_step(
-    config: LlamaConfig, model: Llama, state: DecodeState, out: StepOutput, *, num_rows: int, attention: Attention
+    config: LlamaConfig,
+    model: Llama,
+    state: DecodeState,
+    out: StepOutput,
+    once: Array,
+    *,
+    num_rows: int,
+    attention: Attention,
 ) -> tuple[DecodeState, StepOutput]:
     some = slice(0, num_rows)
     active, positions = state.active[some], state.lengths[some]
@@ -383,7 +404,8 @@ def _decode_step(
         out, pool = attention.decode(q[:, 0], kv[:, 0], pool, pages, positions, active)
         return out[:, None], pool
 
-    hidden, pool = model(state.last_token[some, None], positions[:, None], state.pool, state.page_table[some], attend)
+    tokens, page_table = state.last_token[some, None], state.page_table[some]
+    hidden, pool = model(tokens, positions[:, None], state.pool, page_table, attend, once)
     logits = model.logits(hidden[:, 0])
     tokens, is_finite = sample(
         logits,

@@ -8,7 +8,8 @@ JaxLlamaError
 ├── ChatTemplateError (ValueError)   a chat template is missing, refuses the messages or exceeds its bounds
 ├── PlanError (ValueError)           a plan was asked for an unknown topology or for values that contradict each other
 ├── RequestError (ValueError)        a prompt or a sampling parameter is out of range; `param` names it
-│   └── ContextLengthError           the prompt does not fit the context
+│   ├── ContextLengthError           the prompt does not fit the context
+│   └── GrammarError                 a grammar or schema is malformed, not supported or too large
 ├── EngineError                      the engine cannot run the request
 │   ├── QueueFullError               too many requests or tokens wait
 │   ├── EngineStoppedError           the engine drains, has stopped or has failed
@@ -59,6 +60,10 @@ class RequestError(JaxLlamaError, ValueError):
 
 class ContextLengthError(RequestError):
     """The prompt does not fit the context."""
+
+
+class GrammarError(RequestError):
+    """A grammar or schema is malformed, not supported or too large."""
 
 
 class EngineError(JaxLlamaError):

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, overload
 
 import jax
@@ -31,6 +32,7 @@ from jaxllama.progress import Advance, show_progress
 from jaxllama.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from jaxllama.scoring import PromptLogprob, logits_of, prompt_logprobs
 from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
+from jaxllama.text.constraint import ConstraintMaker, OutputConstraint
 from jaxllama.text.output import OutputAssembler
 from jaxllama.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -145,6 +147,16 @@ class Llama:
     def max_context(self) -> int:
         """The most tokens that a prompt and its output may have together."""
         return self.engine.max_context
+
+    @cached_property
+    def constraints(self) -> ConstraintMaker:
+        """Makes what holds outputs to grammars and thinking budgets.
+
+        Raises: RequestError if the checkpoint has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise RequestError("this checkpoint has no tokenizer, which structured output and thinking budgets need")
+        return ConstraintMaker(self.tokenizer, self.config.vocab_size, self.config.eos_token_ids)
 
     def memory_traffic(self) -> MemoryTraffic:
         """What decoding must read from memory, to compare with what it takes (`Engine.on_steps`)."""
@@ -349,6 +361,7 @@ class _Output:
             )
         elif params.stop:
             raise RequestError("this checkpoint has no tokenizer: stop strings cannot be found", "stop")
+        self._constraint = self._make_constraint(starts_in_reasoning)
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._token_ids: list[int] = []
@@ -363,7 +376,28 @@ class _Output:
 
     def start(self, inbox: queue.SimpleQueue[tuple[_Output, TokenOutput]]) -> None:
         """Submits the request, whose outputs then arrive in `inbox`."""
-        self._request = self._llama.engine.submit(self._prompt, self._params, lambda tokens: inbox.put((self, tokens)))
+        self._request = self._llama.engine.submit(
+            self._prompt, self._params, lambda tokens: inbox.put((self, tokens)), constraint=self._constraint
+        )
+
+    def _make_constraint(self, starts_in_reasoning: bool | None) -> OutputConstraint | None:
+        params = self._params
+        if params.structured is None and params.thinking_budget is None:
+            return None
+        if params.thinking_budget is not None and starts_in_reasoning is None:
+            raise RequestError(
+                "thinking_budget bounds the reasoning in `chat` with a model that reasons; here there is none to bound",
+                "thinking_budget",
+            )
+        maker, grammar = self._llama.constraints, None
+        if params.structured is not None:
+            grammar = maker.compile(params.structured.source(), params.structured.kind, starts_in_reasoning)
+        return maker.make(
+            grammar,
+            starts_in_reasoning=starts_in_reasoning,
+            thinking_budget=params.thinking_budget,
+            min_tokens=params.min_tokens,
+        )
 
     def cancel(self) -> None:
         """Ends the request if it still runs."""

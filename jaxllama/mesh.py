@@ -29,6 +29,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "pages": (),
     "page": (),
     "head_dim": (),
+    "embed_scale": (),
 }
 """Which mesh axes split each logical axis. An axis whose number of units they do not divide is replicated."""
 

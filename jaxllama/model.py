@@ -6,8 +6,9 @@ Modules are made at trace time around a plain `Params` tree, so that only dicts 
 are unrolled: TPU.md's measurements give 50 to 80 % more time to a scan over stacked weights.
 
 Between matrix products everything is float32, the residual stream included; only what enters a product is rounded to
-the weights' dtype (and, on TPUs, what devices sum). It costs next to nothing and keeps greedy replies in bfloat16 close
-to float32's (bench/LOG.md). Beside int8 matrices it is the norms that have that dtype.
+the weights' dtype. On CPUs it costs next to nothing and keeps greedy replies in bfloat16 close to float32's. The TPU
+form (`Attention.keeps_float32` false) rounds what leaves a product too: half the traffic on the links and in HBM
+(bench/LOG.md). Beside int8 matrices it is the norms that have that dtype.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxllama.attention import Attention as PagedAttention
 from jaxllama.cache import KVPool, interleave_kv
 from jaxllama.config import LlamaConfig
 from jaxllama.params import Params, QuantizedWeight
@@ -31,43 +33,40 @@ type Attend = Callable[[Array, Array, KVPool, Array], tuple[Array, KVPool]]
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation of float32 to the weights' dtype (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    """Root-mean-square normalisation in float32, to the weights' dtype (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
     def __init__(self, weight: Array, eps: float) -> None:
         self.weight = nnx.Param(weight)
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        weight = self.weight[...]
+        weight, x = self.weight[...], x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
         return (x * scale * weight.astype(jnp.float32)).astype(weight.dtype)
 
 
 class Linear(nnx.Module):
-    """`x @ weight.T + bias` in float32, with the weight in Hugging Face's `[out, in]` layout.
+    """`x @ weight.T + bias` in `dtype`, with the weight in Hugging Face's `[out, in]` layout."""
 
-    `sums_shares`: tensor parallelism splits the inputs, so each device has a share of the sum.
-    """
-
-    def __init__(self, weights: Mapping[str, Any], name: str, *, sums_shares: bool = False) -> None:
-        self.sums_shares = sums_shares
+    def __init__(self, weights: Mapping[str, Any], name: str, dtype: Any) -> None:
+        self.dtype = dtype
         self.weight = nnx.Param(weights[name])
         self.bias = nnx.Param(weights[f"{name}_bias"]) if f"{name}_bias" in weights else None
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        y = _product("...i,oi->...o", x, self.weight.get_value(), sums_shares=self.sums_shares)
-        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+        y = _product("...i,oi->...o", x, self.weight.get_value(), self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) over the paged cache."""
 
-    def __init__(self, config: LlamaConfig, weights: Mapping[str, Any]) -> None:
+    def __init__(self, config: LlamaConfig, weights: Mapping[str, Any], dtype: Any) -> None:
         self.config = config
-        self.q_proj = Linear(weights, "q_proj")
-        self.k_proj = Linear(weights, "k_proj")
-        self.v_proj = Linear(weights, "v_proj")
-        self.o_proj = Linear(weights, "o_proj", sums_shares=True)
+        self.q_proj = Linear(weights, "q_proj", dtype)
+        self.k_proj = Linear(weights, "k_proj", dtype)
+        self.v_proj = Linear(weights, "v_proj", dtype)
+        self.o_proj = Linear(weights, "o_proj", dtype)
 
     def __call__(
         self,
@@ -88,23 +87,24 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """The SwiGLU feed-forward block (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, weights: Mapping[str, Any]) -> None:
-        self.gate_proj = Linear(weights, "gate_proj")
-        self.up_proj = Linear(weights, "up_proj")
-        self.down_proj = Linear(weights, "down_proj", sums_shares=True)
+    def __init__(self, weights: Mapping[str, Any], dtype: Any) -> None:
+        self.gate_proj = Linear(weights, "gate_proj", dtype)
+        self.up_proj = Linear(weights, "up_proj", dtype)
+        self.down_proj = Linear(weights, "down_proj", dtype)
 
     def __call__(self, x: Float[Array, "rows tokens embed"]) -> Float[Array, "rows tokens embed"]:
-        return self.down_proj((nnx.silu(self.gate_proj(x)) * self.up_proj(x)).astype(x.dtype))
+        gate, up = (y.astype(jnp.float32) for y in (self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj((nnx.silu(gate) * up).astype(x.dtype))
 
 
 class DecoderLayer(nnx.Module):
     """One pre-norm transformer layer."""
 
-    def __init__(self, config: LlamaConfig, weights: Mapping[str, Any]) -> None:
+    def __init__(self, config: LlamaConfig, weights: Mapping[str, Any], dtype: Any) -> None:
         self.input_layernorm = RMSNorm(weights["input_layernorm"], config.rms_norm_eps)
-        self.self_attn = Attention(config, weights)
+        self.self_attn = Attention(config, weights, dtype)
         self.post_attention_layernorm = RMSNorm(weights["post_attention_layernorm"], config.rms_norm_eps)
-        self.mlp = MLP(weights)
+        self.mlp = MLP(weights, dtype)
 
     def __call__(self, x: Array, *attention_inputs: Any) -> tuple[Array, KVPool]:
         out, pool = self.self_attn(self.input_layernorm(x), *attention_inputs)
@@ -113,10 +113,15 @@ class DecoderLayer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A Llama decoder around the weights of a `Params` tree, whose norms' dtype is that of all computation."""
+    """A Llama decoder around the weights of a `Params` tree, in the form that `attention`'s devices want.
 
-    def __init__(self, config: LlamaConfig, params: Params) -> None:
+    The norms' dtype is that of what enters a matrix product.
+    """
+
+    def __init__(self, config: LlamaConfig, params: Params, attention: PagedAttention) -> None:
         self.config = config
+        self.layers_per_loop = attention.layers_per_loop
+        self.dtype = jnp.float32 if attention.keeps_float32 else params["norm"].dtype
         self.embed_tokens = nnx.Param(params["embed_tokens"])
         self.layers = nnx.data(params["layers"])
         self.norm = RMSNorm(params["norm"], config.rms_norm_eps)
@@ -129,27 +134,49 @@ class Llama(nnx.Module):
         pool: KVPool,
         page_table: Int[Array, "rows max_pages"],
         attend: Attend,
+        once: Int[Array, ""],
     ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
-        """Runs the layers, which reach the cache by `attend` alone; returns normalised hidden states and the pool."""
-        x = _rows(self.embed_tokens.get_value(), tokens)
+        """Runs the layers, which reach the cache by `attend` alone; returns normalised hidden states and the pool.
+
+        `once` is 1 in every run, which the compiler must not know: see `Attention.layers_per_loop`.
+        """
+        x = _rows(self.embed_tokens.get_value(), tokens).astype(self.dtype)
         angles = rotary_angles(self.config, positions)
         num_pages = pool.pages.shape[0] // self.config.num_layers
 
         # Jitted, one layer is traced and lowered for all. XLA inlines the calls.
         @jax.jit
         def run(weights: Mapping[str, Any], x: Array, pool: KVPool, pages: Array) -> tuple[Array, KVPool]:
-            return DecoderLayer(self.config, weights)(x, angles, pool, pages, attend)
+            return DecoderLayer(self.config, weights, self.dtype)(x, angles, pool, pages, attend)
 
-        for index, weights in enumerate(self.layers):
-            x, pool = run(weights, x, pool, page_table + index * num_pages)
+        def run_group(layers: range, x: Array, pool: KVPool) -> tuple[Array, KVPool]:
+            for index in layers:
+                x, pool = run(self.layers[index], x, pool, page_table + index * num_pages)
+            return x, pool
+
+        count = len(self.layers)
+        size = self.layers_per_loop or count
+        groups = [partial(run_group, range(first, min(first + size, count))) for first in range(0, count, size)]
+        for group in groups:
+            x, pool = group(x, pool) if len(groups) == 1 else _run_once(group, once, x, pool)
         return self.norm(x), pool
 
     def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """Float32 scores of every token of the vocabulary."""
-        return _product("...e,ve->...v", hidden, self.lm_head.get_value())
+        return _product("...e,ve->...v", hidden, self.lm_head.get_value(), jnp.float32)
 
 
-def _product(letters: str, x: Array, weight: Array | QuantizedWeight, *, sums_shares: bool = False) -> Array:
+def _run_once(run: Callable[..., tuple[Array, KVPool]], once: Array, x: Array, pool: KVPool) -> tuple[Array, KVPool]:
+    """`run(x, pool)` in a loop of `once` = 1 rounds."""
+
+    def body(carry: tuple[Array, Array, KVPool]) -> tuple[Array, Array, KVPool]:
+        done, x, pool = carry
+        return done + 1, *run(x, pool)
+
+    return jax.lax.while_loop(lambda carry: carry[0] < once, body, (jnp.zeros_like(once), x, pool))[1:]
+
+
+def _product(letters: str, x: Array, weight: Array | QuantizedWeight, dtype: Any) -> Array:
     if isinstance(weight, QuantizedWeight):
         # A TPU's product converts the integers as it reads them. A CPU's does not, and XLA would convert every matrix
         # once, before the loop of decoding, and hold all of them: the barrier ties each to a value of the loop. On a
@@ -157,19 +184,10 @@ def _product(letters: str, x: Array, weight: Array | QuantizedWeight, *, sums_sh
         values = jax.lax.platform_dependent(
             weight.values, x, tpu=lambda values, _: values, default=lambda *both: jax.lax.optimization_barrier(both)[0]
         )
-        return _product(letters, x, values.astype(x.dtype), sums_shares=sums_shares) * weight.scale
+        return (_product(letters, x, values.astype(x.dtype), dtype) * weight.scale).astype(dtype)
     # A TPU multiplies float32 in one bfloat16 pass unless told otherwise.
     precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
-    einsum = partial(jnp.einsum, letters, precision=precision)
-    if not sums_shares:
-        return einsum(x, weight, preferred_element_type=jnp.float32)
-    # TPUs send their shares as they compute: half the bytes on the links.
-    return jax.lax.platform_dependent(
-        x,
-        weight,
-        tpu=lambda x, w: einsum(x, w, preferred_element_type=x.dtype).astype(jnp.float32),
-        default=lambda x, w: einsum(x, w, preferred_element_type=jnp.float32),
-    )
+    return jnp.einsum(letters, x, weight, precision=precision, preferred_element_type=dtype)
 
 
 def _rows(weight: Array | QuantizedWeight, ids: Array) -> Array:

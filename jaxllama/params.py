@@ -87,7 +87,9 @@ def stored_specs(spec: ParamSpec, quantize: str | None) -> tuple[ParamSpec, ...]
     if quantize is None or len(spec.shape) != 2:
         return (spec,)
     values = replace(spec, path=(*spec.path, "values"), dtype="int8")
-    scale = replace(spec, path=(*spec.path, "scale"), shape=spec.shape[:1], axes=spec.axes[:1], dtype="float32")
+    # Every device keeps the scales of all embeddings: taking a token's from another would cost an exchange a step.
+    axes = ("embed_scale",) if spec.path == ("embed_tokens",) else spec.axes[:1]
+    scale = replace(spec, path=(*spec.path, "scale"), shape=spec.shape[:1], axes=axes, dtype="float32")
     return values, scale
 
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxllama.errors import RequestError
+from jaxllama.errors import GrammarError, RequestError
+from jaxllama.text.structured import Structured
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 1024
@@ -20,6 +21,7 @@ MAX_TOP_K = 1000
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 1_000_000
 _DRAW_BLOCK = 128
+_INFINITY_BITS = 0x7F800000
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class SamplingParams:
     `max_tokens` None means to the end of the context. `seed` None draws one. `stop` strings end the text before
     them; `stop_token_ids` end it as the end-of-sequence ids do, which `ignore_eos` switches off. No stop id is sampled
     before `min_tokens` tokens. `logprobs` k asks for the log-probability of each token and of the k likeliest.
+    `structured` says what the text must look like, after any reasoning; `thinking_budget` how many tokens of reasoning
+    may come before its end is forced. Both need the model's tokenizer, so `Llama` and the server look after them.
 
     Raises: RequestError naming the field, its range and the value.
     """
@@ -52,6 +56,8 @@ class SamplingParams:
     seed: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    structured: Structured | None = None
+    thinking_budget: int | None = None
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, 0, 2)
@@ -62,12 +68,19 @@ class SamplingParams:
         _number("repetition_penalty", self.repetition_penalty, 0.01, 5)
         _integer("top_k", self.top_k, -1, MAX_TOP_K - 1)
         _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS)
-        for name, high in (("max_tokens", MAX_TOKENS), ("seed", 2**63 - 1), ("logprobs", MAX_TOP_LOGPROBS)):
+        bounds = {"max_tokens": MAX_TOKENS, "seed": 2**63 - 1, "logprobs": MAX_TOP_LOGPROBS}
+        for name, high in (bounds | {"thinking_budget": MAX_TOKENS}).items():
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, high)
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
+        if self.structured is not None and not isinstance(self.structured, Structured):
+            raise GrammarError(f"structured must be a Structured, got {type(self.structured).__name__}", "structured")
+        if self.structured is not None and self.ignore_eos:
+            raise RequestError(
+                "ignore_eos cannot be combined with structured output, which ends by itself", "ignore_eos"
+            )
 
     def validate_vocab(self, vocab_size: int) -> None:
         """Raises: RequestError for a stop or bias id outside the vocabulary (JAX would drop it in silence)."""
@@ -124,7 +137,8 @@ class SamplingArrays(NamedTuple):
     """What the device needs of every row's `SamplingParams`: always arrays, so that no value recompiles anything.
 
     `stop_ids` is padded with -1. `logit_bias` is dense: adding it is elementwise over a sharded vocabulary, a scatter
-    of ids is not. `num_logprobs` is -1 where none are asked for.
+    of ids is not; `is_biased` spares reading it. `num_logprobs` is -1 where none are asked for. Where `is_masked`, only
+    the tokens whose bits are set in `token_mask` (bit i % 32 of word i // 32 for token i) may come.
     """
 
     temperature: Float[Array, " rows"]
@@ -137,7 +151,10 @@ class SamplingArrays(NamedTuple):
     seed: UInt32[Array, "rows 2"]
     stop_ids: Int[Array, "rows max_stop_ids"]
     logit_bias: Float[Array, "rows vocab"]
+    is_biased: Bool[Array, " rows"]
     num_logprobs: Int[Array, " rows"]
+    is_masked: Bool[Array, " rows"]
+    token_mask: UInt32[Array, "rows words"]
 
 
 def apply_penalties(
@@ -165,6 +182,15 @@ def suppress_stop_ids(
     """Minus infinity at the stop ids of the rows that may not stop yet."""
     ids = jnp.where(suppress[:, None] & (stop_ids >= 0), stop_ids, logits.shape[1])
     return logits.at[jnp.arange(logits.shape[0])[:, None], ids].set(-jnp.inf, mode="drop")
+
+
+def apply_token_mask(
+    logits: Float[Array, "rows vocab"], token_mask: UInt32[Array, "rows words"], is_masked: Bool[Array, " rows"]
+) -> Float[Array, "rows vocab"]:
+    """Minus infinity at the tokens that the masked rows may not sample; the other rows keep their logits."""
+    words = jnp.repeat(token_mask, 32, axis=1)[:, : logits.shape[1]]
+    bits = words >> (jax.lax.broadcasted_iota(jnp.uint32, words.shape, 1) % 32) & 1
+    return jnp.where(is_masked[:, None] & (bits == 0), -jnp.inf, logits)
 
 
 def keep_top_k(logits: Float[Array, "rows vocab"], top_k: Int[Array, " rows"]) -> Float[Array, "rows vocab"]:
@@ -281,26 +307,38 @@ def sample(
     positions: Int[Array, " rows"],
     active: Bool[Array, " rows"],
 ) -> Sampled:
-    """One token a row: bias, penalties, min_tokens, temperature, top-k, top-p, min-p, draw; greedy at temperature 0.
+    """One token a row: bias, penalties, min_tokens or mask, temperature, top-k, top-p, min-p, draw.
 
-    Work that no active row asks for is skipped, and a row that does not ask for it is not changed by it in any bit.
+    Greedy at temperature 0. Work that no active row asks for is skipped, and a row that does not ask for it is not
+    changed by it in any bit.
     `positions` are those of the tokens being drawn.
     """
-    is_finite = jnp.isfinite(logits.max(axis=1)) & jnp.isfinite(logits.min(axis=1))
+    # As integers, because the largest of floats may pass over NaN; and one reduction is one exchange between devices.
+    magnitudes = jax.lax.bitcast_convert_type(logits, jnp.int32) & 0x7FFFFFFF
+    is_finite = magnitudes.max(axis=1) < _INFINITY_BITS
     s = sampling
     penalised = active & ((s.presence_penalty != 0) | (s.frequency_penalty != 0) | (s.repetition_penalty != 1))
-    biased = active & jnp.any(s.logit_bias != 0, axis=1)
-    suppressed = active & suppress_stops
-    logits = _when(biased, lambda x: x + s.logit_bias, logits)
-    logits = _when(penalised, lambda x: apply_penalties(x, s, generated_counts, prompt_mask), logits)
-    logits = _when(suppressed, lambda x: suppress_stop_ids(x, s.stop_ids, suppress_stops), logits)
-    drawn_rows = active & (s.temperature > 0)
-    tokens = jax.lax.cond(
-        jnp.any(drawn_rows),
-        lambda x: jnp.where(s.temperature > 0, _filter_and_draw(x, s, positions, drawn_rows), argmax(x)),
-        argmax,
-        logits,
-    )
+    biased = active & s.is_biased
+    # Whoever makes a mask has thought of min_tokens.
+    suppressed = active & suppress_stops & ~s.is_masked
+    masked = active & s.is_masked
+    drawn = active & (s.temperature > 0)
+
+    def choose(logits: jax.Array) -> jax.Array:
+        logits = _when(biased, lambda x: x + s.logit_bias, logits)
+        logits = _when(penalised, lambda x: apply_penalties(x, s, generated_counts, prompt_mask), logits)
+        logits = _when(suppressed, lambda x: suppress_stop_ids(x, s.stop_ids, suppressed), logits)
+        logits = _when(masked, lambda x: apply_token_mask(x, s.token_mask, masked), logits)
+        return jax.lax.cond(
+            jnp.any(drawn),
+            lambda x: jnp.where(s.temperature > 0, _filter_and_draw(x, s, positions, drawn), argmax(x)),
+            argmax,
+            logits,
+        )
+
+    # One branch around all: what passes through a branch unchanged is copied there.
+    is_asked = jnp.any(biased | penalised | suppressed | masked | drawn)
+    tokens = jax.lax.cond(is_asked, choose, argmax, logits)
     return Sampled(tokens, is_finite)
 
 

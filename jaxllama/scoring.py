@@ -20,6 +20,7 @@ from jaxllama.params import Params
 from jaxllama.sampling import top_logprobs
 
 _CHUNK = 128
+_LEAST_CHUNKS = 8
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,11 @@ def logits_of(
 ) -> Iterator[Float[Array, "chunk vocab"]]:
     """The logits after each token, in chunks of one size on the device; the last is padded.
 
-    The programs are few: the pool of a short-lived cache, of the prompt's length only, is a power of two of chunks.
+    The programs are few: the short-lived cache has `_LEAST_CHUNKS`, or a power of two, or holds the model's context.
     """
     chunk = -(-_CHUNK // page_size) * page_size
-    num_chunks = 1 << (-(-len(tokens) // chunk) - 1).bit_length()
+    num_chunks = max(_LEAST_CHUNKS, 1 << (-(-len(tokens) // chunk) - 1).bit_length())
+    num_chunks = min(num_chunks, -(-config.max_position_embeddings // chunk))
     num_pages = num_chunks * chunk // page_size
     pool = make_pool(config, mesh, num_pages=num_pages, page_size=page_size, dtype=kv_dtype)
     table = np.arange(num_pages, dtype=np.int32)

@@ -63,6 +63,7 @@ CORNERS = {
     "orbax": ("jaxllama.checkpoint",),
     "tokenizers": ("jaxllama.text",),
     "sentencepiece": ("jaxllama.text",),
+    "llguidance": ("jaxllama.text",),
     "jinja2": ("jaxllama.text",),
     "matplotlib": ("jaxllama.plan.plot",),
     "flax": ("jaxllama.model", "jaxllama.quant"),

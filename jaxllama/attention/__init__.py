@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllama.attention.reference import ReferenceAttention
 from jaxllama.attention.tpu import TpuAttention
+from jaxllama.attention.tpu_int8 import Int8TpuAttention
 from jaxllama.cache import KVPool
 from jaxllama.config import LlamaConfig
 
@@ -22,6 +23,10 @@ class Attention(Protocol):
     `kv` is interleaved by head (K0 V0 K1 V1 …). Page tables hold pages of the layer at hand (already offset).
     `page_size` and `chunk_sizes`, in tokens, are what it works best with. If `needs_clean_pages`, pages that may
     hold a failed row's NaN must be cleared before another row is given them: what lies past a row's end must be finite.
+
+    The model asks it in which form its devices want the layers. `keeps_float32`: between products values are float32,
+    else they are rounded to the weights' dtype. `layers_per_loop`: the layers run in groups of so many, each in a loop
+    of one round, because a compiler may plan its copies well for a few layers and badly for 80; None: in one piece.
     """
 
     @property
@@ -30,6 +35,10 @@ class Attention(Protocol):
     def chunk_sizes(self) -> tuple[int, ...]: ...
     @property
     def needs_clean_pages(self) -> bool: ...
+    @property
+    def keeps_float32(self) -> bool: ...
+    @property
+    def layers_per_loop(self) -> int | None: ...
 
     def validate(self, *, page_size: int, num_rows: int, table_width: int) -> None:
         """Raises: ConfigError if it cannot work with pages of `page_size` tokens or a page table of that size."""
@@ -61,8 +70,9 @@ class Attention(Protocol):
 
 
 def choose_attention(config: LlamaConfig, mesh: Mesh, kv_dtype: Any) -> Attention:
-    """The TPU kernels where they run (a TPU mesh, a bfloat16 cache, heads of 128), else the reference."""
+    """The TPU kernels where they run (a TPU mesh, a cache of bfloat16 or int8, heads of 128), else the reference."""
     is_tpu = mesh.devices.flat[0].platform == "tpu"
-    if is_tpu and jnp.dtype(kv_dtype) == jnp.bfloat16 and config.head_dim % 128 == 0 and mesh.shape["data"] == 1:
-        return TpuAttention(config, mesh)
+    kernels = {"bfloat16": TpuAttention, "int8": Int8TpuAttention}.get(jnp.dtype(kv_dtype).name)
+    if is_tpu and kernels is not None and config.head_dim % 128 == 0 and mesh.shape["data"] == 1:
+        return kernels(config, mesh)
     return ReferenceAttention()

@@ -24,6 +24,8 @@ class ReferenceAttention:
     page_size = 16
     chunk_sizes = (32, 128, 512)
     needs_clean_pages = False
+    keeps_float32 = True
+    layers_per_loop = None
 
     def validate(self, *, page_size: int, num_rows: int, table_width: int) -> None:
         """Any will do."""
@@ -93,7 +95,8 @@ def paged_attention(
 
 def _attend(q: Array, pool: KVPool, page_table: Array, positions: Array) -> Array:
     rows, tokens, heads, head_dim = q.shape
-    page_size, kv_heads = pool.pages.shape[1], pool.pages.shape[2] // 2
+    page_size = pool.page_size
+    kv_heads = pool.pages.shape[2 if pool.scales is None else 1] // 2
     pages_per_block = max(1, min(BLOCK_TOKENS // page_size, page_table.shape[1]))
     block = pages_per_block * page_size
     page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages_per_block)))
@@ -132,7 +135,9 @@ def _read(pool: KVPool, pages: Array, is_own: Array, q: Array) -> tuple[Array, _
     """A block of every row, [rows, block, 2K, D], and its scales. `is_own`: [rows, block]."""
 
     def read(part: Array) -> Array:
-        part = part.at[pages].get(mode="promise_in_bounds").reshape(*is_own.shape, *part.shape[2:])
+        part = part.at[pages].get(mode="promise_in_bounds")
+        part = part if pool.scales is None else part.swapaxes(2, 3)
+        part = part.reshape(*is_own.shape, *part.shape[3:])
         # Pages are reused without being cleared; 0 × NaN would carry a failed row's values into another's.
         return jnp.where(is_own.reshape(*is_own.shape, *[1] * (part.ndim - 2)), part, 0)
 

@@ -38,6 +38,8 @@ class TpuAttention:
     page_size = 128
     chunk_sizes = (128, 512, 2048)
     needs_clean_pages = True
+    keeps_float32 = False
+    layers_per_loop = 20
 
     def validate(self, *, page_size: int, num_rows: int, table_width: int) -> None:
         """As `Attention.validate`: the kernels read the page table from the scalar memory."""
@@ -59,16 +61,14 @@ class TpuAttention:
         active: Bool[Array, " rows"],
     ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
         """As `Attention.decode`. Rows that are not active write to page 0, which no row is given."""
-        num_pages = pool.pages.shape[0] // self.config.num_layers
-        positions = jnp.where(active, positions, 0)
+        page_table, positions = self.without_inactive(page_table, positions, active, pool)
         kv = jnp.where(active[:, None, None], kv, 0)
-        page_table = jnp.where(active[:, None], page_table, page_table - page_table % num_pages)
 
-        def attend(q: Array, kv: Array, pages: Array, page_table: Array, positions: Array) -> tuple[Array, Array]:
+        def attend(q: Array, kv: Array, pool: KVPool, page_table: Array, positions: Array) -> tuple[Array, KVPool]:
             k, v = kv[:, 0::2], kv[:, 1::2]
             out, pages = _kernel()(
                 q[:, None],
-                pages,
+                pool.pages,
                 None,
                 k[:, None],
                 v[:, None],
@@ -77,9 +77,18 @@ class TpuAttention:
                 causal=True,
                 interpret=self.interpret,
             )
-            return out[:, 0], pages
+            return out[:, 0], pool._replace(pages=pages)
 
-        return self._on_each_device(attend, q, kv, pool, page_table, positions)
+        return self.on_each_device(attend, q, kv, pool, page_table, positions)
+
+    def without_inactive(
+        self, page_table: Array, positions: Array, active: Array, pool: KVPool
+    ) -> tuple[Int[Array, "rows max_pages"], Int[Array, " rows"]]:
+        """Page table and positions with those rows at position 0 of page 0 that are not active."""
+        num_pages = pool.pages.shape[0] // self.config.num_layers
+        return jnp.where(active[:, None], page_table, page_table - page_table % num_pages), jnp.where(
+            active, positions, 0
+        )
 
     def prefill(
         self,
@@ -91,40 +100,54 @@ class TpuAttention:
         num_tokens: Int[Array, ""],
     ) -> tuple[Float[Array, "tokens heads head_dim"], KVPool]:
         """As `Attention.prefill`. Zeros for the padding."""
-        ends = jnp.stack((jnp.zeros_like(num_tokens), num_tokens))
 
-        def attend(q: Array, kv: Array, pages: Array, table: Array, start: Array, ends: Array) -> tuple[Array, Array]:
-            out, pages = _kernel()(
-                q,
-                pages,
-                None,
-                kv[:, 0::2],
-                kv[:, 1::2],
-                cache_seqlens=start[None],
-                block_table=table[None],
-                cu_seqlens_q=ends,
-                causal=True,
-                interpret=self.interpret,
-            )
-            return out, pages
+        def attend(
+            q: Array, kv: Array, pool: KVPool, table: Array, start: Array, num_tokens: Array
+        ) -> tuple[Array, KVPool]:
+            out, pages = self.prefill_shard(q, kv, pool.pages, table, start, num_tokens)
+            return out, pool._replace(pages=pages)
 
-        return self._on_each_device(attend, q, kv, pool, page_table, start, ends)
+        return self.on_each_device(attend, q, kv, pool, page_table, start, num_tokens)
 
-    def _on_each_device(
-        self, attend: Callable[..., tuple[Array, Array]], q: Array, kv: Array, pool: KVPool, *rest: Array
+    def prefill_shard(
+        self, q: Array, kv: Array, pages: Array, table: Array, start: Array, num_tokens: Array
+    ) -> tuple[Float[Array, "tokens heads head_dim"], Float[Array, "pages page_size kv2 head_dim"]]:
+        """One device's share of `prefill`."""
+        out, pages = _kernel()(
+            q,
+            pages,
+            None,
+            kv[:, 0::2],
+            kv[:, 1::2],
+            cache_seqlens=start[None],
+            block_table=table[None],
+            cu_seqlens_q=jnp.stack((jnp.zeros_like(num_tokens), num_tokens)),
+            causal=True,
+            interpret=self.interpret,
+        )
+        return out, pages
+
+    def on_each_device(
+        self, attend: Callable[..., tuple[Array, KVPool]], q: Array, kv: Any, pool: KVPool, *rest: Array
     ) -> tuple[Array, KVPool]:
-        axes: Any = kv_pool_axes(pool.pages.dtype).pages
-        pages = partition_spec(axes, self.config, self.mesh)
-        q_spec, kv_spec = PartitionSpec(None, self._query_axes(), None), PartitionSpec(None, pages[2], None)
-        shards = jax.shard_map(
+        """Runs `attend(q, kv, pool, *rest)` under `shard_map`: heads are split, `rest` is not.
+
+        `kv` is [n, 2K, D], or that and its scales [n, 2K].
+        """
+        pool_specs = jax.tree.map(
+            lambda axes: partition_spec(axes, self.config, self.mesh),
+            kv_pool_axes(pool.pages.dtype),
+            is_leaf=lambda x: type(x) is tuple,
+        )
+        heads = partition_spec(("kv_heads",), self.config, self.mesh)
+        q_spec, kv_spec = PartitionSpec(None, self._query_axes(), None), PartitionSpec(None, *heads)
+        return jax.shard_map(
             attend,
             mesh=self.mesh,
-            in_specs=(q_spec, kv_spec, pages, *(PartitionSpec() for _ in rest)),
-            out_specs=(q_spec, pages),
+            in_specs=(q_spec, jax.tree.map(lambda _: kv_spec, kv), pool_specs, *(PartitionSpec() for _ in rest)),
+            out_specs=(q_spec, pool_specs),
             check_vma=False,
-        )
-        out, new_pages = shards(q, kv, pool.pages, *rest)
-        return out, pool._replace(pages=new_pages)
+        )(q, kv, pool, *rest)
 
     def _query_axes(self) -> tuple[str, ...]:
         """Query heads go where their KV head is, and over `rep` too where each device has one KV head."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt32
 
 from jaxllama.attention import Attention
 from jaxllama.cache import KVPool
@@ -70,6 +70,9 @@ class Programs(Protocol):
 
     def set_page_table(self, table: Int[np.ndarray, "rows max_pages"]) -> None:
         """Replaces every row's page table."""
+
+    def set_masks(self, masks: UInt32[np.ndarray, "rows words"], is_masked: Bool[np.ndarray, " rows"]) -> None:
+        """Replaces every row's `token_mask` and `is_masked`."""
 
     def decode(self, max_steps: np.int32, keep: Bool[np.ndarray, " rows"], num_rows: int) -> StepOutput:
         """As `decode.decode_steps`; this process can read the whole output."""
@@ -198,13 +201,15 @@ class Device:
 
     def set_page_table(self, table: Int[np.ndarray, "rows max_pages"]) -> None:
         """Replaces every row's page table."""
-        sharding: Any = self._shardings.page_table
-        if sharding.is_fully_addressable:
-            on_device = jax.device_put(table, sharding)
-        else:
-            # Here `device_put` would compare the table between all processes, a collective at every call.
-            on_device = jax.make_array_from_callback(table.shape, sharding, lambda index: table[index])
-        self._state = self._get_state()._replace(page_table=on_device)
+        self._state = self._get_state()._replace(page_table=_put(table, self._shardings.page_table))
+
+    def set_masks(self, masks: UInt32[np.ndarray, "rows words"], is_masked: Bool[np.ndarray, " rows"]) -> None:
+        """Replaces every row's mask."""
+        state, shardings = self._get_state(), self._shardings.sampling
+        sampling = state.sampling._replace(
+            token_mask=_put(masks, shardings.token_mask), is_masked=_put(is_masked, shardings.is_masked)
+        )
+        self._state = state._replace(sampling=sampling)
 
     def decode(self, max_steps: np.int32, keep: Bool[np.ndarray, " rows"], num_rows: int) -> StepOutput:
         """Runs up to `max_steps` steps."""
@@ -225,3 +230,10 @@ class Device:
         if self._state is None:
             self._state = make_state(self._shapes, self._shardings)
         return self._state
+
+
+def _put(array: np.ndarray, sharding: Any) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    # Here `device_put` would compare the array between all processes, a collective at every call.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -22,6 +22,7 @@ from jaxllama.config import LlamaConfig
 from jaxllama.decode import MAX_STEPS, NOT_FINITE, programs_agree, row_state, state_shapes
 from jaxllama.distributed import Group
 from jaxllama.engine.chunks import ChunkPlan
+from jaxllama.engine.constraints import Constraint, Constraints, advance, attach, needs_new_row
 from jaxllama.engine.device import Device, Programs
 from jaxllama.engine.dispatch import Dispatch
 from jaxllama.engine.lockstep import Leading, check_processes, follow
@@ -108,6 +109,7 @@ class Engine:
             table_width=self._table_width,
             needs_clean_pages=self.attention.needs_clean_pages,
         )
+        self._constraints = Constraints(self._programs, self._num_rows, config.vocab_size)
         self._in_flight: deque[Dispatch] = deque()
         self._step_s = 0.02
         self._inbox: deque[EngineRequest] = deque()
@@ -139,12 +141,15 @@ class Engine:
         on_output: Callable[[TokenOutput], None],
         *,
         priority: int = 0,
+        constraint: Constraint | None = None,
         cache_scope: str | bytes = b"",
     ) -> EngineRequest:
         """Queues a request. `on_output` runs on the engine's thread and must return at once.
 
         `max_tokens` None or past the context ends the output at the context. What earlier requests of the same
         `cache_scope` began with is not prefilled again (`EngineRequest.num_cached_tokens`); no other's is used.
+        `constraint`, of this request alone, says what its tokens may be; `Llama` makes it of `params.structured` and
+        `params.thinking_budget`.
 
         Raises: RequestError or ContextLengthError for a prompt or parameters that cannot run, QueueFullError,
         EngineStoppedError.
@@ -152,6 +157,7 @@ class Engine:
         if self.group is not None and not self.group.is_leader:
             raise EngineStoppedError("this process follows process 0, which alone takes requests")
         request = self._make_request(prompt_ids, params, on_output, priority, cache_scope)
+        attach(request, constraint)
         with self._changed:
             if self._failure is not None:
                 raise EngineStoppedError(f"the engine has failed: {self._failure}")
@@ -336,9 +342,11 @@ class Engine:
             self._read(self._in_flight.popleft())
 
     def _launch(self) -> bool:
-        max_steps = self._choose_steps()
-        if not self._make_room(max_steps):
+        max_steps = self._constraints.max_steps(self._scheduler.running, self._choose_steps(), self._steps_in_flight)
+        if not max_steps or not self._make_room(max_steps):
             return False
+        for request, error in self._constraints.send_masks(self._scheduler.running):
+            self._finish(request, "error", error=error)
         running = self._scheduler.running
         if not running or all(self._is_spent(request) for request in running):
             return False
@@ -416,6 +424,9 @@ class Engine:
             request.generated.append(token)
             if request.params.logprobs is not None:
                 entries.append(dispatch.token_logprob(token, request.params.logprobs, step, row))
+            if (reason := advance(request, token)) is not None:
+                self._finish(request, "error", tuple(new), tuple(entries), error=reason)
+                return
             if token in request.stop_ids:
                 self._finish(request, "stop", tuple(new), tuple(entries), stop_token_id=token)
                 return
@@ -424,6 +435,8 @@ class Engine:
                 return
         if new:
             self._tell(request, TokenOutput(tuple(new), tuple(entries)))
+            if needs_new_row(request):
+                self._placement.activate(request)
 
     def _finish(
         self,

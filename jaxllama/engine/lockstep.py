@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt32
 
 from jaxllama.compilation import OnProgress
 from jaxllama.config import LlamaConfig
@@ -84,6 +84,11 @@ class Leading:
         self._group.publish(encode("set_page_table", [table]))
         self._device.set_page_table(table)
 
+    def set_masks(self, masks: UInt32[np.ndarray, "rows words"], is_masked: Bool[np.ndarray, " rows"]) -> None:
+        """As `Device.set_masks`, in all processes."""
+        self._group.publish(encode("set_masks", [masks, is_masked]))
+        self._device.set_masks(masks, is_masked)
+
     def decode(self, max_steps: np.int32, keep: Bool[np.ndarray, " rows"], num_rows: int) -> StepOutput:
         """As `Device.decode`, in all processes."""
         self._group.publish(encode("decode", [max_steps, keep, np.int32(num_rows)]))
@@ -130,6 +135,7 @@ def follow(config: LlamaConfig, device: Device, group: Group) -> None:
         "forget": device.forget,
         "insert": insert,
         "set_page_table": device.set_page_table,
+        "set_masks": device.set_masks,
         "decode": lambda max_steps, keep, num_rows: device.decode(max_steps, keep, int(num_rows)),
     }
     for message in group.messages():

@@ -90,6 +90,8 @@ class Placement:
             self._programs.clear(self._table(pages), np.int32(len(pages)))
 
     def activate(self, request: EngineRequest) -> None:
+        """Makes the row of a request whose keys and values are in its pages; again if what halts it has changed."""
+        request.halt_id = None if request.constraint is None else request.constraint.halt_id
         new = row_state(
             self._config,
             request.params,
@@ -97,6 +99,7 @@ class Placement:
             generated=request.generated,
             remaining=request.budget - len(request.generated),
             seed=request.seed,
+            halt_id=request.halt_id,
         )
         assert request.row is not None
         self._programs.insert(np.int32(request.row), new)

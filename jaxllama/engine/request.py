@@ -6,9 +6,12 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from jaxllama.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from jaxllama.engine.constraints import Constraint
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -55,6 +58,8 @@ class EngineRequest:
     priority: int
     arrival: int
     wake: Callable[[], None]
+    constraint: Constraint | None = None
+    halt_id: int | None = None  # the constraint's, when the row was made
     scope: bytes = b""
     page_keys: list[bytes] = field(default_factory=list)
     id: str = field(default_factory=lambda: f"req-{secrets.token_hex(8)}")

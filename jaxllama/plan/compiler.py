@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
-from jaxllama.attention import choose_attention
+from jaxllama.attention import Attention, choose_attention
 from jaxllama.attention.reference import BLOCK_TOKENS
 from jaxllama.config import LlamaConfig, RopeScaling
 from jaxllama.decode import decode_steps, prefill
@@ -136,7 +137,9 @@ def _compile(setup: Setup, program: str) -> Compiled:
             f"libtpu has {len(described.devices)} devices in {setup.topology.name}, "
             f"expected {setup.topology.num_devices}"
         )
-    lowered = _lower(setup, program, described.devices)
+    mesh = make_mesh(setup.config, tp=setup.tp, data=setup.data, devices=described.devices)
+    attention = choose_attention(setup.config, mesh, setup.kv_dtype)
+    lowered = _lower(setup, program, mesh, attention)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="jaxllama-plan-") as folder:
         try:
@@ -149,7 +152,7 @@ def _compile(setup: Setup, program: str) -> Compiled:
         texts = sorted(Path(folder).glob("*after_codegen.txt"), key=lambda path: path.stat().st_size)
         text = texts[-1].read_text()
     memory = compiled.memory_analysis()
-    kernels, trips = _work(setup, program)
+    kernels, trips = _work(setup, program, attention)
     return Compiled(
         compile_s=compile_s,
         fits=True,
@@ -161,10 +164,8 @@ def _compile(setup: Setup, program: str) -> Compiled:
     )
 
 
-def _lower(setup: Setup, program: str, devices: Sequence[Any]) -> Any:
-    """The program that the engine runs, for these devices."""
-    mesh = make_mesh(setup.config, tp=setup.tp, data=setup.data, devices=devices)
-    attention = choose_attention(setup.config, mesh, setup.kv_dtype)
+def _lower(setup: Setup, program: str, mesh: Mesh, attention: Attention) -> Any:
+    """The program that the engine runs, for the devices of `mesh`."""
     params, state = setup.inputs(mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     if program == "decode":
@@ -177,11 +178,16 @@ def _lower(setup: Setup, program: str, devices: Sequence[Any]) -> Any:
     raise PlanError(f"program must be one of {', '.join(PROGRAMS)}, got {program!r}")
 
 
-def _work(setup: Setup, program: str) -> tuple[KernelWork, tuple[int, ...]]:
-    """What Pallas kernels do, and the trips of loops that depend on data: steps, and the reference's blocks of keys."""
-    if program == "decode":
-        return roofline.decode_kernels(setup), (1, -(-setup.context // BLOCK_TOKENS))
-    return roofline.prefill_kernels(setup), (max(1, round(roofline.mean_prefill_context(setup) / BLOCK_TOKENS)),)
+def _work(setup: Setup, program: str, attention: Attention) -> tuple[KernelWork, tuple[int, ...]]:
+    """What Pallas kernels do, and the trips of loops that depend on data.
+
+    Those are steps; then groups of layers, which run once, or the reference's blocks of keys.
+    """
+    is_decode = program == "decode"
+    kernels = roofline.decode_kernels(setup) if is_decode else roofline.prefill_kernels(setup)
+    context = setup.context if is_decode else roofline.mean_prefill_context(setup)
+    inner = 1 if attention.layers_per_loop else max(1, math.ceil(context / BLOCK_TOKENS))
+    return kernels, ((1, inner) if is_decode else (inner,))
 
 
 def _required_bytes(message: str) -> int:

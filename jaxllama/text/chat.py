@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jaxllama.errors import ChatTemplateError
@@ -48,38 +49,95 @@ class ChatTemplate:
             self._template = self._environment.from_string(source)
         except Exception as error:
             raise ChatTemplateError(f"The chat template does not compile: {_message(error)}") from None
+        self.variables = self._environment.variables_of(source)
+        """The names that the template asks for, of what `render` may give it: `tools`, `enable_thinking` and others."""
         self.has_reasoning = CLOSE_TAG in source or CLOSE_TAG in self._spellings.all
         """Whether replies may hold `<think>` … `</think>`: the template or the tokenizer knows the tags."""
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> RenderedChat:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_last: bool = False,
+        close_reasoning: bool = False,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> RenderedChat:
         """The prompt for `messages`.
 
         A system (or developer) message moves to the front. Content is a text, or a list of text parts, which are
         joined; None only where the assistant calls tools. `reasoning_content` is dropped. Special tokens that message
-        texts spell stay ordinary text.
+        texts spell stay ordinary text. `variables` are further ones that the template may ask for.
+
+        With `continue_last` the last message, the assistant's, is not rendered but begun: the prompt ends with its
+        content, or with its `reasoning_content` where it has no content. `close_reasoning` ends the reasoning before it
+        begins; it does nothing for a model that does not reason.
 
         Raises: ChatTemplateError if the messages are malformed, or the template refuses them or exceeds its bounds.
         """
-        plain = _in_order([_plain_message(message, i) for i, message in enumerate(messages)])
+        plain = [_plain_message(message, i) for i, message in enumerate(messages)]
+        reasoning, content = "", ""
+        if continue_last:
+            reasoning, content = self._begun(messages, plain)
+            plain.pop()
+        plain = _in_order(plain)
         try:
-            stand_ins = StandIns(self._spellings, [self.source, *_texts(self._named_tokens), *_texts(plain)])
-            variables = {
+            texts = [self.source, reasoning, content, *_texts(self._named_tokens), *_texts(plain), *_texts(variables)]
+            stand_ins = StandIns(self._spellings, texts)
+            given = {
                 **self._named_tokens,
-                "messages": [_protect(message, stand_ins) for message in plain],
                 "tools": None,
                 "documents": None,
-                "add_generation_prompt": add_generation_prompt,
+                **{name: _protect_value(value, stand_ins) for name, value in variables.items()},
+                "messages": [_protect(message, stand_ins) for message in plain],
+                "add_generation_prompt": add_generation_prompt or continue_last,
             }
-            protected = self._environment.render_bounded(self._template, variables)
+            protected = self._environment.render_bounded(self._template, given)
         except Exception as error:
             raise ChatTemplateError(f"The chat template refuses these messages: {_message(error)}") from None
+        is_open = protected.rstrip().endswith(OPEN_TAG) if self.has_reasoning else None
+        if continue_last and (reasoning or content):
+            protected, is_open = self._begin(protected, is_open, reasoning, content, stand_ins)
+        elif close_reasoning and is_open is not None:
+            protected += f"\n{CLOSE_TAG}\n\n" if is_open else f"{OPEN_TAG}\n\n{CLOSE_TAG}\n\n"
+            is_open = False
         return RenderedChat(
             text=stand_ins.restore(protected),
             protected_text=protected,
             protected_spellings=self._spellings.all,
             stand_ins=stand_ins,
-            starts_in_reasoning=protected.rstrip().endswith(OPEN_TAG) if self.has_reasoning else None,
+            starts_in_reasoning=is_open,
+            continued=content or reasoning,
         )
+
+    def _begun(self, messages: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+        """Reasoning and content of the message to continue."""
+        where = f"messages[{len(messages) - 1}]"
+        if len(messages) < 2 or plain[-1]["role"] != "assistant" or plain[-1].get("tool_calls"):
+            raise ChatTemplateError(
+                f"{where} cannot be continued: the last message must be the assistant's, after another, without calls."
+            )
+        reasoning = messages[-1].get("reasoning_content") or ""
+        if reasoning and not self.has_reasoning:
+            raise ChatTemplateError(f"{where}.reasoning_content cannot be continued: this model does not reason.")
+        return reasoning, plain[-1]["content"]
+
+    def _begin(
+        self, protected: str, is_open: bool | None, reasoning: str, content: str, stand_ins: StandIns
+    ) -> tuple[str, bool | None]:
+        """The prompt with the begun message, and what `starts_in_reasoning` is then.
+
+        Every tag is our own, outside what users wrote.
+        """
+        if reasoning:
+            protected += ("" if is_open else f"{OPEN_TAG}\n") + stand_ins.protect(reasoning)
+            if not content:
+                return protected, True
+            protected += f"\n{CLOSE_TAG}\n\n"
+        elif is_open:
+            protected += f"\n{CLOSE_TAG}\n\n"
+        # A begun answer has left its reasoning behind, and may speak of the tags.
+        return protected + stand_ins.protect(content), None
 
     @functools.cached_property
     def opens_reasoning(self) -> bool:

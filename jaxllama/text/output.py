@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from jaxllama.text.reasoning import CLOSE_TAG, OPEN_TAG, Part, ReasoningSplitter
 from jaxllama.text.stops import StopMatcher
 from jaxllama.text.tokenizer import Tokenizer
+from jaxllama.text.tool_parsing import ToolDelta, ToolParser
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class TextDelta:
     reasoning: str = ""
     matched_stop: str | None = None
     num_reasoning_tokens: int = 0
+    tool_calls: tuple[ToolDelta, ...] = ()
 
 
 class OutputAssembler:
@@ -29,7 +31,10 @@ class OutputAssembler:
     reasoning and its tags.
 
     Special tokens never show (see `Tokenizer.decode`). The deltas joined are the same however the tokens are pushed.
-    After `prompt_tail`, the last ids of the prompt, the text continues the prompt's (see `Tokenizer.decoder`).
+    After `prompt_tail`, the last ids of the prompt, the text continues the prompt's (see `Tokenizer.decoder`); with
+    `continues` the reasoning does too, and keeps its first newlines.
+
+    `tools` finds calls in the content: they are no text, and stop strings do not act on them.
     """
 
     def __init__(
@@ -41,13 +46,18 @@ class OutputAssembler:
         starts_in_reasoning: bool | None = None,
         stop_in_reasoning: bool = False,
         prompt_tail: Sequence[int] = (),
+        continues: bool = False,
+        tools: ToolParser | None = None,
     ) -> None:
         self._decoder = tokenizer.decoder(prompt_tail=prompt_tail)
         tags = (tokenizer.special_tokens.get(OPEN_TAG), tokenizer.special_tokens.get(CLOSE_TAG))
         self._open_id, self._close_id = tags if None not in tags else (None, None)
         self._splitter = None
         if starts_in_reasoning is not None:
-            self._splitter = ReasoningSplitter(starts_in_reasoning, tags_in_text=self._open_id is None)
+            self._splitter = ReasoningSplitter(
+                starts_in_reasoning, tags_in_text=self._open_id is None, continues=continues
+            )
+        self._tools = tools
         self._content_stops = StopMatcher(stop, include_stop)
         self._reasoning_stops = StopMatcher(stop if stop_in_reasoning else (), include_stop)
         self._include_stop = include_stop
@@ -74,6 +84,8 @@ class OutputAssembler:
             self._add_text(self._decoder.flush())
             if self._splitter is not None:
                 self._add_parts(self._splitter.flush())
+            if self._tools is not None:
+                self._add_tool_parts(self._tools.flush())
             for stops in (self._reasoning_stops, self._content_stops):
                 self._flush_stops(stops)
         return self._take()
@@ -114,10 +126,23 @@ class OutputAssembler:
             # A stop string does not reach across the other kind of text.
             other = self._content_stops if kind == "reasoning" else self._reasoning_stops
             self._flush_stops(other)
-            stops = self._reasoning_stops if kind == "reasoning" else self._content_stops
-            if self._matched is None:
-                emitted, self._matched = stops.push(text)
-                self._emit(stops, emitted)
+            if kind == "content" and self._tools is not None:
+                self._add_tool_parts(self._tools.push(text))
+            else:
+                self._add_stopped(self._reasoning_stops if kind == "reasoning" else self._content_stops, text)
+
+    def _add_tool_parts(self, parts: Sequence[str | ToolDelta]) -> None:
+        for part in parts:
+            if isinstance(part, str):
+                self._add_stopped(self._content_stops, part)
+            elif self._matched is None:
+                self._flush_stops(self._content_stops)
+                self._tool_calls += [part] if self._matched is None else []
+
+    def _add_stopped(self, stops: StopMatcher, text: str) -> None:
+        if self._matched is None:
+            emitted, self._matched = stops.push(text)
+            self._emit(stops, emitted)
 
     def _flush_stops(self, stops: StopMatcher) -> None:
         if self._matched is None:
@@ -132,11 +157,13 @@ class OutputAssembler:
 
     def _clear(self) -> None:
         self._content = self._reasoning = ""
+        self._tool_calls: list[ToolDelta] = []
         self._num_reasoning_tokens = 0
 
     def _take(self) -> TextDelta:
         matched = None if self._is_told else self._matched
         self._is_told = self._matched is not None
-        delta = TextDelta(self._content, self._reasoning, matched, self._num_reasoning_tokens)
+        calls = tuple(self._tool_calls)
+        delta = TextDelta(self._content, self._reasoning, matched, self._num_reasoning_tokens, calls)
         self._clear()
         return delta

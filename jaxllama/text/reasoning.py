@@ -21,15 +21,16 @@ class ReasoningSplitter:
     reasoning to the end.
 
     Where the tags are single tokens, `tags_in_text=False` leaves the text alone and `open_tag` and `close_tag` tell of
-    them. Pushes of any size give the same text.
+    them. Pushes of any size give the same text. With `continues` the text goes on after text of the prompt's: its first
+    newlines belong to it, and nothing opens.
     """
 
-    def __init__(self, starts_inside: bool, *, tags_in_text: bool = True) -> None:
+    def __init__(self, starts_inside: bool, *, tags_in_text: bool = True, continues: bool = False) -> None:
         self.is_inside = starts_inside
         self._tags_in_text = tags_in_text
-        self._is_leading = True  # nothing but white space since the start or the last tag
-        self._may_open = tags_in_text
-        self._trims = starts_inside
+        self._is_leading = not continues  # nothing but white space since the start or the last tag
+        self._may_open = tags_in_text and not continues
+        self._trims = starts_inside and not continues
         self._held = ""
 
     @property

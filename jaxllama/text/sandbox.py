@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.visitor import NodeTransformer
@@ -82,6 +82,10 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             self._check_size(num_chars)
             parts.append(piece)
         return "".join(parts)
+
+    def variables_of(self, source: str) -> frozenset[str]:
+        """The names that a template takes from its surroundings."""
+        return frozenset(meta.find_undeclared_variables(self.parse(source)))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return _AddTicks().visit(super()._parse(source, name, filename))

@@ -176,6 +176,7 @@ class RenderedChat:
     `text` is what a reader sees. `protected_text` is the same with stand-ins in the message texts, so that what reads
     as a special token there is the template's own. `starts_in_reasoning` is True if the text ends inside an open
     `<think>`, False if the model may open one itself, None if it does not reason: what `OutputAssembler` takes.
+    `continued` is the text at the end that the output continues, if it does: the prompt's last message.
     """
 
     text: str
@@ -183,6 +184,7 @@ class RenderedChat:
     protected_spellings: frozenset[str]
     stand_ins: StandIns
     starts_in_reasoning: bool | None
+    continued: str = ""
 
     def restore(self, text: str) -> str:
         """A stretch of `protected_text` with the users' own characters."""

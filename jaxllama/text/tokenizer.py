@@ -17,12 +17,14 @@ from jaxllama.text.tokenizers_backend import TokenizersBackend, json_specials
 class Tokenizer:
     """A model's tokenizer.
 
-    `special_tokens` are all added and control tokens, by spelling: ordinary text never becomes one of them.
+    `special_tokens` are all added and control tokens, by spelling: ordinary text never becomes one of them. `specials`
+    are the same with their flags.
     """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.vocab_size = backend.size
+        self.specials = tuple(backend.specials)
         self.special_tokens: Mapping[str, int] = MappingProxyType({t.content: t.id for t in backend.specials})
         self.bos_token_id = self._named_id(backend.bos_token)
         self.eos_token_id = self._named_id(backend.eos_token)

@@ -67,14 +67,15 @@ async def _answer(
                 llama.engine,
                 reply.choices(),
                 priority=prepared.request.priority,
-                cache_scope=(context.key or b"") + (prepared.request.cache_salt or "").encode("utf-8", "surrogatepass"),
+                # A digest has one length, so a key and a salt cannot be taken for another pair.
+                cache_scope=(context.key or b"") + (prepared.request.cache_salt or "").encode(),
                 max_tokens=config.max_stream_tokens if events is not None else None,
                 on_overflow=lambda: abort(request),
             )
             with service.generating(generation, context):
                 if events is not None:
                     return await _stream(reply, generation, events, config)
-                return await _complete(reply, generation, headers)
+                return await _complete(reply, generation, service, headers)
     except ConnectionError:
         raise
     except Exception as exc:
@@ -125,10 +126,15 @@ def headers_of(request: web.Request, dropped: Sequence[str]) -> dict[str, str]:
     return headers
 
 
-async def _complete(reply: Reply, generation: Generation, headers: dict[str, str]) -> web.Response:
+async def _complete(reply: Reply, generation: Generation, service: Service, headers: dict[str, str]) -> web.Response:
     while not generation.finished:
         await generation.updates(3600.0)
-    return web.Response(body=to_json(reply.body(generation)), content_type="application/json", headers=headers)
+    if reply.scores is None:
+        body = to_json(reply.body(generation))
+    else:
+        # Megabytes: not on the event loop.
+        body = await service.in_worker(lambda: to_json(reply.body(generation)))
+    return web.Response(body=body, content_type="application/json", headers=headers)
 
 
 async def _stream(

@@ -10,13 +10,16 @@ from aiohttp import web
 
 from jaxllama import OutputAssembler
 from jaxllama_serving.answer import answer
-from jaxllama_serving.generation import Choice, Generation, Update
+from jaxllama_serving.generation import Call, Choice, Generation, Update
 from jaxllama_serving.logprobs import chat_logprobs, prompt_logprobs
 from jaxllama_serving.prepare import PreparedChat, prepare_chat
 from jaxllama_serving.reply import Reply
 
 if TYPE_CHECKING:
     from jaxllama import TokenLogprob
+    from jaxllama.text.tool_parsing import ToolDelta
+
+_PROMPT_TAIL = 16
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -36,6 +39,7 @@ class ChatReply(Reply):
 
     def choices(self) -> list[Choice]:
         """Returns the choices, not begun."""
+        shape = self.prepared.shape
         return [
             Choice(
                 index=i,
@@ -45,12 +49,24 @@ class ChatReply(Reply):
                     self.tokenizer,
                     stop=params.stop,
                     include_stop=params.include_stop_str_in_output,
-                    starts_in_reasoning=self.prepared.starts_in_reasoning,
+                    starts_in_reasoning=shape.starts_in_reasoning,
                     stop_in_reasoning=self.config.stop_in_reasoning,
+                    prompt_tail=shape.prompt_ids[-_PROMPT_TAIL:] if shape.continues else (),
+                    continues=shape.continues,
+                    tools=shape.tools.parser() if shape.tools is not None else None,
                 ),
+                constraint=constraint,
             )
-            for i, params in enumerate(self.prepared.params)
+            for i, (params, constraint) in enumerate(zip(self.prepared.params, shape.constraints, strict=True))
         ]
+
+    @property
+    def _reasoning_names(self) -> tuple[str, ...]:
+        """The fields that hold the reasoning, none if it is not to be shown."""
+        if self.prepared.shape.starts_in_reasoning is None or not self.prepared.request.include_reasoning:
+            return ()
+        field = self.config.reasoning_field
+        return ("reasoning_content", "reasoning") if field == "both" else (field,)
 
     def body_fields(self) -> dict[str, Any]:
         """Returns the prompt's tokens and their log-probabilities, if asked for."""
@@ -67,8 +83,10 @@ class ChatReply(Reply):
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": "".join(choice.content), "refusal": None}
-        if self.prepared.starts_in_reasoning is not None:
-            message["reasoning_content"] = "".join(choice.reasoning)
+        message |= dict.fromkeys(self._reasoning_names, "".join(choice.reasoning))
+        if choice.tool_calls:
+            message["content"] = message["content"] or None
+            message["tool_calls"] = [_call(call) for call in choice.tool_calls]
         told = list(zip(choice.logprobs, choice.is_reasoning, strict=True))
         content = [entry for entry, is_reasoning in told if not is_reasoning]
         reasoning = [entry for entry, is_reasoning in told if is_reasoning]
@@ -95,16 +113,22 @@ class ChatReply(Reply):
         """
         choice = generation.choices[update.index]
         chunks = []
-        if update.reasoning:
-            chunks.append(self._chunk(generation, update.index, {"reasoning_content": update.reasoning}))
+        if update.reasoning and self._reasoning_names:
+            shown = dict.fromkeys(self._reasoning_names, update.reasoning)
+            chunks.append(self._chunk(generation, update.index, shown))
         if update.content:
             chunks.append(self._chunk(generation, update.index, {"content": update.content}))
         content_at = len(chunks) - 1 if update.content else -1
+        for call in update.tool_calls:
+            delta = {"tool_calls": [_call_delta(call, choice.tool_calls[call.index].id)]}
+            chunks.append(self._chunk(generation, update.index, delta))
         if update.finish_reason is not None:
             last = self._chunk(generation, update.index, {})
             last["choices"][0]["finish_reason"] = update.finish_reason
             last["choices"][0]["stop_reason"] = choice.stop_reason
             chunks.append(last)
+        if not chunks:
+            return []
         first, with_content = chunks[0]["choices"][0], chunks[content_at]["choices"][0]
         if self.prepared.request.return_token_ids:
             first["token_ids"] = list(update.token_ids)
@@ -115,13 +139,25 @@ class ChatReply(Reply):
             with_content["logprobs"] = self._logprobs(update.logprobs, ())
         return chunks
 
-    def _chunk(self, generation: Generation, index: int, delta: dict[str, str]) -> dict[str, Any]:
+    def _chunk(self, generation: Generation, index: int, delta: dict[str, Any]) -> dict[str, Any]:
         return self.frame(generation, {"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
 
     def _logprobs(self, content: Sequence[TokenLogprob], reasoning: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self.prepared.request.logprobs:
             return None
         found: dict[str, Any] = {"content": chat_logprobs(self.tokenizer, content), "refusal": None}
-        if self.prepared.starts_in_reasoning is not None:
+        if self._reasoning_names:
             found["reasoning_content"] = chat_logprobs(self.tokenizer, reasoning)
         return found
+
+
+def _call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": "".join(call.arguments)}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _call_delta(delta: ToolDelta, call_id: str) -> dict[str, Any]:
+    if delta.name is None:
+        return {"index": delta.index, "function": {"arguments": delta.arguments}}
+    function = {"name": delta.name, "arguments": delta.arguments}
+    return {"index": delta.index, "id": call_id, "type": "function", "function": function}

@@ -21,7 +21,7 @@ from jaxllama.errors import (
     TokenizerError,
 )
 from jaxllama_serving import hosts
-from jaxllama_serving.config import ServerConfig, ServerConfigError
+from jaxllama_serving.config import REASONING_FIELDS, TOOL_PARSERS, ServerConfig, ServerConfigError
 
 if TYPE_CHECKING:
     from jaxllama import Llama
@@ -82,6 +82,15 @@ def add_behaviour(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--lenient", action="store_true", help="ignore unknown parameters, with a warning header")
     group.add_argument("--stop-in-reasoning", action="store_true", help="let stop strings end the reasoning too")
     group.add_argument(
+        "--reasoning-field",
+        choices=REASONING_FIELDS,
+        default="reasoning_content",
+        help="where answers have the reasoning (default: %(default)s)",
+    )
+    group.add_argument(
+        "--tool-parser", choices=TOOL_PARSERS, help="format of tool calls (default: by the chat template)"
+    )
+    group.add_argument(
         "--max-n", type=int, default=16, help="most choices a request may ask for (default: %(default)s)"
     )
     group.add_argument("--price-input", type=float, metavar="USD", help="per million prompt tokens, for estimated_cost")
@@ -128,6 +137,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         ("--max-body-bytes", int, "largest body"),
         ("--max-connections", int, "open connections"),
         ("--max-stream-tokens", int, "tokens a stream's reader may be behind"),
+        ("--max-pending-tokens", int, "prompt tokens of all requests at once"),
     ):
         default = getattr(defaults, _field(flag))
         shown = "none" if default is None else f"{default:g}" if kind is float else str(default)
@@ -160,10 +170,13 @@ def make_config(args: argparse.Namespace, environment: str | None) -> ServerConf
         strict_length=args.strict_length,
         lenient=args.lenient,
         stop_in_reasoning=args.stop_in_reasoning,
+        reasoning_field=args.reasoning_field,
+        tool_parser=args.tool_parser,
         max_n=args.max_n,
         max_body_bytes=args.max_body_bytes,
         max_connections=args.max_connections,
         max_stream_tokens=args.max_stream_tokens,
+        max_pending_tokens=args.max_pending_tokens,
         header_timeout_s=args.header_timeout,
         body_timeout_s=args.body_timeout,
         write_timeout_s=args.write_timeout,

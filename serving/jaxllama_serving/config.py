@@ -7,6 +7,9 @@ from dataclasses import dataclass, field, fields
 
 from jaxllama.errors import JaxLlamaError
 
+REASONING_FIELDS = ("reasoning_content", "reasoning", "both")
+TOOL_PARSERS = ("hermes", "llama3", "r1")
+
 
 class ServerConfigError(JaxLlamaError, ValueError):
     """A command line flag, a key file or an environment variable has no usable value."""
@@ -18,8 +21,9 @@ class ServerConfig:
 
     `model_names` are the names clients may ask for; the first is listed first. `api_keys` empty means that no key is
     needed. `peak_bandwidth` is that of one device's memory in GB/s; None: what is known of it. `request_timeout_s` None
-    means no deadline. A stream whose reader is more than `max_stream_tokens` tokens
-    behind, or takes nothing for `write_timeout_s`, is dropped.
+    means no deadline. Past `max_pending_tokens`, prompt tokens of all running and waiting requests, another is refused.
+    A stream whose reader is more than `max_stream_tokens` tokens behind, or takes nothing for `write_timeout_s`, is
+    dropped.
 
     Raises: ServerConfigError naming the field, its range and the value.
     """
@@ -37,10 +41,13 @@ class ServerConfig:
     strict_length: bool = False
     lenient: bool = False
     stop_in_reasoning: bool = False
+    reasoning_field: str = "reasoning_content"
+    tool_parser: str | None = None
     max_n: int = 16
     max_body_bytes: int = 4 * 2**20
     max_connections: int = 512
     max_stream_tokens: int = 2048
+    max_pending_tokens: int = 4 * 2**20
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
     write_timeout_s: float = 30.0
@@ -54,12 +61,17 @@ class ServerConfig:
             raise ServerConfigError(f"model names must be 1 to 256 printable characters each, got {self.model_names!r}")
         if self.generation_config not in ("none", "auto"):
             raise ServerConfigError(f"generation_config must be 'none' or 'auto', got {self.generation_config!r}")
+        if self.reasoning_field not in REASONING_FIELDS:
+            raise ServerConfigError(f"reasoning_field must be one of {REASONING_FIELDS}, got {self.reasoning_field!r}")
+        if self.tool_parser is not None and self.tool_parser not in TOOL_PARSERS:
+            raise ServerConfigError(f"tool_parser must be one of {TOOL_PARSERS}, got {self.tool_parser!r}")
         bounds = {
             "port": (0, 65_535),
             "max_n": (1, 16),
             "max_body_bytes": (1024, 2**30),
             "max_connections": (1, 1_000_000),
             "max_stream_tokens": (1, 1_000_000),
+            "max_pending_tokens": (1, 2**40),
             "drain_timeout_s": (0, 86_400),
             "price_input": (0, 1e6),
             "price_output": (0, 1e6),

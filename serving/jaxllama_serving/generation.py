@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from jaxllama_serving.stream import OutputQueue
 
 if TYPE_CHECKING:
     from jaxllama import Engine, EngineRequest, SamplingParams, TokenLogprob, TokenOutput
+    from jaxllama.text.constraint import OutputConstraint
     from jaxllama.text.output import TextDelta
+    from jaxllama.text.tool_parsing import ToolDelta
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,19 @@ class Update:
     reasoning: str
     content: str
     finish_reason: str | None = None
+    tool_calls: tuple[ToolDelta, ...] = ()
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     reasoning_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass
+class Call:
+    """A tool call as it grows."""
+
+    id: str
+    name: str
+    arguments: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -45,12 +58,14 @@ class Choice:
     prompt_ids: list[int]
     params: SamplingParams
     assembler: OutputAssembler
+    constraint: OutputConstraint | None = None
     row: EngineRequest | None = None
     num_reasoning_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     reasoning: list[str] = field(default_factory=list)
     content: list[str] = field(default_factory=list)
+    tool_calls: list[Call] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     is_reasoning: list[bool] = field(default_factory=list)
@@ -76,13 +91,23 @@ class Choice:
             deltas.append(self._end(output))
         reasoning = "".join(delta.reasoning for delta in deltas)
         content = "".join(delta.content for delta in deltas)
-        if not reasoning and not content and self.finish_reason is None:
+        tool_calls = tuple(call for delta in deltas for call in delta.tool_calls)
+        if not reasoning and not content and not tool_calls and self.finish_reason is None:
             return None
         self.reasoning.append(reasoning)
         self.content.append(content)
-        return self._update(reasoning, content)
+        self._add_calls(tool_calls)
+        return self._update(reasoning, content, tool_calls)
 
-    def _update(self, reasoning: str, content: str) -> Update:
+    def _add_calls(self, deltas: Sequence[ToolDelta]) -> None:
+        for delta in deltas:
+            if delta.name is not None:
+                self.tool_calls.append(Call(f"call_{secrets.token_hex(12)}", delta.name))
+            self.tool_calls[delta.index].arguments.append(delta.arguments)
+        if self.tool_calls and self.finish_reason == "stop" and self.stop_reason is None:
+            self.finish_reason = "tool_calls"
+
+    def _update(self, reasoning: str, content: str, tool_calls: tuple[ToolDelta, ...]) -> Update:
         (first_id, first_logprob), self._num_told = self._num_told, (len(self.token_ids), len(self.logprobs))
         told = list(zip(self.logprobs[first_logprob:], self.is_reasoning[first_logprob:], strict=True))
         return Update(
@@ -90,6 +115,7 @@ class Choice:
             reasoning,
             content,
             self.finish_reason,
+            tool_calls,
             tuple(self.token_ids[first_id:]),
             tuple(entry for entry, is_reasoning in told if not is_reasoning),
             tuple(entry for entry, is_reasoning in told if is_reasoning),
@@ -154,7 +180,8 @@ class Generation:
     ) -> None:
         self.choices = choices
         self._engine = engine
-        self._priority, self._cache_scope = priority, cache_scope
+        self._priority = priority
+        self._cache_scope = cache_scope
         self._on_overflow = on_overflow
         self._queue: OutputQueue[tuple[int, TokenOutput] | ApiError] = OutputQueue(
             asyncio.get_running_loop(), _weigh, max_tokens, self._overflow
@@ -168,6 +195,7 @@ class Generation:
                     choice.params,
                     self._receiver(choice.index),
                     priority=self._priority,
+                    constraint=choice.constraint,
                     cache_scope=self._cache_scope,
                 )
             except BaseException:
@@ -190,9 +218,12 @@ class Generation:
 
     @property
     def num_cached_tokens(self) -> int:
-        """Tokens of the prompts that were found in the cache. A prompt counts once, as its first choice found it."""
-        firsts = {id(choice.prompt_ids): choice.row for choice in reversed(self.choices)}
-        return sum(row.num_cached_tokens or 0 for row in firsts.values() if row is not None)
+        """Of the prompts' tokens, each prompt counted once, those that were in the cache before this request.
+
+        Choices of one prompt share what the first of them computes; that is no hit.
+        """
+        first = {id(choice.prompt_ids): choice for choice in reversed(self.choices)}
+        return sum((choice.row.num_cached_tokens or 0) for choice in first.values() if choice.row is not None)
 
     @property
     def num_reasoning_tokens(self) -> int:

@@ -28,11 +28,11 @@ def finite(value: float) -> float:
 
 
 def token_text(data: bytes, prefix: str = "") -> str:
-    r"""Returns a token's text; of one that is not UTF-8 by itself `prefix` and its bytes, such as `\xf0\x9f`."""
+    r"""Returns a token's text; of one that is not UTF-8 by itself `prefix` and its text with bytes like `\xf0\x9f`."""
     try:
         return data.decode()
     except UnicodeDecodeError:
-        return prefix + "".join(f"\\x{byte:02x}" for byte in data)
+        return prefix + data.decode("utf-8", "backslashreplace")
 
 
 def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[TokenLogprob]) -> list[dict[str, Any]]:

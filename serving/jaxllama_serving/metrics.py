@@ -23,6 +23,7 @@ GAUGES = {
     "jaxllama_kv_pages_used": "Pages of the KV cache in use.",
     "jaxllama_kv_pages": "Pages of the KV cache.",
     "jaxllama_kv_pages_cached": "Pages of the KV cache that a later prompt can find, those in use included.",
+    "jaxllama_cache_hit_ratio": "Of all prompts' tokens since the start, how many were found in the cache.",
     "jaxllama_decode_roofline_ratio": "Bytes that the last minute's decoding had to read (weights, live keys and "
     "values), over what the memory could deliver in its time. Absent where the bandwidth is unknown.",
     "jaxllama_compilations": "Programs compiled, or read from the cache on disk. Once ready it stays as it is.",

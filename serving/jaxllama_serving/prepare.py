@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from jaxllama import SamplingParams
 from jaxllama_serving.config import ServerConfig, ServerConfigError
 from jaxllama_serving.errors import invalid, model_not_found
-from jaxllama_serving.protocol.chat import ChatMessage, ChatRequest, parse_chat_request
+from jaxllama_serving.protocol.chat import ChatRequest, parse_chat_request
 from jaxllama_serving.protocol.completions import CompletionRequest, parse_completion_request
 from jaxllama_serving.protocol.generation import GenerationRequest
+from jaxllama_serving.shaping import Shape, shape_chat
 from jaxllama_serving.strict_json import decode
 
 if TYPE_CHECKING:
@@ -47,10 +48,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PreparedChat(Prepared):
-    """`starts_in_reasoning` is None when the output is not to be split into reasoning and content."""
+    """`shape` is what forms the answers besides sampling."""
 
     request: ChatRequest
-    starts_in_reasoning: bool | None
+    shape: Shape
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,10 @@ def prepare_chat(llama: Llama, config: ServerConfig, body: bytes) -> PreparedCha
     # Sampling parameters first: rendering and encoding are what costs.
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     seed, params = _params_of_choices(llama, config, request, request.n, request.max_new_tokens, logprobs)
-    prompt_ids, starts_in_reasoning = render_chat(llama, request.messages)
-    _check_length(len(prompt_ids), request.max_new_tokens, llama.max_context, "messages", strict=config.strict_length)
-    return PreparedChat(request, dropped, (prompt_ids,), params, seed, starts_in_reasoning)
+    shape = shape_chat(llama, config, request, request.n)
+    num_prompt = len(shape.prompt_ids)
+    _check_length(num_prompt, request.max_new_tokens, llama.max_context, "messages", strict=config.strict_length)
+    return PreparedChat(request, dropped, (shape.prompt_ids,), params, seed, shape)
 
 
 def prepare_completion(llama: Llama, config: ServerConfig, body: bytes) -> PreparedCompletion:
@@ -107,19 +109,6 @@ def prepare_completion(llama: Llama, config: ServerConfig, body: bytes) -> Prepa
         prompts.append(ids)
         texts.append(prompt if isinstance(prompt, str) else llama.tokenizer.decode(ids))
     return PreparedCompletion(request, dropped, tuple(prompts), params, seed, tuple(texts))
-
-
-def render_chat(
-    llama: Llama, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
-) -> tuple[list[int], bool | None]:
-    """Returns the prompt's ids, and whether the answer begins inside reasoning (None: there is none to split off).
-
-    Raises: ApiError (400), RequestError, ChatTemplateError.
-    """
-    if llama.chat_template is None or llama.tokenizer is None:
-        raise invalid("This model has no chat template, so it cannot chat.", "messages")
-    rendered = llama.chat_template.render(template_messages(messages), add_generation_prompt=add_generation_prompt)
-    return llama.tokenizer.encode_rendered(rendered), rendered.starts_in_reasoning
 
 
 def check_model(name: str, config: ServerConfig) -> None:
@@ -151,27 +140,6 @@ def _params_of_choices(
     params = replace(params, max_tokens=max_tokens, logprobs=logprobs)
     params.validate_vocab(llama.config.vocab_size)
     return seed, tuple(replace(params, seed=choice_seed(seed, i)) for i in range(num_choices))
-
-
-def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Returns the messages as templates want them: text content, `developer` as `system`, the system message first.
-
-    Raises: ApiError for a second system message.
-    """
-    system: list[dict[str, Any]] = []
-    rest: list[dict[str, Any]] = []
-    for i, message in enumerate(messages):
-        if message.role in ("system", "developer"):
-            if system:
-                raise invalid(
-                    f"messages[{i}] is a second system message, at most one is allowed", f"messages[{i}].role"
-                )
-            system.append({"role": "system", "content": message.text})
-        elif message.role == "tool":
-            rest.append({"role": "tool", "content": message.text, "tool_call_id": message.tool_call_id})
-        else:
-            rest.append({"role": message.role, "content": message.text})
-    return system + rest
 
 
 def sampling_params(request: GenerationRequest, config: ServerConfig, generation: Mapping[str, Any]) -> SamplingParams:

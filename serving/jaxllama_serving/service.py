@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
+from jaxllama.errors import QueueFullError
 from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.context import RequestContext
 from jaxllama_serving.errors import unavailable
@@ -41,6 +42,7 @@ class Service:
         self._peak_bytes_per_s: float | None = None
         self._generations: set[Generation] = set()
         self._num_requests = 0
+        self._num_pending_tokens = 0
         self._idle = asyncio.Event()
         self._idle.set()
         # Two: tokenising releases the GIL, and a long prompt must not hold up every short one.
@@ -77,6 +79,8 @@ class Service:
             "jaxllama_kv_pages_cached": stats.num_cached_pages,
             "jaxllama_compilations": stats.num_compilations,
         }
+        if stats.num_prompt_tokens:
+            values["jaxllama_cache_hit_ratio"] = stats.num_prompt_tokens_cached / stats.num_prompt_tokens
         if self._peak_bytes_per_s is not None and rate is not None:
             values["jaxllama_decode_roofline_ratio"] = rate / self._peak_bytes_per_s
         return values
@@ -125,12 +129,20 @@ class Service:
 
     @contextmanager
     def generating(self, generation: Generation, context: RequestContext) -> Iterator[Generation]:
-        """Holds a generation's rows, and keeps it where the end of draining finds it. Counts it at its end."""
+        """Holds a generation's rows, and keeps it where the end of draining finds it. Counts it at its end.
+
+        Raises: QueueFullError.
+        """
+        num_tokens = sum(len(choice.prompt_ids) for choice in generation.choices)
+        if self._num_pending_tokens and self._num_pending_tokens + num_tokens > self.config.max_pending_tokens:
+            raise QueueFullError(f"{self._num_pending_tokens} prompt tokens are pending already")
         with generation:
             self._generations.add(generation)
+            self._num_pending_tokens += num_tokens
             try:
                 yield generation
             finally:
+                self._num_pending_tokens -= num_tokens
                 self._generations.discard(generation)
                 self.metrics.count_generation(context.num_prompt_tokens, generation, context.started)
 

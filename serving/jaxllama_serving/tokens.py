@@ -11,10 +11,11 @@ from jaxllama_serving.answer import headers_of
 from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.limits import read_json_body
 from jaxllama_serving.logprobs import token_text
-from jaxllama_serving.prepare import check_ids, check_model, render_chat
+from jaxllama_serving.prepare import check_ids, check_model
 from jaxllama_serving.protocol.base import parse
 from jaxllama_serving.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from jaxllama_serving.service import SERVICE
+from jaxllama_serving.shaping import render_chat
 from jaxllama_serving.stream import to_json
 from jaxllama_serving.strict_json import decode
 
@@ -50,7 +51,7 @@ def _tokenize(llama: Llama, config: ServerConfig, body: bytes) -> tuple[dict[str
         check_model(request.model, config)
     assert llama.tokenizer is not None  # the server does not start without one
     if request.messages is not None:
-        ids, _ = render_chat(llama, request.messages, add_generation_prompt=request.add_generation_prompt)
+        ids, _ = render_chat(llama, config, request.messages, add_generation_prompt=request.add_generation_prompt)
     else:
         ids = llama.tokenizer.encode(request.prompt or "", add_bos=None if request.add_special_tokens else False)
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": llama.max_context, "tokens": ids}

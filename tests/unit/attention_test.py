@@ -18,6 +18,9 @@ from jaxllama.cache import KVPool
 
 @jax.jit
 def attend(q, pages, table, positions, scales=None):
+    """`pages` [pages, page_size, 2K, D] and `scales` [pages, page_size, 2K], whatever a pool's layout."""
+    if scales is not None:
+        pages, scales = pages.swapaxes(1, 2), scales.swapaxes(1, 2)
     return paged_attention(q, KVPool(pages, scales), table, positions)
 
 

@@ -13,10 +13,12 @@ import tiny
 from jaxllama import EngineOptions, Llama, SamplingParams
 from jaxllama.attention import ReferenceAttention, choose_attention
 from jaxllama.attention.tpu import TpuAttention
+from jaxllama.attention.tpu_int8 import Int8TpuAttention
 from jaxllama.cache import KVPool
 from jaxllama.config import LlamaConfig
 from jaxllama.errors import ConfigError, NonFiniteLogitsError
 from jaxllama.mesh import make_mesh
+from jaxllama.quant import quantize_rows
 
 pytest.importorskip("flywheel_tpu")
 
@@ -33,6 +35,7 @@ class Case:
     page_size: int
     lengths: tuple[int, ...]
     tp: int = 1
+    kv_dtype: str = "bfloat16"
 
 
 def config_of(case: Case) -> LlamaConfig:
@@ -46,7 +49,10 @@ def random_lengths(rng: np.random.Generator, count: int, most: int) -> tuple[int
 
 
 class Inputs:
-    """Pages of every row scattered over the second layer's part of a pool; slots past a row's end hold 10,000."""
+    """Pages of every row scattered over the second layer's part of a pool.
+
+    Slots past a row's end hold 10,000; in int8, where anything may be there, a scale of NaN.
+    """
 
     def __init__(self, case: Case, seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -64,10 +70,18 @@ class Inputs:
                 page = self.table[row, position // case.page_size] + self.pages_per_layer
                 pool[page, position % case.page_size] = 1e4
         self.pool = KVPool(jnp.asarray(pool, jnp.bfloat16), None)
+        if case.kv_dtype == "int8":
+            values, scales = quantize_rows(pool.swapaxes(1, 2))
+            self.pool = KVPool(jnp.asarray(values), jnp.asarray(np.where(scales > 10, np.nan, scales)))
         self.table += self.pages_per_layer
 
     def array(self, *shape: int) -> jax.Array:
         return jnp.asarray(self.rng.standard_normal(shape), jnp.bfloat16)
+
+
+def kernel_of(case: Case, config: LlamaConfig) -> TpuAttention:
+    kind = Int8TpuAttention if case.kv_dtype == "int8" else TpuAttention
+    return kind(config, make_mesh(config, tp=case.tp), interpret=True)
 
 
 def assert_near(got: jax.Array, want: jax.Array) -> None:
@@ -79,6 +93,7 @@ RNG = np.random.default_rng(7)
 DECODE = [
     Case(8, 1, 128, (1, 2, 127, 128, 129, 300, 700)),
     Case(16, 4, 128, random_lengths(RNG, 3, 400), tp=8),
+    Case(8, 2, 128, (1, 2, 127, 128, 129, 512, 513, 1100), kv_dtype="int8"),
     *(
         pytest.param(case, marks=pytest.mark.slow)
         for case in (
@@ -87,6 +102,9 @@ DECODE = [
             Case(16, 8, 128, random_lengths(RNG, 3, 400), tp=8),
             Case(8, 1, 128, (8192, 1, 4097)),
             *(Case(8, 2, 128, random_lengths(RNG, 6, 8192)) for _ in range(3)),
+            Case(16, 4, 128, random_lengths(RNG, 3, 400), tp=8, kv_dtype="int8"),
+            Case(8, 8, 256, (8192, 1, 4097, 5), kv_dtype="int8"),
+            *(Case(6, 2, 128, random_lengths(RNG, 6, 8192), kv_dtype="int8") for _ in range(3)),
         )
     ),
 ]
@@ -95,7 +113,7 @@ DECODE = [
 @pytest.mark.parametrize("case", DECODE, ids=str)
 def test_decode_writes_and_attends_as_the_reference(case):
     config, inputs = config_of(case), Inputs(case, seed=len(case.lengths))
-    kernel = TpuAttention(config, make_mesh(config, tp=case.tp), interpret=True)
+    kernel = kernel_of(case, config)
     rows = len(case.lengths)
     q, kv = inputs.array(rows, case.heads, 128), inputs.array(rows, 2 * case.kv_heads, 128)
     positions = jnp.asarray(case.lengths, jnp.int32) - 1
@@ -107,19 +125,22 @@ def test_decode_writes_and_attends_as_the_reference(case):
     assert_near(got[is_active], want[is_active])
     given = np.ones(len(got_pool.pages), bool)
     given[inputs.pages_per_layer] = False  # the second layer's page 0 takes what inactive rows write
-    np.testing.assert_array_equal(np.asarray(got_pool.pages)[given], np.asarray(want_pool.pages)[given])
+    for part, want_part in zip(jax.tree.leaves(got_pool), jax.tree.leaves(want_pool), strict=True):
+        np.testing.assert_array_equal(np.asarray(part)[given], np.asarray(want_part)[given])
 
 
 @pytest.mark.parametrize(
     ("case", "size", "start", "num_tokens"),
     [
         (Case(4, 2, 128, (301,)), 256, 128, 173),
+        (Case(4, 2, 128, (301,), kv_dtype="int8"), 256, 128, 173),
         *(
             pytest.param(*values, marks=pytest.mark.slow)
             for values in (
                 (Case(8, 1, 128, (128,)), 128, 0, 128),
                 (Case(4, 2, 128, (640,)), 128, 512, 1),
                 (Case(16, 8, 128, (384,), tp=8), 128, 256, 100),
+                (Case(16, 8, 128, (384,), tp=8, kv_dtype="int8"), 128, 256, 100),
             )
         ),
     ],
@@ -127,23 +148,27 @@ def test_decode_writes_and_attends_as_the_reference(case):
 )
 def test_prefill_writes_and_attends_as_the_reference(case, size, start, num_tokens):
     config, inputs = config_of(case), Inputs(case, seed=size)
-    kernel = TpuAttention(config, make_mesh(config, tp=case.tp), interpret=True)
+    kernel = kernel_of(case, config)
     q, kv = inputs.array(size, case.heads, 128), inputs.array(size, 2 * case.kv_heads, 128)
     table = np.pad(inputs.table[0], (0, size // case.page_size))
     args = (q, kv, inputs.pool, jnp.asarray(table), jnp.int32(start), jnp.int32(num_tokens))
     want, want_pool = jax.jit(REFERENCE.prefill)(*args)
     got, got_pool = jax.jit(kernel.prefill)(*args)
     assert_near(got[:num_tokens], want[:num_tokens])
-    for position in range(start + num_tokens):
-        slot = (table[position // case.page_size], position % case.page_size)
-        np.testing.assert_array_equal(np.asarray(got_pool.pages[slot]), np.asarray(want_pool.pages[slot]))
+    for part, want_part in zip(jax.tree.leaves(got_pool), jax.tree.leaves(want_pool), strict=True):
+        got_part, want_part = np.asarray(part), np.asarray(want_part)
+        for position in range(start + num_tokens):
+            page, slot = table[position // case.page_size], position % case.page_size
+            at = (page, slot) if case.kv_dtype == "bfloat16" else (page, slice(None), slot)
+            np.testing.assert_array_equal(got_part[at], want_part[at])
 
 
 @pytest.mark.slow
-def test_rows_do_not_see_each_other():
-    case = Case(8, 1, 128, (1, 300, 17, 129))
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_rows_do_not_see_each_other(kv_dtype):
+    case = Case(8, 1, 128, (1, 300, 17, 129), kv_dtype=kv_dtype)
     config, inputs = config_of(case), Inputs(case, seed=3)
-    decode = jax.jit(TpuAttention(config, make_mesh(config, tp=1), interpret=True).decode)
+    decode = jax.jit(kernel_of(case, config).decode)
     q, kv = inputs.array(4, 8, 128), inputs.array(4, 2, 128)
     positions = jnp.asarray(case.lengths, jnp.int32) - 1
     together, _ = decode(q, kv, inputs.pool, jnp.asarray(inputs.table), positions, jnp.ones(4, bool))
@@ -165,13 +190,16 @@ def test_what_the_kernels_cannot_do_is_refused_or_left_to_the_reference():
 
 
 @pytest.mark.slow
-def test_an_engine_on_the_kernels_generates_and_a_failed_row_poisons_nobody(monkeypatch):
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_an_engine_on_the_kernels_generates_and_a_failed_row_poisons_nobody(kv_dtype, monkeypatch):
     """Three pages in all: every request gets the pages of the one before it."""
     hf = tiny.MODELS["divisible"] | {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
     hf["tie_word_embeddings"] = False
     config = LlamaConfig.from_hf(hf)
     weights, mesh = tiny.random_weights(hf, 1), make_mesh(config, tp=1)
-    options = EngineOptions(max_rows=2, max_context=256, num_pages=4, page_size=128, chunk_sizes=(128,))
+    options = EngineOptions(
+        max_rows=2, max_context=256, num_pages=4, page_size=128, chunk_sizes=(128,), kv_dtype=kv_dtype
+    )
     greedy = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     prompts = [[5, 6, 7], [9] * 130]
 
@@ -183,7 +211,7 @@ def test_an_engine_on_the_kernels_generates_and_a_failed_row_poisons_nobody(monk
     seen = {token_id for ids in (*want, *prompts) for token_id in ids}
     bad = next(token_id for token_id in range(config.vocab_size) if token_id not in seen)
     weights["model.embed_tokens.weight"][bad] = np.nan
-    kernel = TpuAttention(config, mesh, interpret=True)
+    kernel = (TpuAttention if kv_dtype is None else Int8TpuAttention)(config, mesh, interpret=True)
     monkeypatch.setattr("jaxllama.engine.engine.choose_attention", lambda *_: kernel)
     with Llama(config, tiny.make_params(config, weights, mesh, jnp.bfloat16), mesh, options=options) as model:
         assert outputs(model) == want

@@ -92,18 +92,22 @@ def test_writing_keeps_the_pool_s_dtype():
 
 
 def read(pool: KVPool) -> np.ndarray:
+    """[pages, page_size, 2K, D]"""
     assert pool.scales is not None
-    return np.asarray(pool.pages, np.float64) * np.asarray(pool.scales, np.float64)[..., None]
+    values = np.asarray(pool.pages, np.float64) * np.asarray(pool.scales, np.float64)[..., None]
+    return values.swapaxes(1, 2)
 
 
 def empty_int8() -> KVPool:
-    return KVPool(jnp.full((9, PAGE, KV2, DIM), 7, jnp.int8), jnp.full((9, PAGE, KV2), 0.5))
+    return KVPool(jnp.full((9, KV2, PAGE, DIM), 7, jnp.int8), jnp.full((9, KV2, PAGE), 0.5))
 
 
 def test_int8_takes_a_byte_a_number_and_four_a_scale():
     config = tiny.config_of("wide_heads_tied")
     pool = kv_pool_shapes(config, 7, 16, jnp.int8)
     assert pool.scales is not None
+    assert pool.pages.shape == (config.num_layers * 7, 2 * config.num_kv_heads, 16, config.head_dim)
+    assert pool.page_size == 16
     assert pool.scales.shape == pool.pages.shape[:3]
     numbers = kv_bytes_per_token(config, jnp.bfloat16) // 2
     assert kv_bytes_per_token(config, jnp.int8) == numbers + 4 * numbers // 16
@@ -130,7 +134,7 @@ def test_int8_leaves_every_other_slot_alone():
     )
     for part, old in zip(got, empty_int8(), strict=True):
         want = np.array(old)
-        want[3, 1] = np.asarray(part)[3, 1]
+        want[3, :, 1] = np.asarray(part)[3, :, 1]
         np.testing.assert_array_equal(part, want)
 
 
@@ -141,7 +145,7 @@ def test_int8_of_a_number_that_is_none_says_so_in_the_scale(bad):
     table, positions = np.array([[1], [2]], np.int32), np.array([0, 0])
     pool = jax.jit(write_tokens)(empty_int8(), kv, table, positions, np.ones(2, bool))
     is_nan = np.isnan(np.asarray(pool.scales))
-    assert np.argwhere(is_nan).tolist() == [[1, 0, 1]]
+    assert np.argwhere(is_nan).tolist() == [[1, 1, 0]]
 
 
 def test_int8_of_zeros_is_zero():

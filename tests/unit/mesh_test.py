@@ -230,5 +230,5 @@ def test_the_scales_of_the_cache_shard_with_it():
     shapes = state_shapes(EIGHT, num_rows=4, num_pages=5, page_size=4, max_context=16, dtype=jnp.int8)
     pool = make_state(shapes, state_shardings(EIGHT, make_mesh(EIGHT, tp=4), shapes)).pool
     assert pool.scales is not None
-    assert {shard.data.shape[2] for shard in pool.pages.addressable_shards} == {2}
-    assert {shard.data.shape[2] for shard in pool.scales.addressable_shards} == {2}
+    assert {shard.data.shape[1] for shard in pool.pages.addressable_shards} == {2}
+    assert {shard.data.shape[1] for shard in pool.scales.addressable_shards} == {2}

@@ -9,33 +9,25 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from jaxllama_serving.protocol.base import Strict, boolean, disagreement, integer, parse, problem, refuse, with_example
 from jaxllama_serving.protocol.generation import MAX_TOKENS, MAX_TOP_LOGPROBS, GenerationRequest
+from jaxllama_serving.protocol.shape import (
+    EFFORTS,
+    Effort,
+    Reasoning,
+    ResponseFormat,
+    StructuredOutputs,
+    TemplateKwargs,
+)
+from jaxllama_serving.protocol.tools import MAX_TOOLS, ToolCall, ToolChoiceField, ToolSpec
 
-# Not built yet, so refused by name; the values listed ask for nothing and are what clients send by default.
-NOT_YET: Mapping[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "reasoning": (),
-    "reasoning_effort": (),
-    "thinking_budget": (),
-    "include_reasoning": (True,),
-    "continue_final_message": (False,),
-    "add_generation_prompt": (True,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-}
-NOT_YET_IN_MESSAGES: Mapping[str, tuple[Any, ...]] = {
-    "tool_calls": ([],),
+# Refused by name; the values listed ask for nothing and are what clients send by default.
+REFUSED: Mapping[str, tuple[Any, ...]] = {"chat_template": ()}
+REFUSED_IN_MESSAGES: Mapping[str, tuple[Any, ...]] = {
     "function_call": (),
     "audio": (),
     "annotations": ([],),
     "refusal": (),
     "name": (),
-    "prefix": (False,),
 }
-_NOT_YET = "not implemented yet"
 
 
 class TextPart(Strict):
@@ -56,10 +48,21 @@ class ChatMessage(Strict):
         description='one of "system", "developer", "user", "assistant" and "tool"'
     )
     content: Annotated[list[TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart])] = Field(
-        description="a string or a list of text parts"
+        description="a string or a list of text parts; null beside tool_calls"
     )
     reasoning_content: str | None = Field(None, description="a string, in assistant messages only")
     tool_call_id: str | None = Field(None, description="a string, in tool messages only")
+    tool_calls: list[ToolCall] = Field(
+        default_factory=list, max_length=MAX_TOOLS, description="a list of calls, in assistant messages only"
+    )
+    prefix: bool = Field(False, description="a boolean, true in a last assistant message to continue it")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_need_no_content(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("tool_calls") and data.get("content") is None:
+            return {**data, "content": []}
+        return data
 
     @model_validator(mode="after")
     def _fields_fit_the_role(self) -> ChatMessage:
@@ -69,6 +72,10 @@ class ChatMessage(Strict):
             raise problem("tool_call_id belongs in tool messages only")
         if self.role != "assistant" and self.reasoning_content is not None:
             raise problem("reasoning_content belongs in assistant messages only")
+        if self.role != "assistant" and self.tool_calls:
+            raise problem("tool_calls belong in assistant messages only")
+        if self.role != "assistant" and self.prefix:
+            raise problem("prefix belongs in assistant messages only")
         return self
 
     @property
@@ -93,6 +100,22 @@ class ChatRequest(GenerationRequest):
         le=MAX_TOP_LOGPROBS,
         description=f"an integer from 0 to {MAX_TOP_LOGPROBS}, and only with logprobs: true",
     )
+    tools: list[ToolSpec] = Field(
+        default_factory=list, max_length=MAX_TOOLS, description=f"a list of at most {MAX_TOOLS} functions"
+    )
+    tool_choice: ToolChoiceField | None = Field(
+        None, description='"none", "auto", "required" or an object that names a function'
+    )
+    parallel_tool_calls: bool = boolean(True)
+    response_format: ResponseFormat | None = Field(None, description="an object with a type")
+    structured_outputs: StructuredOutputs | None = Field(None, description="an object with one field")
+    reasoning: Reasoning | None = Field(None, description="an object with enabled or effort")
+    reasoning_effort: Effort | None = Field(None, description=EFFORTS)
+    thinking_budget: int | None = integer(None, 0, MAX_TOKENS)
+    include_reasoning: bool = boolean(True)
+    continue_final_message: bool = boolean(False)
+    add_generation_prompt: bool | None = Field(None, description="a boolean")
+    chat_template_kwargs: TemplateKwargs | None = Field(None, description="an object with enable_thinking or thinking")
     metadata: dict[str, str] | None = Field(None, max_length=64, description="an object of at most 64 strings")
     store: Literal[False] = Field(False, description="false (this server stores nothing)")
     service_tier: Literal["auto"] = Field("auto", description='"auto" (this server has one tier)')
@@ -107,7 +130,62 @@ class ChatRequest(GenerationRequest):
             )
         if self.top_logprobs and not self.logprobs:
             raise disagreement("top_logprobs", "top_logprobs is only allowed with logprobs: true")
+        self._check_tools()
+        self._check_messages()
+        has_format = self.response_format is not None and self.response_format.type != "text"
+        if has_format and self.structured_outputs is not None:
+            raise disagreement("structured_outputs", "structured_outputs and response_format exclude each other")
+        if self.ignore_eos and (has_format or self.structured_outputs is not None or self.forces_tools):
+            raise disagreement("ignore_eos", "ignore_eos is not allowed with an answer that ends by itself")
+        efforts = {self.reasoning_effort, self.reasoning.effort if self.reasoning is not None else None} - {None}
+        if len(efforts) > 1:
+            raise disagreement("reasoning_effort", "reasoning_effort and reasoning.effort differ")
         return self
+
+    def _check_tools(self) -> None:
+        names = [tool.function.name for tool in self.tools]
+        doubled = next((name for name in names if names.count(name) > 1), None)
+        if doubled is not None:
+            raise disagreement("tools", f"tools: {doubled} is there twice")
+        if self.tool_choice is None:
+            return
+        if self.tool_choice.type in ("required", "function") and not self.tools:
+            raise disagreement("tool_choice", "tool_choice needs tools")
+        if self.tool_choice.function is not None and self.tool_choice.function.name not in names:
+            raise disagreement("tool_choice", "tool_choice names a function that is not in tools")
+
+    def _check_messages(self) -> None:
+        for i, message in enumerate(self.messages[:-1]):
+            if message.prefix:
+                raise disagreement(f"messages[{i}].prefix", f"messages[{i}].prefix: only the last message is continued")
+        if self.continues and self.add_generation_prompt:
+            raise disagreement(
+                "add_generation_prompt",
+                "add_generation_prompt: true and the continuation of a message exclude each other",
+            )
+        if self.continues and self.messages[-1].role != "assistant":
+            raise disagreement(
+                "continue_final_message", "continue_final_message: the last message is not the assistant's"
+            )
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer continues the last message."""
+        return self.continue_final_message or self.messages[-1].prefix
+
+    @property
+    def forces_tools(self) -> bool:
+        """Whether the answer must be a call."""
+        return self.tool_choice is not None and self.tool_choice.type in ("required", "function")
+
+    @property
+    def offered_tools(self) -> list[ToolSpec]:
+        """The tools that the model may call."""
+        if self.tool_choice is not None and self.tool_choice.type == "none":
+            return []
+        if self.tool_choice is not None and self.tool_choice.function is not None:
+            return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
+        return self.tools
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -125,13 +203,11 @@ def parse_chat_request(data: Mapping[str, Any], *, lenient: bool = False) -> tup
 
     Raises: ApiError, status 400, whose param is the path of the first field at fault.
     """
-    data = refuse(data, NOT_YET, reason=_NOT_YET)
+    data = refuse(data, REFUSED, reason="not accepted: the server uses the model's own")
     messages = data.get("messages")
     if isinstance(messages, list):
         data["messages"] = [
-            refuse(message, NOT_YET_IN_MESSAGES, f"messages[{i}].", reason=_NOT_YET)
-            if isinstance(message, dict)
-            else message
+            refuse(message, REFUSED_IN_MESSAGES, f"messages[{i}].") if isinstance(message, dict) else message
             for i, message in enumerate(messages)
         ]
     return parse(ChatRequest, data, lenient=lenient)

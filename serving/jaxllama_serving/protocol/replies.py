@@ -87,13 +87,46 @@ class PromptLogprob(_Reply):
 type PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
+class CalledFunction(_Reply):
+    """What the model calls; the arguments are JSON."""
+
+    name: str
+    arguments: str
+
+
+class ReplyCall(_Reply):
+    """A tool call. Its id goes into the message with the result."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class FunctionDelta(_Reply):
+    """A name, or more of the arguments."""
+
+    name: str = ""
+    arguments: str
+
+
+class CallDelta(_Reply):
+    """What a chunk adds to a call; its first has the id, type and name."""
+
+    index: int
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: FunctionDelta
+
+
 class ChatReplyMessage(_Reply):
     """The assistant's message."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
     reasoning_content: str = ""
+    reasoning: str = ""
+    tool_calls: list[ReplyCall] = []
 
 
 class _Choice(_Reply):
@@ -117,6 +150,8 @@ class ChatDelta(_Reply):
     role: Literal["assistant"] = "assistant"
     content: str = ""
     reasoning_content: str = ""
+    reasoning: str = ""
+    tool_calls: list[CallDelta] = []
 
 
 class ChatChunkChoice(_Choice):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -93,20 +94,39 @@ def test_int8_saves_half_of_the_weights_traffic(small):
 LLAMA_70B = Path(__file__).parents[3] / "bench" / "configs" / "llama3-70b.json"
 
 
-# On v5e the compiler keeps a layer's float32 residual in HBM, at a place of its own for each layer.
-@pytest.mark.parametrize(("topology", "most_temporary_mib"), [("v6e:2x4", 100), ("v5e:4x4", 160)])
-def test_a_step_of_the_70b_copies_nothing(topology, most_temporary_mib):
+@dataclass(frozen=True)
+class Bar:
+    """What a step of the 70B with a context of 2,048 reaches: TPU.md's bars, but for v6e's time (15.7)."""
+
+    topology: str
+    rows: int
+    dtype: str
+    ms: float
+    async_share: float
+
+
+@pytest.mark.parametrize(
+    "bar",
+    [
+        Bar("v6e:2x4", 64, "bf16", 16.9, 0.25),
+        Bar("v5e:4x4", 64, "bf16", 20.7, 0.3),
+        Bar("v5e:2x4", 128, "int8", 25.0, 0.5),
+    ],
+    ids=lambda bar: f"{bar.topology}-{bar.dtype}",
+)
+def test_a_step_of_the_70b_copies_nothing_and_is_near_the_roofline(bar):
     config = LlamaConfig.from_hf(json.loads(LLAMA_70B.read_text()))
-    setup = Setup(config, Topology.parse(topology), rows=64, context=2048)
+    setup = Setup(config, Topology.parse(bar.topology), rows=bar.rows, context=2048, weights=bar.dtype, kv=bar.dtype)
     got = compile_program(setup, "decode")
     assert got.fits
-    assert got.temporary_bytes < most_temporary_mib * 2**20
+    assert got.temporary_bytes < 100 * 2**20
     assert got.output_bytes < 2**20, "the state is not aliased"
     step = got.measurement
     assert step is not None
     assert not step.large_copies
-    assert collectives(step, config.num_layers)["per_layer"] == {"all-reduce": 2}
-    assert step.async_share > 0.25
-    least = roofline.decode_seconds(setup)
-    assert step.hbm_bytes <= 1.02 * least * setup.topology.generation.hbm_bytes_per_s
-    assert step.seconds < 1.3 * least
+    found = collectives(step, config.num_layers)
+    assert found["per_layer"] == {"all-reduce": 2}
+    assert sum(found["outside_layers"].values()) <= 4
+    assert step.async_share > bar.async_share
+    assert step.hbm_bytes <= 1.01 * roofline.decode_seconds(setup) * setup.topology.generation.hbm_bytes_per_s
+    assert 1e3 * step.seconds <= bar.ms

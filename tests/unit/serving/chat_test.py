@@ -247,6 +247,7 @@ def test_defaults_come_from_the_checkpoint_only_when_asked():
 
 def test_the_template_gets_what_templates_want():
     llama = FakeLlama()
+    llama.chat_template.variables = frozenset({"tools"})
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         {"role": "assistant", "content": "c", "reasoning_content": "dropped"},
@@ -341,6 +342,24 @@ def test_a_full_queue_is_429_and_frees_the_rows_already_taken():
             assert (status, answer["error"]["type"]) == (429, "rate_limit_error")
             assert int(headers["Retry-After"]) > 0
             await until(lambda: llama.engine.num_running == 0, 1.0)
+
+    run(test())
+
+
+def test_too_many_pending_tokens_are_429_but_one_request_alone_always_fits():
+    llama = FakeLlama(["a"], first_delay_s=0.3)
+    large = {"messages": [{"role": "user", "content": "x" * 30}]}
+
+    async def test():
+        async with serving(llama, max_pending_tokens=30) as live:
+            first = asyncio.create_task(live.post(large))
+            await until(lambda: llama.engine.rows)
+            status, answer, headers = await live.post()
+            assert (status, answer["error"]["code"]) == (429, "queue_full")
+            assert int(headers["Retry-After"]) > 0
+            assert (await first)[0] == 200
+            assert (await live.post({"n": 3}))[0] == 200
+            assert live.service._num_pending_tokens == 0
 
     run(test())
 

@@ -90,13 +90,21 @@ class FakeTemplate:
     seen: list[list[dict[str, Any]]] = field(default_factory=list)
     delay_s: float = 0.0
 
-    def render(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True) -> Any:
+    source: str = "<|im_start|>"
+    variables: frozenset[str] = frozenset()
+
+    @property
+    def has_reasoning(self) -> bool:
+        return self.starts_in_reasoning is not None
+
+    def render(self, messages: Sequence[dict[str, Any]], **options: Any) -> Any:
         self.seen.append([dict(message) for message in messages])
+        self.options = options
         time.sleep(self.delay_s)
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
         if "refuse me" in text:
             raise ChatTemplateError("The chat template refuses these messages: roles must alternate")
-        return SimpleNamespace(text=text, starts_in_reasoning=self.starts_in_reasoning)
+        return SimpleNamespace(text=text, starts_in_reasoning=self.starts_in_reasoning, continued="")
 
 
 class FakeRequest:
@@ -110,8 +118,7 @@ class FakeRequest:
         self.cancelled = threading.Event()
         self.ended = threading.Event()
         self.num_sent = 0
-        self.queued_s = 0.001
-        self.num_cached_tokens = engine.num_cached_tokens if index == 0 else 10**6
+        self.queued_s, self.num_cached_tokens = 0.001, engine.num_cached_tokens and engine.num_cached_tokens + index
 
     def cancel(self) -> None:
         self.cancelled.set()
@@ -172,8 +179,8 @@ class FakeEngine:
     stopped: bool = False
     rows: list[FakeRequest] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
-    scopes: list[bytes] = field(default_factory=list)
     priorities: list[int] = field(default_factory=list)
+    scopes: list[bytes] = field(default_factory=list)
     logprobs: dict[int, float] = field(default_factory=dict)
     failed: bool = False
     on_steps: Any = None
@@ -185,6 +192,7 @@ class FakeEngine:
         on_output: Callable[[Any], None],
         *,
         priority: int = 0,
+        constraint: Any = None,
         cache_scope: bytes = b"",
     ) -> FakeRequest:
         if self.stopped:
@@ -224,6 +232,9 @@ class FakeEngine:
             num_waiting=0,
             num_pages_used=running,
             num_pages=64,
+            num_cached_pages=2,
+            num_prompt_tokens=sum(map(len, self.prompts)),
+            num_prompt_tokens_cached=self.num_cached_tokens,
             ready=self.unhealthy is None,
             has_failed=self.failed,
             num_compilations=7,

@@ -97,7 +97,7 @@ def test_an_impossible_token_is_valid_json():
     content = answer_of(llama, logprobs=True)["choices"][0]["logprobs"]["content"]
     assert [entry["logprob"] for entry in content] == [LEAST] * 3
     assert (finite(-0.5), finite(float("inf"))) == (-0.5, LEAST)
-    assert token_text(b"\xf0\x9f", "bytes:") == "bytes:\\xf0\\x9f"
+    assert token_text(b" \xf0\x9f", "bytes:") == "bytes: \\xf0\\x9f"
 
 
 def test_a_seed_repeats_its_choice_alone():

@@ -53,7 +53,8 @@ def test_gauges_are_the_engine_s_load_and_need_a_key():
                 "jaxllama_requests_running": 3,
                 "jaxllama_kv_pages_used": 3,
                 "jaxllama_kv_pages": 64,
-                "jaxllama_kv_pages_cached": 0,
+                "jaxllama_kv_pages_cached": 2,
+                "jaxllama_cache_hit_ratio": 0,
                 "jaxllama_compilations": 7,
             }
             live.service.draining = True

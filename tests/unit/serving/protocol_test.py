@@ -8,7 +8,9 @@ import time
 import pytest
 from jaxllama_serving.errors import ApiError
 from jaxllama_serving.protocol import generation
-from jaxllama_serving.protocol.chat import NOT_YET, ChatRequest, parse_chat_request
+from jaxllama_serving.protocol.chat import REFUSED as NEVER
+from jaxllama_serving.protocol.chat import REFUSED_IN_MESSAGES as NEVER_IN_MESSAGES
+from jaxllama_serving.protocol.chat import ChatRequest, parse_chat_request
 from jaxllama_serving.strict_json import MAX_DEPTH, decode
 from unit.serving.live import body
 
@@ -34,7 +36,7 @@ def test_the_smallest_request_has_every_default():
 def test_null_means_the_default_in_every_optional_field():
     optional = set(ChatRequest.model_fields) - {"model", "messages"}
     assert parse(**dict.fromkeys(optional)) == parse()
-    assert parse(**dict.fromkeys(NOT_YET)) == parse()
+    assert parse(**dict.fromkeys(NEVER)) == parse()
 
 
 def test_what_official_clients_send_by_default_is_accepted():
@@ -49,18 +51,85 @@ def test_what_official_clients_send_by_default_is_accepted():
         "reasoning_content": "Hm.",
     }
     messages = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, message]
-    harmless = {name: values[0] for name, values in NOT_YET.items() if values}
+    harmless = {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "response_format": {"type": "text"}}
     request = parse(messages=messages, user="u", metadata={"a": "b"}, store=False, service_tier="auto", **harmless)
     assert [m.text for m in request.messages] == ["Hi", "Yes."]
 
 
-@pytest.mark.parametrize("name", NOT_YET)
-def test_what_is_not_built_yet_is_refused_by_name(name):
-    value = {"tool_choice": "required", "priority": 3, "top_logprobs": 5}.get(name, {"type": "json_object"})
+def test_a_template_in_a_request_is_refused_by_name():
     with pytest.raises(ApiError) as caught:
-        parse(**{name: value})
-    assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
-    assert "not implemented yet" in caught.value.message
+        parse(chat_template="{{ messages }}")
+    assert (caught.value.param, caught.value.code) == ("chat_template", "unsupported_parameter")
+    for name in NEVER_IN_MESSAGES:
+        with pytest.raises(ApiError) as caught:
+            parse(messages=[{"role": "assistant", "content": "Hi", name: {"x": 1}}])
+        assert caught.value.param == f"messages[0].{name}"
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [TOOL] * 129}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice.type"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "b"}}}, "tool_choice"),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "text", "json_schema": {"schema": {}}}}, "response_format"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
+        ({"reasoning_effort": "extreme"}, "reasoning_effort"),
+        ({"reasoning_effort": "low", "reasoning": {"effort": "high"}}, "reasoning_effort"),
+        ({"reasoning": {"enabled": False, "effort": "high"}}, "reasoning"),
+        ({"thinking_budget": -1}, "thinking_budget"),
+        ({"thinking_budget": True}, "thinking_budget"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"chat_template_kwargs": {"anything": 1}}, "chat_template_kwargs.anything"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_by_name(fields, param):
+    with pytest.raises(ApiError) as caught:
+        parse(**fields)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "user", "content": "a", "tool_calls": [CALL]}, "messages[1]"),
+        ({"role": "user", "content": "a", "prefix": True}, "messages[1]"),
+        ({"role": "assistant"}, "messages[1].content"),
+        ({"role": "assistant", "tool_calls": [{**CALL, "type": "x"}]}, "messages[1].tool_calls[0].type"),
+        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages[1].tool_calls[0].function"),
+        ({"role": "tool", "content": "a"}, "messages[1]"),
+    ],
+)
+def test_messages_are_checked_by_role(message, param):
+    with pytest.raises(ApiError) as caught:
+        parse(messages=[{"role": "user", "content": "Hi"}, message])
+    assert caught.value.param == param
+
+
+def test_only_the_last_message_is_continued():
+    said = {"role": "assistant", "content": "a", "prefix": True}
+    assert parse(messages=[{"role": "user", "content": "Hi"}, said]).continues
+    with pytest.raises(ApiError) as caught:
+        parse(messages=[said, {"role": "user", "content": "Hi"}])
+    assert caught.value.param == "messages[0].prefix"
+    with pytest.raises(ApiError) as caught:
+        parse(messages=[{"role": "user", "content": "Hi"}, said], add_generation_prompt=True)
+    assert caught.value.param == "add_generation_prompt"
 
 
 def test_a_harmless_value_is_compared_with_its_json_type():
@@ -171,10 +240,10 @@ REFUSED = [
     ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages[0]", None, "tool messages only"),
     ({"messages": [{"role": "user", "content": "x", "reasoning_content": "y"}]}, "messages[0]", None, "assistant"),
     (
-        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
-        "messages[0].tool_calls",
+        {"messages": [{"role": "assistant", "content": "x", "function_call": {}}]},
+        "messages[0].function_call",
         "unsupported_parameter",
-        "not implemented",
+        "not supported",
     ),
     ({"temprature": 1}, "temprature", "unknown_parameter", "temprature"),
     ({"temprature": None}, "temprature", "unknown_parameter", "temprature"),

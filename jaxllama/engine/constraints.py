@@ -1,0 +1,102 @@
+"""Requests whose next token depends on the last: how far they may run unseen, and the masks of those that may not.
+
+A constraint says how many tokens it can do without being asked (`num_free`). While any running request has none left,
+a dispatch is one step for all rows, and is launched only once that request's last token has been read: no row's bits
+depend on the number of steps in a dispatch. Masks go to the device before such a step, in one call for all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import UInt32
+
+from jaxllama.engine.device import Programs
+from jaxllama.engine.request import EngineRequest
+from jaxllama.errors import RequestError
+
+
+class Constraint(Protocol):
+    """What the next token of one request may be; `text.constraint.OutputConstraint` is one."""
+
+    @property
+    def num_free(self) -> int:
+        """How many tokens may be sampled before the next must be asked for; at 0, `mask` says which it may be."""
+
+    @property
+    def halt_id(self) -> int | None:
+        """An id that is not free: after it the device must wait, however many tokens are free otherwise."""
+
+    def mask(self) -> UInt32[np.ndarray, " words"]:
+        """The tokens that may come next, bit i % 32 of word i // 32 for token i. At least one. Raises: RequestError."""
+
+    def advance(self, token_id: int) -> None:
+        """Takes the token that has come. Raises: RequestError."""
+
+
+class Constraints:
+    """The constraints of all rows."""
+
+    def __init__(self, programs: Programs, num_rows: int, vocab_size: int) -> None:
+        self._programs = programs
+        self._masks = np.full((num_rows, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+        self._is_masked = np.zeros(num_rows, np.bool_)
+
+    def max_steps(
+        self, running: Sequence[EngineRequest], max_steps: int, steps_in_flight: Callable[[EngineRequest], int]
+    ) -> int:
+        """How many of `max_steps` the next dispatch may run; 0 if what is in flight must be read first."""
+        for request in running:
+            if request.constraint is not None:
+                num_in_flight = steps_in_flight(request)
+                left = request.constraint.num_free - num_in_flight
+                if left <= 0 and num_in_flight:
+                    return 0
+                max_steps = min(max_steps, max(left, 1))
+        return max_steps
+
+    def send_masks(self, running: Sequence[EngineRequest]) -> list[tuple[EngineRequest, RequestError]]:
+        """Gives the devices the masks for the next step. Returns the requests that cannot go on, with the reason."""
+        failed = []
+        was_masked = self._is_masked.any()
+        self._is_masked[:] = False
+        for request in running:
+            if request.constraint is not None and request.constraint.num_free <= 0:
+                assert request.row is not None
+                try:
+                    self._masks[request.row] = request.constraint.mask()
+                    self._is_masked[request.row] = True
+                except RequestError as error:
+                    failed.append((request, error))
+        if was_masked or self._is_masked.any():
+            # A copy: the devices may read it after this returns.
+            self._programs.set_masks(self._masks.copy(), self._is_masked.copy())
+        return failed
+
+
+def attach(request: EngineRequest, constraint: Constraint | None) -> None:
+    """Gives a request its constraint.
+
+    Raises: RequestError for parameters that need one if there is none.
+    """
+    for name in ("structured", "thinking_budget"):
+        if constraint is None and getattr(request.params, name) is not None:
+            raise RequestError(f"{name} needs a constraint, which Llama and the server make; the engine cannot", name)
+    request.constraint = constraint
+
+
+def advance(request: EngineRequest, token_id: int) -> RequestError | None:
+    """Tells a request's constraint of its next token. Returns why the request cannot go on, if it cannot."""
+    try:
+        if request.constraint is not None:
+            request.constraint.advance(token_id)
+    except RequestError as error:
+        return error
+    return None
+
+
+def needs_new_row(request: EngineRequest) -> bool:
+    """Whether the ids that stop the request's row on the device are no longer those it was made with."""
+    return request.constraint is not None and request.constraint.halt_id != request.halt_id

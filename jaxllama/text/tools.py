@@ -1,0 +1,261 @@
+"""Tools: how models are told of them, how their calls and results are written, and grammars that force a call.
+
+A template that knows `tools` shows them itself. For the others, R1's among them, the tools become part of the system
+text, and calls and results part of ordinary messages, written as the format says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxllama.errors import GrammarError, RequestError
+from jaxllama.text.structured import GrammarCompiler, GrammarSource, check_schema, json_part
+
+MAX_TOOLS = 128
+_MAX_CALLS = 16
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may call. `parameters` is the JSON schema of its arguments, an object.
+
+    Raises: RequestError (GrammarError for the schema).
+    """
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise RequestError(f"a tool's name must be 1 to 64 letters, digits, _ or -, got {self.name!r:.80}", "tools")
+        check_schema(self.parameters, "parameters")
+        if self.parameters and self.parameters.get("type", "object") != "object":
+            raise GrammarError('parameters: the schema of a function\'s arguments must have "type": "object"', "tools")
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """As templates and models know it."""
+        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        return {"type": "function", "function": function}
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The schema of the arguments, which are always an object."""
+        return {**self.parameters, "type": "object"}
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """How a model writes calls: `before`, the calls with `between` them, `after`.
+
+    A call is its head, the arguments, `tail`; `head` holds NAME where the name goes. `opening` is the text that begins
+    calls; None: calls are whole messages that begin with a brace. `results` is what goes around all results, `result`
+    what goes around each.
+    """
+
+    name: str
+    opening: str | None
+    head: str
+    tail: str
+    before: str = ""
+    between: str = ""
+    after: str = ""
+    results: tuple[str, str] = ("", "")
+    result: tuple[str, str] = ("<tool_response>\n", "\n</tool_response>")
+
+    def head_of(self, name: str) -> str:
+        """What comes before the arguments of a call of `name`."""
+        return self.head.replace("NAME", name)
+
+    def write_calls(self, calls: Sequence[tuple[str, str]]) -> str:
+        """Calls (name, arguments as JSON) as the model would write them."""
+        written = self.between.join(self.head_of(name) + arguments + self.tail for name, arguments in calls)
+        return self.before + written + self.after
+
+    def write_results(self, results: Sequence[str]) -> str:
+        """What tools answered."""
+        (start, end), (before, after) = self.results, self.result
+        return start + "\n".join(before + text + after for text in results) + end
+
+    def describe(self, tools: Sequence[Tool]) -> str:
+        """The part of the system text that tells of the tools."""
+        example = self.write_calls([("NAME", "{…}")])
+        listed = "\n".join(json.dumps(tool.definition, ensure_ascii=False) for tool in tools)
+        return (
+            "You can call functions. Each line describes one, its parameters as a JSON schema:\n"
+            f"{listed}\n"
+            "To call a function, write its name for NAME and its arguments, a JSON object, in exactly this form:\n"
+            f"{example}\n"
+            "The results come in the next message. Answer directly when no function is needed."
+        )
+
+
+HERMES = ToolFormat(
+    name="hermes",
+    opening="<tool_call>",
+    head='<tool_call>\n{"name": "NAME", "arguments": ',
+    tail="}\n</tool_call>",
+    between="\n",
+)
+LLAMA3 = ToolFormat(
+    name="llama3",
+    opening=None,
+    head='{"name": "NAME", "parameters": ',
+    tail="}",
+    between="; ",
+)
+R1 = ToolFormat(
+    name="r1",
+    opening="<｜tool▁calls▁begin｜>",
+    head="<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n",
+    tail="\n```<｜tool▁call▁end｜>",
+    before="<｜tool▁calls▁begin｜>",
+    between="\n",
+    after="<｜tool▁calls▁end｜>",
+    results=("<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>"),
+    result=("<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"),
+)
+TOOL_FORMATS = {tool_format.name: tool_format for tool_format in (HERMES, LLAMA3, R1)}
+
+
+def choose_format(template: str) -> ToolFormat:
+    """The format that a chat template's source speaks of; Hermes' where it speaks of none."""
+    if "<｜tool▁calls▁begin｜>" in template or "<｜Assistant｜>" in template:
+        return R1
+    if "<tool_call>" not in template and "<|start_header_id|>" in template:
+        return LLAMA3
+    return HERMES
+
+
+def write_out(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], tool_format: ToolFormat
+) -> list[dict[str, Any]]:
+    """The messages without anything that a template must know of tools: all of it is text.
+
+    The tools are told of in the system message, results come as a user's message. Contents must be texts or None.
+    """
+    written: list[dict[str, Any]] = []
+    if tools:
+        written.append({"role": "system", "content": tool_format.describe(tools)})
+    results: list[str] = []
+    for message in messages:
+        content = message.get("content") or ""
+        if message["role"] == "tool":
+            results.append(content)
+            continue
+        if results:
+            written.append({"role": "user", "content": tool_format.write_results(results)})
+        if message["role"] in ("system", "developer") and tools:
+            written[0]["content"] = f"{content}\n\n{written[0]['content']}"
+        elif message["role"] == "user" and results:
+            # Some templates refuse two messages of a user in a row.
+            written[-1]["content"] += f"\n{content}"
+        else:
+            calls = [(c["function"]["name"], c["function"]["arguments"]) for c in message.get("tool_calls") or ()]
+            if calls:
+                content += ("\n" if content else "") + tool_format.write_calls(calls)
+            others = {key: value for key, value in message.items() if key not in ("content", "tool_calls")}
+            written.append({**others, "content": content})
+        results = []
+    if results:
+        written.append({"role": "user", "content": tool_format.write_results(results)})
+    return written
+
+
+def with_parsed_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as templates that know tools expect them: the arguments of calls as objects, not as JSON."""
+    return [
+        {**message, "tool_calls": [_parsed_call(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else dict(message)
+        for message in messages
+    ]
+
+
+def _parsed_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        arguments = function["arguments"]
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def calls_grammar(
+    tools: Sequence[Tool], tool_format: ToolFormat, compiler: GrammarCompiler, *, parallel: bool
+) -> GrammarSource:
+    """Nothing but calls of `tools`, one or with `parallel` up to 16, whose arguments fit their schemas."""
+    return _source(tools, tool_format, compiler, "calls", parallel=parallel)
+
+
+def auto_grammar(
+    tools: Sequence[Tool],
+    tool_format: ToolFormat,
+    compiler: GrammarCompiler,
+    *,
+    parallel: bool,
+    content: GrammarSource | None = None,
+) -> GrammarSource:
+    """Text (or `content`), or calls; once the text that begins a call has come, what follows is a call that fits."""
+    if content is not None:
+        calls = calls_grammar(tools, tool_format, compiler, parallel=parallel)
+        return GrammarSource(
+            f"({calls.start}) | ({content.start})",
+            f"{calls.rules}\n{content.rules}",
+            {**calls.parts, **content.parts},
+        )
+    opening = tool_format.opening
+    if opening is None:
+        return _source(tools, tool_format, compiler, "calls | FREE", r"FREE: /\s*([^{\s](?s:.*))?/", parallel=parallel)
+    literal = compiler.literal(opening)
+    if literal.startswith("<["):
+        start, free = f"FREE | FREE {literal} rest", "FREE: /(?s:.*)/"
+    else:
+        escaped = re.escape(opening).replace("/", r"\/")
+        free = f"FREE: ~/(?s:.*){escaped}(?s:.*)/\nlead[suffix={literal}]: /(?s:.*)/"
+        start = "FREE | lead rest"
+    return _source(tools, tool_format, compiler, start, free, parallel=parallel)
+
+
+def _source(
+    tools: Sequence[Tool],
+    tool_format: ToolFormat,
+    compiler: GrammarCompiler,
+    start: str,
+    rules: str = "",
+    *,
+    parallel: bool,
+) -> GrammarSource:
+    literal, f = compiler.literal, tool_format
+    names, heads = range(len(tools)), [f.head_of(tool.name) for tool in tools]
+    more = f"({literal(f.between)} call){{0,{_MAX_CALLS - 1}}}" if parallel else ""
+    ending = f"{more} {literal(f.after)}"
+    lines = [
+        rules,
+        f"calls: {literal(f.before)} call {ending}",
+        "call: " + " | ".join(f"call_{i}" for i in names),
+        *(f"call_{i}: {literal(head)} {_rest(f, i, compiler)}" for i, head in enumerate(heads)),
+    ]
+    if f.opening is not None:
+        # After the opening, which the text before it has taken with it.
+        lines += [
+            f"rest: first {ending}",
+            "first: " + " | ".join(f"first_{i}" for i in names),
+            *(
+                f"first_{i}: {literal((f.before + head).removeprefix(f.opening))} {_rest(f, i, compiler)}"
+                for i, head in enumerate(heads)
+            ),
+        ]
+    parts = {f"arguments_{i}": json_part(tool.schema) for i, tool in enumerate(tools)}
+    return GrammarSource(start, "\n".join(lines), parts)
+
+
+def _rest(tool_format: ToolFormat, index: int, compiler: GrammarCompiler) -> str:
+    return f"@arguments_{index} {compiler.literal(tool_format.tail)}"
