@@ -130,7 +130,7 @@ def set_aside(llama: Llama, requests: list[Request], monkeypatch: pytest.MonkeyP
     with held(llama.engine):
         got = [submit(llama, request, "shared") for request in requests]
     outcomes = [outcome(done) for done in got]
-    assert len(saved) >= 5, "hardly any was set aside"
+    assert len(saved) >= 3, "hardly any was set aside"
     assert_idle(llama.engine)
     return outcomes
 
@@ -175,13 +175,13 @@ def test_a_request_s_bits_are_its_own(name, dtype, kv_dtype, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_default_model_s_bits_are_the_request_s_own(monkeypatch):
-    options = EngineOptions(max_rows=32, max_context=1024)
-    few = dataclasses.replace(options, max_rows=8, num_pages=70)
+    options = EngineOptions(max_rows=32, max_context=256)
+    few = dataclasses.replace(options, max_rows=8, num_pages=22)
     mesh = make_mesh(Checkpoint.open(MODEL).config, tp=1)
     with jaxllama.load(MODEL, mesh, options=options) as model, jaxllama.load(MODEL, mesh, options=few) as small:
         model.engine.warm_up()
         assert programs_agree(model.mesh, model.params)
-        requests = varied_requests(model.config.vocab_size, 400)
+        requests = varied_requests(model.config.vocab_size, 200)
         assert_all_mixtures_agree(model, small, requests, monkeypatch)
 
 
