@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from collector import Collector, assert_idle, held, run
+from collector import Collector, assert_idle, held
 
 import jaxllama
 from jaxllama import EngineOptions, Llama, SamplingParams, make_mesh
@@ -130,7 +130,7 @@ def set_aside(llama: Llama, requests: list[Request], monkeypatch: pytest.MonkeyP
     with held(llama.engine):
         got = [submit(llama, request, "shared") for request in requests]
     outcomes = [outcome(done) for done in got]
-    assert len(saved) >= 5, "hardly any was set aside"
+    assert len(saved) >= 3, "hardly any was set aside"
     assert_idle(llama.engine)
     return outcomes
 
@@ -175,13 +175,13 @@ def test_a_request_s_bits_are_its_own(name, dtype, kv_dtype, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_default_model_s_bits_are_the_request_s_own(monkeypatch):
-    options = EngineOptions(max_rows=32, max_context=1024)
-    few = dataclasses.replace(options, max_rows=8, num_pages=70)
+    options = EngineOptions(max_rows=32, max_context=256)
+    few = dataclasses.replace(options, max_rows=8, num_pages=22)
     mesh = make_mesh(Checkpoint.open(MODEL).config, tp=1)
     with jaxllama.load(MODEL, mesh, options=options) as model, jaxllama.load(MODEL, mesh, options=few) as small:
         model.engine.warm_up()
         assert programs_agree(model.mesh, model.params)
-        requests = varied_requests(model.config.vocab_size, 400)
+        requests = varied_requests(model.config.vocab_size, 200)
         assert_all_mixtures_agree(model, small, requests, monkeypatch)
 
 
@@ -209,7 +209,8 @@ def test_programs_agree_where_they_are_said_to(bfloat16: Llama):
     """Keys and values of 120 tokens: decoded, in chunks of every size, from other starts. All to the last bit."""
     llama, config = bfloat16, bfloat16.config
     device, first = llama.engine._device, tiny.prompt_of("divisible", 20)
-    generated = run(llama.engine, first, SamplingParams(temperature=1, seed=1, ignore_eos=True, max_tokens=101)).tokens
+    sampled = SamplingParams(temperature=1, seed=1, ignore_eos=True, max_tokens=101)
+    generated = submit(llama, (first, sampled), "").wait(TIMEOUT_S).tokens
     ids = [*first, *generated][:120]
     assert_idle(llama.engine)
     # The answer's pages are still there, under their names.
@@ -237,7 +238,7 @@ def test_programs_agree_where_they_are_said_to(bfloat16: Llama):
 
 def turn(llama: Llama, prompt: list[int], scope: str = "", num_tokens: int = 30) -> Collector:
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=num_tokens)
-    return run(llama.engine, prompt, params, cache_scope=scope)
+    return submit(llama, (prompt, params), scope).wait(TIMEOUT_S)
 
 
 def test_a_second_turn_prefills_only_what_is_new(bfloat16: Llama):
