@@ -26,8 +26,8 @@ class ChunkPlan:
     If `programs_agree` (see `decode.programs_agree`), a chunk may start at any page and a page is named by the tokens
     up to its end. Else a token's bits depend on the program it goes through and its place there: the cut is then a
     function of the prompt's length alone, a page's name tells its program and place too, and only whole chunks are
-    found again. So that prompts of different lengths are cut alike as far as they can, their first chunks are small
-    then: a chunk is no longer than what comes before it.
+    found again. So that prompts of different lengths are cut alike as far as they can, a chunk that is not full is no
+    longer than what comes before it then.
     """
 
     sizes: tuple[int, ...]
@@ -46,11 +46,11 @@ class ChunkPlan:
 
     def _size(self, at: int, left: int) -> int:
         """The smallest that holds all that is `left`, if that fills it well, else the largest that it fills."""
-        sizes = self.sizes if self.programs_agree else [s for s in self.sizes if s <= max(at, self.sizes[0])]
-        enough = next((size for size in sizes if size >= left), None)
+        longest = self.sizes[-1] if self.programs_agree else max(at, self.sizes[0])
+        enough = next((size for size in self.sizes if left <= size <= longest), None)
         if enough is not None and left >= _FULL_ENOUGH * enough:
             return enough
-        return max((size for size in sizes if size <= left), default=sizes[0])
+        return max((size for size in self.sizes if size <= left), default=self.sizes[0])
 
     def usable(self, num_tokens: int, end: int) -> int:
         """How many of the first `num_tokens` (whole pages), found in the cache, a prompt of `end` tokens may use."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxllama.attention.tpu import TpuAttention
 from jaxllama.checkpoint import read_configs
 from jaxllama.config import LlamaConfig
 from jaxllama.errors import ConfigError, PlanError
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--page-size", type=int, default=Setup.page_size, help="tokens (default: %(default)s)")
     model.add_argument(
-        "--chunk", type=int, default=Setup.chunk_tokens, help="of prefill, tokens (default: %(default)s)"
+        "--chunk", type=int, help="of prefill, tokens (default: the engine's largest that the prompt fills)"
     )
     answer = parser.add_argument_group("the answer")
     answer.add_argument(
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         check_plotting()
     price = _prices(args.dollars_per_chip_hour)
+    prompt = max(1, args.context // 2) if args.prompt is None else args.prompt
     setup = Setup(
         config=_load_config(args.model),
         topology=Topology.parse(args.topology or "v6e:2x4"),
@@ -74,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
         weights=args.weights,
         kv=args.kv,
         page_size=args.page_size,
-        chunk_tokens=args.chunk,
-        prompt_tokens=max(1, args.context // 2) if args.prompt is None else args.prompt,
+        chunk_tokens=_chunk(prompt) if args.chunk is None else args.chunk,
+        prompt_tokens=prompt,
     )
     if args.search:
         plans = search(candidates(setup, everywhere=args.topology is None), dollars=price, progress=_progress)
@@ -86,6 +88,12 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         save_plot(plans[0], args.plot)
     return 0
+
+
+def _chunk(prompt: int) -> int:
+    """What the engine cuts most of a prompt into."""
+    sizes = TpuAttention.chunk_sizes
+    return max((size for size in sizes if size <= prompt), default=min(sizes))
 
 
 def _answer(plans: list[Plan], *, as_search: bool, in_json: bool) -> str:
