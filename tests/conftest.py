@@ -37,6 +37,13 @@ def _eight_devices() -> None:
     assert jax.device_count() == 8
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_end_with_their_module() -> Iterator[None]:
+    """A program takes memory maps, of which Linux lets a process have 65,530: all tests together would take more."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def llama() -> Iterator[Llama]:
     """The tiny model that most tests share: float32, one device, no tokenizer."""
