@@ -22,6 +22,9 @@ async def read_json_body(request: web.Request, config: ServerConfig) -> bytes:
     length = request.content_length
     if length is not None and length > config.max_body_bytes:
         raise _too_large(f"The body has {length} bytes, at most {config.max_body_bytes} are allowed.")
+    if not request.body_exists:
+        # All such requests share one stream of aiohttp's, whose chunks never end for the second of them.
+        return b""
     body, chunks = bytearray(), 0
     try:
         async with asyncio.timeout(config.body_timeout_s):

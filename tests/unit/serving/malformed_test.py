@@ -182,6 +182,12 @@ def test_a_malformed_head_gets_its_row(url, name):
     assert (found, answer["error"]["code"]) == (status, code)
 
 
+def test_every_request_without_a_body_gets_the_same_answer(url):
+    answers = [send(url, "POST", CHAT, b"")[:2] for _ in range(3)]
+    assert answers == [answers[0]] * 3
+    assert answers[0][0] == 400
+
+
 def test_the_server_is_unharmed(url):
     status, answer, _ = send(url, "POST", CHAT, json.dumps(body()).encode())
     assert (status, answer["choices"][0]["message"]["content"]) == (200, "Hello")
