@@ -239,7 +239,7 @@ def _tools_source(
     """The grammar of calls if they need one, and the parameter to blame if the whole grammar does not compile."""
     if tools is None or not tools.is_held:
         return None, "structured_outputs" if request.structured_outputs is not None else "response_format"
-    compiler, parallel = llama.constraints.compiler, request.parallel_tool_calls
+    compiler, parallel = llama.constraints.compiler, request.allows_many_calls
     if tools.must_call:
         return calls_grammar(tools.tools, tools.format, compiler, parallel=parallel), "tools"
     source = auto_grammar(tools.tools, tools.format, compiler, parallel=parallel, content=content)

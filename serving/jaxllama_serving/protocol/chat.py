@@ -179,6 +179,11 @@ class ChatRequest(GenerationRequest):
         return self.tool_choice is not None and self.tool_choice.type in ("required", "function")
 
     @property
+    def allows_many_calls(self) -> bool:
+        """Whether an answer may hold several calls; a function that was named is called once."""
+        return self.parallel_tool_calls and (self.tool_choice is None or self.tool_choice.function is None)
+
+    @property
     def offered_tools(self) -> list[ToolSpec]:
         """The tools that the model may call."""
         if self.tool_choice is not None and self.tool_choice.type == "none":
