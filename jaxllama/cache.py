@@ -30,9 +30,14 @@ class KVPool(NamedTuple):
     scales: Float[Array, "pages kv2 page_size"] | None
 
     @property
+    def heads_first(self) -> bool:
+        """Whether pages hold heads of tokens."""
+        return self.scales is not None
+
+    @property
     def page_size(self) -> int:
         """Tokens a page."""
-        return int(self.pages.shape[1 if self.scales is None else 2])
+        return int(self.pages.shape[2 if self.heads_first else 1])
 
 
 # A tree of the same form that holds something else than arrays: shapes, axes.
@@ -86,10 +91,9 @@ def write_tokens(
     num_pages, page_size = pool.pages.shape[0], pool.page_size
     pages = jnp.take_along_axis(page_table, positions[:, None] // page_size, axis=1)[:, 0]
     pages, slots = jnp.where(valid, pages, num_pages), positions % page_size
-    heads_first = pool.scales is not None
 
     def write(old: Array, new: Array) -> Array:
-        if heads_first:
+        if pool.heads_first:
             return old.at[pages, :, slots].set(new, mode="drop")
         flat = old.reshape(num_pages * page_size, *old.shape[2:])
         return flat.at[pages * page_size + slots].set(new, mode="drop").reshape(old.shape)
@@ -111,13 +115,12 @@ def write_pages(
     """
     num_pages, page_size = pool.pages.shape[0], pool.page_size
     chunk_pages = kv.shape[0] // page_size
-    heads_first = pool.scales is not None
     pages = jax.lax.dynamic_slice_in_dim(page_table, start // page_size, chunk_pages)
     pages = jnp.where(jnp.arange(chunk_pages) * page_size < num_tokens, pages, num_pages)
 
     def write(old: Array, new: Array) -> Array:
         new = new.reshape(chunk_pages, page_size, *new.shape[1:])
-        return old.at[pages].set(new.swapaxes(1, 2) if heads_first else new, mode="drop")
+        return old.at[pages].set(new.swapaxes(1, 2) if pool.heads_first else new, mode="drop")
 
     return jax.tree.map(write, pool, stored(kv, pool))
 

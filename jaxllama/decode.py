@@ -30,6 +30,7 @@ from jaxllama.sampling import (
     sample,
     top_logprobs,
 )
+from jaxllama.text.structured import num_mask_words
 
 MAX_STEPS = 32
 COMPILER_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
@@ -159,7 +160,7 @@ def state_shapes(
             is_biased=rows(jnp.bool_),
             num_logprobs=rows(i32),
             is_masked=rows(jnp.bool_),
-            token_mask=rows(jnp.uint32, -(-config.vocab_size // 32)),
+            token_mask=rows(jnp.uint32, num_mask_words(config.vocab_size)),
         ),
     )
     return shapes
@@ -234,7 +235,7 @@ def row_state(
         is_biased=np.bool_(bias.any()),
         num_logprobs=np.int32(-1 if params.logprobs is None else params.logprobs),
         is_masked=np.bool_(False),
-        token_mask=np.full(-(-vocab // 32), 0xFFFFFFFF, np.uint32),
+        token_mask=np.full(num_mask_words(vocab), 0xFFFFFFFF, np.uint32),
     )
     ids = prompt + generated
     return RowState(
@@ -246,6 +247,11 @@ def row_state(
         prompt_mask=prompt_mask,
         sampling=sampling,
     )
+
+
+def any_row(config: LlamaConfig) -> RowState:
+    """A row of no request, for its shapes and dtypes."""
+    return row_state(config, SamplingParams(), prompt=[0], generated=[], remaining=1, seed=0)
 
 
 @partial(jax.jit, donate_argnames="state")

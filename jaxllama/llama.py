@@ -33,7 +33,7 @@ from jaxllama.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from jaxllama.scoring import PromptLogprob, logits_of, prompt_logprobs
 from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
 from jaxllama.text.constraint import ConstraintMaker, OutputConstraint
-from jaxllama.text.output import OutputAssembler
+from jaxllama.text.output import PROMPT_TAIL, OutputAssembler
 from jaxllama.text.structured import Grammar
 from jaxllama.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 type Prompt = str | Sequence[int]
 
-_PROMPT_TAIL = 16
 _QUEUE_RETRY_S = 0.05
 
 
@@ -358,7 +357,7 @@ class _Output:
                 stop=params.stop,
                 include_stop=params.include_stop_str_in_output,
                 starts_in_reasoning=starts_in_reasoning,
-                prompt_tail=() if is_chat else prompt[-_PROMPT_TAIL:],
+                prompt_tail=() if is_chat else prompt[-PROMPT_TAIL:],
             )
         elif params.stop:
             raise RequestError("this checkpoint has no tokenizer: stop strings cannot be found", "stop")

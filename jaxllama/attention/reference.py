@@ -96,7 +96,7 @@ def paged_attention(
 def _attend(q: Array, pool: KVPool, page_table: Array, positions: Array) -> Array:
     rows, tokens, heads, head_dim = q.shape
     page_size = pool.page_size
-    kv_heads = pool.pages.shape[2 if pool.scales is None else 1] // 2
+    kv_heads = pool.pages.shape[1 if pool.heads_first else 2] // 2
     pages_per_block = max(1, min(BLOCK_TOKENS // page_size, page_table.shape[1]))
     block = pages_per_block * page_size
     page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages_per_block)))
@@ -136,7 +136,7 @@ def _read(pool: KVPool, pages: Array, is_own: Array, q: Array) -> tuple[Array, _
 
     def read(part: Array) -> Array:
         part = part.at[pages].get(mode="promise_in_bounds")
-        part = part if pool.scales is None else part.swapaxes(2, 3)
+        part = part.swapaxes(2, 3) if pool.heads_first else part
         part = part.reshape(*is_own.shape, *part.shape[3:])
         # Pages are reused without being cleared; 0 × NaN would carry a failed row's values into another's.
         return jnp.where(is_own.reshape(*is_own.shape, *[1] * (part.ndim - 2)), part, 0)

@@ -16,6 +16,7 @@ from jaxtyping import UInt32
 from jaxllama.engine.device import Programs
 from jaxllama.engine.request import EngineRequest
 from jaxllama.errors import RequestError
+from jaxllama.text.structured import num_mask_words
 
 
 class Constraint(Protocol):
@@ -41,7 +42,7 @@ class Constraints:
 
     def __init__(self, programs: Programs, num_rows: int, vocab_size: int) -> None:
         self._programs = programs
-        self._masks = np.full((num_rows, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+        self._masks = np.full((num_rows, num_mask_words(vocab_size)), 0xFFFFFFFF, np.uint32)
         self._is_masked = np.zeros(num_rows, np.bool_)
 
     def max_steps(

@@ -20,6 +20,7 @@ from jaxllama.decode import (
     DecodeState,
     RowState,
     StepOutput,
+    any_row,
     clear,
     copy_in,
     copy_out,
@@ -27,11 +28,9 @@ from jaxllama.decode import (
     insert,
     make_state,
     prefill,
-    row_state,
     state_shardings,
 )
 from jaxllama.params import Params
-from jaxllama.sampling import SamplingParams
 
 PAGES_PER_COPY = 16
 
@@ -137,7 +136,7 @@ class Device:
         config, params, state = self._config, self._params, self._get_state()
         num_rows, table_width = self._shapes.page_table.shape
         zero, pages = np.int32(0), np.zeros(table_width, np.int32)
-        row = row_state(config, SamplingParams(), prompt=[0], generated=[], remaining=1, seed=0)
+        row = any_row(config)
         keep = np.zeros(num_rows, np.bool_)
 
         def lower_decode(bucket: int) -> Any:

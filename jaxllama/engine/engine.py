@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxllama.attention import choose_attention
 from jaxllama.compilation import OnProgress, num_compilations
 from jaxllama.config import LlamaConfig
-from jaxllama.decode import MAX_STEPS, NOT_FINITE, programs_agree, row_state, state_shapes
+from jaxllama.decode import MAX_STEPS, NOT_FINITE, any_row, programs_agree, state_shapes
 from jaxllama.distributed import Group
 from jaxllama.engine.chunks import ChunkPlan
 from jaxllama.engine.constraints import Constraint, Constraints, advance, attach, needs_new_row
@@ -180,8 +180,7 @@ class Engine:
         programs.compile(np.array(self.chunk_sizes, np.int32), np.array(self._row_buckets, np.int32), on_progress)
         nothing = self._make_request([0], SamplingParams(), lambda _: None, 0, b"")
         self._placement.prefill(Chunk(nothing, 0, 0, min(self.chunk_sizes)))
-        row = row_state(self.config, nothing.params, prompt=[0], generated=[], remaining=1, seed=0)
-        programs.insert(np.int32(0), row)
+        programs.insert(np.int32(0), any_row(self.config))
         none = np.zeros(1, np.int32)
         programs.save(np.int32(0), none)
         programs.restore(np.int32(0), none)

@@ -19,11 +19,10 @@ from jaxtyping import Bool, Int, UInt32
 
 from jaxllama.compilation import OnProgress
 from jaxllama.config import LlamaConfig
-from jaxllama.decode import RowState, StepOutput, row_state
+from jaxllama.decode import RowState, StepOutput, any_row
 from jaxllama.distributed import Group
 from jaxllama.engine.device import Device
 from jaxllama.errors import ConfigError, LockstepError
-from jaxllama.sampling import SamplingParams
 
 _LENGTH = struct.Struct("!I")
 _DTYPES = {name: np.dtype(name) for name in ("bool", "int32", "uint32", "float32")}
@@ -120,7 +119,7 @@ def follow(config: LlamaConfig, device: Device, group: Group) -> None:
     Raises: LockstepError for a call that is not understood; whatever a program raises.
     """
     assert not group.is_leader, "process 0 leads"
-    template = row_state(config, SamplingParams(), prompt=[0], generated=[], remaining=1, seed=0)
+    template = any_row(config)
     row_tree = jax.tree.structure(template)
 
     def insert(row: Any, *leaves: Any) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import UInt32
 from jaxllama.errors import GrammarError
 from jaxllama.text.decoding import IncrementalDecoder
 from jaxllama.text.reasoning import CLOSE_TAG, OPEN_TAG, ReasoningSplitter
-from jaxllama.text.structured import Grammar, GrammarCompiler, GrammarSource, GrammarState
+from jaxllama.text.structured import Grammar, GrammarCompiler, GrammarSource, GrammarState, num_mask_words
 from jaxllama.text.tokenizer import Tokenizer
 
 FOREVER = 1 << 40
@@ -204,7 +204,7 @@ class OutputConstraint:
             self._num_forced, self._budget = 0, 0
 
     def _only(self, token_id: int) -> UInt32[np.ndarray, " words"]:
-        mask = np.zeros(-(-self._vocab_size // 32), np.uint32)
+        mask = np.zeros(num_mask_words(self._vocab_size), np.uint32)
         mask[token_id // 32] = np.uint32(1 << token_id % 32)
         return mask
 

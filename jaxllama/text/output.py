@@ -10,6 +10,9 @@ from jaxllama.text.stops import StopMatcher
 from jaxllama.text.tokenizer import Tokenizer
 from jaxllama.text.tool_parsing import ToolDelta, ToolParser
 
+PROMPT_TAIL = 16
+"""Tokens of the prompt that its continuation is decoded after: a character or a space may begin there."""
+
 
 @dataclass(frozen=True)
 class TextDelta:

@@ -228,7 +228,7 @@ class Grammar:
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
-        self._num_words = -(-vocab_size // 32)
+        self._num_words = num_mask_words(vocab_size)
 
     def start(self) -> GrammarState:
         """The state of a new output."""
@@ -259,6 +259,11 @@ class GrammarState:
         """
         if not self._matcher.consume_token(token_id):
             raise GrammarError(f"the grammar cannot go on: {_first_line(self._matcher.get_error())}")
+
+
+def num_mask_words(vocab_size: int) -> int:
+    """Words of 32 bits that have one for each token."""
+    return -(-vocab_size // 32)
 
 
 def quote(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from jaxllama import OutputAssembler
+from jaxllama.text.output import PROMPT_TAIL
 from jaxllama_serving.answer import answer
 from jaxllama_serving.generation import Call, Choice, Generation, Update
 from jaxllama_serving.logprobs import chat_logprobs, prompt_logprobs
@@ -18,8 +19,6 @@ from jaxllama_serving.reply import Reply
 if TYPE_CHECKING:
     from jaxllama import TokenLogprob
     from jaxllama.text.tool_parsing import ToolDelta
-
-_PROMPT_TAIL = 16
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -51,7 +50,7 @@ class ChatReply(Reply):
                     include_stop=params.include_stop_str_in_output,
                     starts_in_reasoning=shape.starts_in_reasoning,
                     stop_in_reasoning=self.config.stop_in_reasoning,
-                    prompt_tail=shape.prompt_ids[-_PROMPT_TAIL:] if shape.continues else (),
+                    prompt_tail=shape.prompt_ids[-PROMPT_TAIL:] if shape.continues else (),
                     continues=shape.continues,
                     tools=shape.tools.parser() if shape.tools is not None else None,
                 ),

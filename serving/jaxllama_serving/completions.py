@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from jaxllama import OutputAssembler
+from jaxllama.text.output import PROMPT_TAIL
 from jaxllama_serving.answer import answer
 from jaxllama_serving.generation import Choice, Generation, Update
 from jaxllama_serving.logprobs import CompletionLogprobs, prompt_logprobs
@@ -18,9 +19,6 @@ from jaxllama_serving.reply import Reply
 
 if TYPE_CHECKING:
     from jaxllama import TokenLogprob
-
-PROMPT_TAIL = 16
-"""Tokens of the prompt that its continuation is decoded after: a character or a space may begin there."""
 
 
 async def completions(request: web.Request) -> web.StreamResponse:

@@ -66,8 +66,12 @@ def shape_chat(llama: Llama, config: ServerConfig, request: ChatRequest, num_cho
     """
     template = template_of(llama)
     effort = _effort(request, template)
-    tools = _tools(request, config, template)
+    offered = tuple(map(_tool, request.offered_tools))
     content = _content(request)
+    tools = None
+    if offered:
+        is_held = _holds_calls(request, offered) or content is not None
+        tools = Tools(offered, _format(config, template), request.forces_tools, is_held)
     tools_source, name = _tools_source(llama, request, tools, content)
     close, variables = _reasoning_variables(request, template, effort)
     prompt_ids, rendered = render_chat(
@@ -208,17 +212,8 @@ def _tool(spec: Any) -> Tool:
     return Tool(function.name, function.description, function.parameters, function.strict)
 
 
-def _tools(request: ChatRequest, config: ServerConfig, template: ChatTemplate) -> Tools | None:
-    tools = tuple(map(_tool, request.offered_tools))
-    if not tools:
-        return None
-    is_held = (
-        request.forces_tools
-        or any(tool.strict for tool in tools)
-        or not request.parallel_tool_calls
-        or _content(request) is not None
-    )
-    return Tools(tools, _format(config, template), request.forces_tools, is_held)
+def _holds_calls(request: ChatRequest, tools: Sequence[Tool]) -> bool:
+    return request.forces_tools or any(tool.strict for tool in tools) or not request.parallel_tool_calls
 
 
 def _content(request: ChatRequest) -> GrammarSource | None:
