@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jaxllama.cache import KVPool, write_pages, write_tokens
 
 BLOCK_TOKENS = 128
 QUERY_BLOCK = 128
+BLOCKS_PER_GROUP = 16
 _MASKED = -1e30
 
 
@@ -75,8 +78,9 @@ def paged_attention(
     """Each query attends to its row's keys at positions up to its own.
 
     Walks the pages in blocks of `BLOCK_TOKENS` with an online softmax, up to the last position asked for. A block past
-    a row's own end leaves its accumulator as it is, bit for bit, so a row's result does not depend on how long
-    the others are. A long chunk's queries are taken `QUERY_BLOCK` at a time, so that early ones do not visit late keys.
+    a row's own end leaves its sums as they are, bit for bit, so a row's result does not depend on how long the others
+    are. Of a chunk, all queries take together the blocks that all of them see whole; those that remain are
+    taken by `QUERY_BLOCK` queries at a time, so that early ones do not visit late keys.
 
     `page_table` holds pages of the layer that is read (already offset). `positions` are 0 or more and do not
     fall in a row. Scores and sums are float32. Of an int8 pool the integers are multiplied, which `q`'s dtype holds
@@ -85,101 +89,183 @@ def paged_attention(
     Source: Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax); Kwon et al. 2023, arXiv:2309.06180 (pages).
     """
     rows, tokens, heads, head_dim = q.shape
-    if tokens <= QUERY_BLOCK or tokens % QUERY_BLOCK:
-        return _attend(q, pool, page_table, positions)
-    blocks = q.reshape(rows, -1, QUERY_BLOCK, heads, head_dim).swapaxes(0, 1)
-    block_positions = positions.reshape(rows, -1, QUERY_BLOCK).swapaxes(0, 1)
-    out = jax.lax.map(lambda block: _attend(block[0], pool, page_table, block[1]), (blocks, block_positions))
-    return out.swapaxes(0, 1).reshape(q.shape)
-
-
-def _attend(q: Array, pool: KVPool, page_table: Array, positions: Array) -> Array:
-    rows, tokens, heads, head_dim = q.shape
-    page_size = pool.page_size
-    kv_heads = pool.pages.shape[1 if pool.heads_first else 2] // 2
-    pages_per_block = max(1, min(BLOCK_TOKENS // page_size, page_table.shape[1]))
-    block = pages_per_block * page_size
+    pages_per_block = max(1, min(BLOCK_TOKENS // pool.page_size, page_table.shape[1]))
     page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages_per_block)))
-    last = positions.max(axis=1)
-    products = _one_query_products(q, kv_heads) if tokens == 1 else _chunk_products(q, kv_heads)
-
-    def visit(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        largest, total, weighted = carry
-        pages = jax.lax.dynamic_slice_in_dim(page_table, index * pages_per_block, pages_per_block, axis=1)
-        kv_positions = index * block + jnp.arange(block)
-        kv, scales = _read(pool, pages, kv_positions <= last[:, None], q)
-        visible = (kv_positions <= positions[:, :, None])[:, None]
-        scores = jnp.where(visible, scales.of_keys(products.scores(kv)) * head_dim**-0.5, _MASKED)
-        # Every row sees position 0, so from the first block on `new_largest` is a score and masked ones become 0.
-        new_largest = jnp.maximum(largest, scores.max(axis=-1))
-        probs = jnp.exp(scores - new_largest[..., None])
-        decay = jnp.exp(largest - new_largest)
-        weighted = weighted * decay[..., None] + products.weighted(scales.of_values(probs).astype(kv.dtype), kv)
-        return new_largest, total * decay + probs.sum(axis=-1), weighted
-
+    block = pages_per_block * pool.page_size
+    walk = partial(_walk, pool, page_table, pages_per_block)
     shape = (rows, heads, tokens)
-    start = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
-    num_blocks = jnp.maximum(last.max(), 0) // block + 1
-    _, total, weighted = jax.lax.fori_loop(0, num_blocks, visit, start)
-    return (weighted / total[..., None]).astype(q.dtype).transpose(0, 2, 1, 3)
+    sums = _Sums(jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
+    end = positions[:, -1].max() // block + 1
+    if tokens == 1:
+        at_once = max(1, min(BLOCKS_PER_GROUP // rows, page_table.shape[1] // pages_per_block))
+        sums = walk(q, positions, 0, end // at_once, sums, num_blocks=at_once)
+        sums = walk(q, positions, end // at_once * at_once, end, sums)
+        return _result(sums, q.dtype)
+    whole = (positions[:, 0].min() + 1) // block
+    sums = walk(q, positions, 0, whole, sums, is_whole=True)
+    if tokens <= QUERY_BLOCK or tokens % QUERY_BLOCK:
+        return _result(walk(q, positions, whole, end, sums), q.dtype)
+
+    def split(x: Array, axis: int) -> Array:
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, QUERY_BLOCK, *x.shape[axis + 1 :]), axis, 0)
+
+    def rest(part: tuple[Array, Array, _Sums]) -> Array:
+        q, positions, sums = part
+        return _result(walk(q, positions, whole, positions[:, -1].max() // block + 1, sums), q.dtype)
+
+    parts = (split(q, 1), split(positions, 1), jax.tree.map(lambda x: split(x, 2), sums))
+    return jnp.moveaxis(jax.lax.map(rest, parts), 0, 1).reshape(q.shape)
+
+
+class _Sums(NamedTuple):
+    """What queries have seen so far: the largest score, and the sums of probabilities relative to it and of values
+    weighted with them."""
+
+    largest: Float[Array, "rows heads tokens"]
+    total: Float[Array, "rows heads tokens"]
+    weighted: Float[Array, "rows heads tokens head_dim"]
+
+
+def _result(sums: _Sums, dtype: Any) -> Array:
+    return (sums.weighted / sums.total[..., None]).astype(dtype).transpose(0, 2, 1, 3)
+
+
+def _walk(
+    pool: KVPool,
+    page_table: Array,
+    pages_per_block: int,
+    q: Array,
+    positions: Array,
+    start: Any,
+    end: Array,
+    sums: _Sums,
+    *,
+    num_blocks: int = 1,
+    is_whole: bool = False,
+) -> _Sums:
+    """Adds the blocks of rounds `start … end` to `sums`, `num_blocks` a round; with the same bits whatever that is.
+
+    `is_whole`: every query sees all of them.
+    """
+    rows, tokens, heads, head_dim = q.shape
+    kv_heads = pool.pages.shape[1 if pool.heads_first else 2] // 2
+    num_pages = num_blocks * pages_per_block
+    size = num_pages * pool.page_size
+    products = (_one_query_products if tokens == 1 else _chunk_products)(q, kv_heads, num_blocks)
+    scale = head_dim**-0.5 * math.log2(math.e)
+
+    def visit(index: Array, sums: _Sums) -> _Sums:
+        pages = jax.lax.dynamic_slice_in_dim(page_table, index * num_pages, num_pages, axis=1)
+        kv_positions = index * size + jnp.arange(size)
+        kv, scales = _read(pool, pages, None if is_whole else kv_positions <= positions[:, -1:], q)
+        scores = scales.of_keys(products.scores(kv))
+        if not is_whole:
+            visible = kv_positions <= positions[:, :, None]
+            visible = visible.reshape(rows, tokens, num_blocks, -1).swapaxes(1, 2)[:, :, None]
+            scores = jnp.where(visible, scores, _MASKED)
+        # Every row sees position 0, so from the first block on `largest` is a score and masked ones become 0.
+        block_largest = _fold(jnp.maximum, jnp.max, scores)
+        largest = [sums.largest]
+        for i in range(num_blocks):
+            largest.append(jnp.maximum(largest[-1], block_largest[:, i]))
+        probs = _exp2((scores - jnp.stack(largest[1:], 1)[..., None]) * scale)
+        probs = jax.lax.optimization_barrier(probs.astype(kv.dtype))
+        totals = _fold(jnp.add, jnp.sum, probs.astype(jnp.float32))
+        outs = products.weighted(scales.of_values(probs).astype(kv.dtype), kv)
+        _, total, weighted = sums
+        for i in range(num_blocks):
+            decay = _exp2((largest[i] - largest[i + 1]) * scale)
+            total = total * decay + totals[:, i]
+            weighted = weighted * decay[..., None] + outs[:, i]
+        return _Sums(largest[-1], total, weighted)
+
+    return jax.lax.fori_loop(start, end, visit, sums)
+
+
+def _fold(combine: Callable[[Array, Array], Array], reduce: Callable[..., Array], x: Array) -> Array:
+    """Reduces the last dimension, by halves at first: XLA's reductions of rows take 4 to 30 times as long on CPUs."""
+    while (size := x.shape[-1]) > 16 and size % 2 == 0:
+        x = combine(x[..., : size // 2], x[..., size // 2 :])
+    return reduce(x, axis=-1)
+
+
+def _exp2(x: Array) -> Array:
+    """2^x for x ≤ 0, to 1e-7 of it, and 0 from -127 on. Cheaper than XLA's on CPUs, which is half of a chunk's attention.
+
+    Source: the polynomial is a least-maximum fit to 2^f, |f| ≤ 1/2, exact at 0.
+    """
+    x = jnp.maximum(x, -127.0)
+    shifted = x + 1.5 * 2.0**23  # the sum's low bits are the nearest integer
+    f = x - (shifted - 1.5 * 2.0**23)
+    p = jnp.full_like(f, 0.001326472731307149)
+    for c in (0.009671512991189957, 0.05550733581185341, 0.24022242426872253, 0.6931470036506653, 1.0):
+        p = p * f + c
+    bits = jax.lax.bitcast_convert_type(p, jnp.int32) + (jax.lax.bitcast_convert_type(shifted, jnp.int32) << 23)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 class _Scales(NamedTuple):
-    """Multiply scores and probabilities, [rows, heads, tokens, block], by the scales of keys and values."""
+    """Multiply scores and probabilities, [rows, blocks, heads, tokens, block], by the scales of keys and values."""
 
     of_keys: Callable[[Array], Array]
     of_values: Callable[[Array], Array]
 
 
-def _read(pool: KVPool, pages: Array, is_own: Array, q: Array) -> tuple[Array, _Scales]:
-    """A block of every row, [rows, block, 2K, D], and its scales. `is_own`: [rows, block]."""
+def _read(pool: KVPool, pages: Array, is_own: Array | None, q: Array) -> tuple[Array, _Scales]:
+    """Blocks of every row, [rows, size, 2K, D], and their scales. `is_own`: [rows, size], None if all are."""
 
     def read(part: Array) -> Array:
         part = part.at[pages].get(mode="promise_in_bounds")
         part = part.swapaxes(2, 3) if pool.heads_first else part
-        part = part.reshape(*is_own.shape, *part.shape[3:])
+        part = part.reshape(len(pages), -1, *part.shape[3:])
+        if is_own is None:
+            return part
         # Pages are reused without being cleared; 0 × NaN would carry a failed row's values into another's.
         return jnp.where(is_own.reshape(*is_own.shape, *[1] * (part.ndim - 2)), part, 0)
 
     kv, scales = jax.tree.map(read, pool)
     if scales is None:
         return kv, _Scales(lambda scores: scores, lambda probs: probs)
-    num_queries = 2 * q.shape[2] // scales.shape[2]
-    of_keys, of_values = (jnp.repeat(scales[:, :, i::2], num_queries, axis=2).swapaxes(1, 2) for i in (0, 1))
+
+    def multiply(x: Array, scales: Array) -> Array:
+        per_head = scales.reshape(len(pages), x.shape[1], -1, scales.shape[2]).swapaxes(2, 3)
+        return x * jnp.repeat(per_head, x.shape[2] // scales.shape[2], axis=2)[:, :, :, None]
+
     return kv.astype(q.dtype), _Scales(
-        lambda scores: scores * of_keys[:, :, None], lambda probs: probs * of_values[:, :, None]
+        lambda scores: multiply(scores, scales[:, :, 0::2]), lambda probs: multiply(probs, scales[:, :, 1::2])
     )
 
 
 class _Products(NamedTuple):
-    """The two matrix products of attention over a block of the cache, [rows, block, 2K, D], in float32.
+    """The two matrix products of attention over blocks of the cache, `kv` [rows, size, 2K, D], in float32.
 
-    `scores(kv)` is [rows, heads, tokens, block]; `weighted(probs, kv)` is [rows, heads, tokens, head_dim].
+    `scores(kv)` is [rows, blocks, heads, tokens, block]; `weighted(probs, kv)` is [rows, blocks, heads, tokens, head_dim].
     """
 
     scores: Callable[[Array], Array]
     weighted: Callable[[Array, Array], Array]
 
 
-def _chunk_products(q: Float[Array, "rows tokens heads head_dim"], kv_heads: int) -> _Products:
-    """For many queries a row: one product a KV head, which its query heads share."""
+def _chunk_products(q: Float[Array, "rows tokens heads head_dim"], kv_heads: int, num_blocks: int) -> _Products:
+    """For many queries a row, a block at a time: one product a KV head, which its query heads share."""
+    assert num_blocks == 1
     rows, tokens, heads, head_dim = q.shape
     grouped = q.transpose(0, 2, 1, 3).reshape(rows, kv_heads, heads // kv_heads * tokens, head_dim)
 
     def scores(kv: Array) -> Array:
         out = jnp.einsum("bkqd,btkd->bkqt", grouped, kv[:, :, 0::2], preferred_element_type=jnp.float32)
-        return out.reshape(rows, heads, tokens, -1)
+        return out.reshape(rows, 1, heads, tokens, -1)
 
     def weighted(probs: Array, kv: Array) -> Array:
         probs = probs.reshape(rows, kv_heads, -1, probs.shape[-1])
         out = jnp.einsum("bkqt,btkd->bkqd", probs, kv[:, :, 1::2], preferred_element_type=jnp.float32)
-        return out.reshape(rows, heads, tokens, head_dim)
+        return out.reshape(rows, 1, heads, tokens, head_dim)
 
     return _Products(scores, weighted)
 
 
-def _one_query_products(q: Float[Array, "rows 1 heads head_dim"], kv_heads: int) -> _Products:
-    """For one query a row: one product a row over all keys and values, in the order in which pages hold them.
+def _one_query_products(q: Float[Array, "rows 1 heads head_dim"], kv_heads: int, num_blocks: int) -> _Products:
+    """For one query a row: one product a block over all keys and values, in the order in which pages hold them.
 
     A query is padded with zeros to the width of a token, 2K × D, and of the values only its own head's are taken. That
     is 2K times the arithmetic, but a step waits for memory, and on a CPU taking the heads apart, a transpose of every
@@ -189,16 +275,19 @@ def _one_query_products(q: Float[Array, "rows 1 heads head_dim"], kv_heads: int)
     group, width = heads // kv_heads, 2 * kv_heads * head_dim
     is_own_key = (jnp.arange(2 * kv_heads) == 2 * (jnp.arange(heads)[:, None] // group)).astype(q.dtype)
     wide = (q[:, 0, :, None, :] * is_own_key[:, :, None]).reshape(rows, heads, width)
+    wide = jnp.repeat(wide, num_blocks, axis=0)
 
     def scores(kv: Array) -> Array:
-        flat = kv.reshape(rows, -1, width)
-        return jnp.einsum("bhc,btc->bht", wide, flat, preferred_element_type=jnp.float32)[:, :, None]
+        flat = kv.reshape(rows * num_blocks, -1, width)
+        out = jnp.einsum("bhc,btc->bht", wide, flat, preferred_element_type=jnp.float32)
+        return out.reshape(rows, num_blocks, heads, 1, -1)
 
     def weighted(probs: Array, kv: Array) -> Array:
-        flat = kv.reshape(rows, -1, width)
-        out = jnp.einsum("bht,btc->bhc", probs[:, :, 0], flat, preferred_element_type=jnp.float32)
-        out = out.reshape(rows, kv_heads, group, 2 * kv_heads, head_dim)
-        own_values = [out[:, head, :, 2 * head + 1] for head in range(kv_heads)]
-        return jnp.concatenate(own_values, axis=1)[:, :, None]
+        flat = kv.reshape(rows * num_blocks, -1, width)
+        probs = probs.reshape(rows * num_blocks, heads, -1)
+        out = jnp.einsum("bht,btc->bhc", probs, flat, preferred_element_type=jnp.float32)
+        out = out.reshape(rows, num_blocks, kv_heads, group, 2 * kv_heads, head_dim)
+        own_values = [out[:, :, head, :, 2 * head + 1] for head in range(kv_heads)]
+        return jnp.concatenate(own_values, axis=2)[:, :, :, None]
 
     return _Products(scores, weighted)

@@ -34,23 +34,32 @@ class ChunkPlan:
     page_size: int
     programs_agree: bool
 
-    def spans(self, start: int, end: int) -> Iterator[Span]:
-        """The chunks of tokens `start … end`; `start` is one that `usable` gave."""
+    def longest(self, *, has_streams: bool) -> int:
+        """How many tokens to prefill at once: as many as can be, but a middling number where running streams wait for
+        them and sizes are free."""
+        return self.sizes[(len(self.sizes) - 1) // 2 if has_streams and self.programs_agree else -1]
+
+    def spans(self, start: int, end: int, longest: int | None = None) -> Iterator[Span]:
+        """The chunks of tokens `start … end`, of at most `longest` (one that `longest` gave; None: any).
+
+        `start` is one that `usable` gave.
+        """
+        sizes = self.sizes if longest is None else self.sizes[: self.sizes.index(longest) + 1]
         at = start if self.programs_agree else 0
         while at < end:
-            size = self._size(at, end - at)
+            size = self._size(sizes, at, end - at)
             span = Span(at, min(size, end - at), size)
             if at >= start:
                 yield span
             at += span.num_tokens
 
-    def _size(self, at: int, left: int) -> int:
+    def _size(self, sizes: Sequence[int], at: int, left: int) -> int:
         """The smallest that holds all that is `left`, if that fills it well, else the largest that it fills."""
-        longest = self.sizes[-1] if self.programs_agree else max(at, self.sizes[0])
-        enough = next((size for size in self.sizes if left <= size <= longest), None)
+        longest = sizes[-1] if self.programs_agree else max(at, sizes[0])
+        enough = next((size for size in sizes if left <= size <= longest), None)
         if enough is not None and left >= _FULL_ENOUGH * enough:
             return enough
-        return max((size for size in self.sizes if size <= left), default=self.sizes[0])
+        return max((size for size in sizes if size <= left), default=sizes[0])
 
     def usable(self, num_tokens: int, end: int) -> int:
         """How many of the first `num_tokens` (whole pages), found in the cache, a prompt of `end` tokens may use."""

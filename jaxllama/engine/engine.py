@@ -107,7 +107,6 @@ class Engine:
             config,
             self._programs,
             self._scheduler,
-            max_tokens=max(self.chunk_sizes),
             table_width=self._table_width,
             needs_clean_pages=kernel.needs_clean_pages,
         )

@@ -17,8 +17,8 @@ from jaxllama.engine.scheduler import Chunk, Scheduler
 class Placement:
     """Carries out on the devices what the scheduler decides about rows. The engine's thread alone uses it.
 
-    `max_tokens` bounds the prefill of one turn. If `needs_clean_pages` (see `Attention`), pages that may hold NaN are
-    cleared when they become free; all others are finite.
+    If `needs_clean_pages` (see `Attention`), pages that may hold NaN are cleared when they become free; all others are
+    finite.
     """
 
     def __init__(
@@ -27,21 +27,19 @@ class Placement:
         programs: Programs,
         scheduler: Scheduler,
         *,
-        max_tokens: int,
         table_width: int,
         needs_clean_pages: bool,
     ) -> None:
         self._config = config
         self._programs = programs
         self._scheduler = scheduler
-        self._max_tokens = max_tokens
         self._table_width = table_width
         self._needs_clean_pages = needs_clean_pages
         self._numbers = itertools.count()
 
     def fill_rows(self) -> None:
-        """Admits what can be, and prefills at most `max_tokens`, so that running streams wait no longer than that."""
-        tokens_left = self._max_tokens
+        """Admits what can be, and prefills no more than running streams may wait for."""
+        tokens_left = self._scheduler.max_prefill_tokens
         while True:
             # Again after each, as the next may wait for its pages.
             self._scheduler.admit()

@@ -117,9 +117,14 @@ class Scheduler:
         )
 
     def chunks(self, request: EngineRequest) -> Iterator[Chunk]:
-        """The chunks that a request's prefill still needs. Their sizes depend on its own length alone."""
-        for span in self._plan.spans(request.num_prefilled, request.num_to_prefill):
+        """The chunks that a request's prefill still needs: a function of its own length, unless programs agree."""
+        for span in self._plan.spans(request.num_prefilled, request.num_to_prefill, self.max_prefill_tokens):
             yield Chunk(request, *span)
+
+    @property
+    def max_prefill_tokens(self) -> int:
+        """How many tokens to prefill at once, while those who run wait."""
+        return self._plan.longest(has_streams=bool(self.running))
 
     def advance(self, chunk: Chunk) -> None:
         """Takes note that `chunk` is on its way to the device: who comes later finds the pages it fills."""

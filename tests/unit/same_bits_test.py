@@ -122,9 +122,9 @@ def set_aside(llama: Llama, requests: list[Request], monkeypatch: pytest.MonkeyP
     saved: list[int] = []
     save = Device.save
 
-    def spy(self: Device, name: np.int32, pages: np.ndarray) -> None:
+    def spy(self: Device, name: np.int32, pages: np.ndarray, shard: np.int32) -> None:
         saved.append(len(pages))
-        save(self, name, pages)
+        save(self, name, pages, shard)
 
     monkeypatch.setattr(Device, "save", spy)
     with held(llama.engine):

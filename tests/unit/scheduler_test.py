@@ -248,6 +248,26 @@ def test_chunks_depend_on_the_request_alone():
     assert spans_of(scheduler, request) == alone
 
 
+@pytest.mark.parametrize(("agree", "turns"), [(True, [12] * 6 + [4]), (False, [36, 36, 4])])
+def test_streams_shorten_the_chunks_that_they_wait_for_where_sizes_are_free(agree, turns):
+    """To the middle one of three, a chunk a turn. Where the cut decides about bits it is the same in any company."""
+    plan = make_plan(chunks=(4, 12, 36), agree=agree)
+    scheduler, stream = make_scheduler(rows=2, pages=60, plan=plan), make_request(2, arrival=1, plan=plan)
+    device: Any = FakeDevice(60, agree=agree, num_shards=1)
+    placement = Placement(CONFIG, device, scheduler, table_width=60, needs_clean_pages=False)
+    long = make_request(77, plan=plan)
+    assert [num_tokens for _, num_tokens, _ in spans_of(scheduler, long)] == [36, 36, 4]
+    scheduler.enqueue(stream)
+    placement.fill_rows()
+    assert stream.is_running
+    scheduler.enqueue(long)
+    done = [0]
+    while not long.is_running:
+        placement.fill_rows()
+        done.append(long.num_prefilled)
+    assert np.diff(done).tolist() == turns
+
+
 @pytest.mark.parametrize("agree", [True, False])
 def test_a_page_s_name_tells_all_that_its_bits_depend_on(agree):
     plan = make_plan(chunks=(8, 32), agree=agree)
@@ -525,7 +545,6 @@ class Life(RuleBasedStateMachine):
             CONFIG,
             self.device,
             self.scheduler,
-            max_tokens=24,
             table_width=2 * CONTEXT // PAGE,
             needs_clean_pages=True,
         )
