@@ -188,11 +188,11 @@ def test_the_default_model_s_bits_are_the_request_s_own(monkeypatch):
 # ---- What the prefix cache rests on ----
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[("smollm2_like", 1), ("divisible", 2), ("divisible", 8)])
 def bfloat16(request: pytest.FixtureRequest) -> Iterator[Llama]:
     options = dataclasses.replace(TINY, max_rows=4, num_pages=200, chunk_sizes=(8, 32, 96))
-    name = "smollm2_like" if request.param == 1 else "divisible"
-    with make_model(name, "bfloat16", options, tp=request.param) as llama:
+    name, tp = request.param
+    with make_model(name, "bfloat16", options, tp=tp) as llama:
         assert programs_agree(llama.mesh, llama.params)
         yield llama
 
