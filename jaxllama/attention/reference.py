@@ -102,7 +102,9 @@ def paged_attention(
         sums = walk(q, positions, end // at_once * at_once, end, sums)
         return _result(sums, q.dtype)
     whole = (positions[:, 0].min() + 1) // block
-    sums = walk(q, positions, 0, whole, sums, is_whole=True)
+    # Without the mask between them, a score's scale and the subtraction of the largest would be one operation with
+    # another rounding than elsewhere.
+    sums = walk(q, positions, 0, whole, sums, is_whole=pool.scales is None)
     if tokens <= QUERY_BLOCK or tokens % QUERY_BLOCK:
         return _result(walk(q, positions, whole, end, sums), q.dtype)
 

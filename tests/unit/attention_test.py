@@ -14,6 +14,7 @@ import reference
 
 from jaxllama.attention.reference import paged_attention
 from jaxllama.cache import KVPool
+from jaxllama.decode import COMPILER_OPTIONS
 
 
 @jax.jit
@@ -165,6 +166,28 @@ def test_bfloat16_sums_in_float32():
     assert got.dtype == jnp.bfloat16
     # Measured: 9e-4, half a unit in the last place of the largest results.
     np.testing.assert_allclose(np.asarray(got, np.float32), exact(case, x), atol=1.2e-3)
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_bfloat16_chunks_and_single_queries_of_long_rows_agree_in_every_bit(kv_dtype):
+    """The prefix cache rests on it on CPUs (`decode.programs_agree`): chunks of any size at any start, and one query at a
+    time among any number of rows, each of which walks the blocks in another way. Sizes of SmolLM2-135M."""
+    case = Case(9, 3, 64, 16, (2100,), tokens=1024)
+    x = make_int8_inputs(case) if kv_dtype == "int8" else make_inputs(case, rounded=True)
+    pages = jnp.asarray(x.pool, kv_dtype)
+    pool = KVPool(pages.swapaxes(1, 2), x.scales.swapaxes(1, 2)) if x.scales is not None else KVPool(pages, None)
+    compiled = jax.jit(paged_attention, compiler_options=COMPILER_OPTIONS)
+
+    def run_as(rows: int, tokens: int, at: int) -> np.ndarray:
+        """Queries `at … at + rows × tokens` as so many rows of so many tokens."""
+        q = x.q[0, at : at + rows * tokens].reshape(rows, tokens, *x.q.shape[2:])
+        positions = x.positions[0, at : at + rows * tokens].reshape(rows, tokens)
+        out = compiled(jnp.asarray(q, jnp.bfloat16), pool, np.repeat(x.table, rows, 0), positions)
+        return np.asarray(out, np.float32).reshape(rows * tokens, -1)
+
+    want = np.concatenate([run_as(1, 512, 0), run_as(1, 512, 512)])
+    for rows, tokens, at in ((1, 1024, 0), (1, 32, 48), (1, 128, 80), (1, 512, 208), (2, 1, 61), (4, 1, 200), (32, 1, 971)):
+        np.testing.assert_array_equal(run_as(rows, tokens, at), want[at : at + rows * tokens], f"{rows} × {tokens}")
 
 
 # ---- int8 ----
