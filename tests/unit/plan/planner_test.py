@@ -48,7 +48,7 @@ def test_weights_and_cache_of_the_70b_on_eight_chips():
 @pytest.mark.parametrize("data", [1, 2, 4])
 def test_twice_the_devices_hold_half_the_cache_however_they_are_split(data):
     eight, sixteen = resident_bytes(setup()), resident_bytes(setup("v6e:4x4", data=data))
-    assert sixteen.weights == pytest.approx(0.5 * data * eight.weights, rel=0.01)
+    assert sixteen.weights == pytest.approx(0.5 * data * eight.weights, rel=0.02)  # K and V on both of a pair
     assert sixteen.kv == pytest.approx(0.5 * eight.kv, rel=0.01)  # each shard has a page 0
 
 
@@ -322,6 +322,8 @@ def test_meshes_of_a_search_split_everything_evenly():
     found = candidates(setup("v6e:4x4"), everywhere=False)
     assert {(s.data, s.tp) for s in found} == {(1, 16), (2, 8), (4, 4), (8, 2), (16, 1)}
     assert {s.data for s in candidates(setup("v6e:4x4", rows=6), everywhere=False)} == {1, 2}
+    wide = candidates(setup("v5e:4x8"), everywhere=False)
+    assert {(s.data, s.tp) for s in wide} >= {(1, 32), (2, 16), (4, 8)}
 
 
 # ---- Bad input ----
