@@ -2,8 +2,8 @@
 
     python bench/interleave.py CHECKPOINT [--prompt-tokens 6000] [--rows 16]
 
-Prints the median and the longest gap without and with the long prompt, and what one largest chunk takes alone at the
-start and at the end of the prompt. The mark is 3 medians and one chunk.
+Prints the median and the longest gap without and with the long prompt, and what one largest chunk (and a step) takes
+alone at the start and at the end of the prompt. The mark is 3 medians and one chunk.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ def main() -> None:
         chunk = max(llama.engine.chunk_sizes)
         rng = np.random.default_rng(0)
         long_prompt = rng.integers(100, llama.config.vocab_size, args.prompt_tokens).tolist()
-        whole, almost = (time_to_first(llama, long_prompt[: args.prompt_tokens - less]) for less in (0, chunk))
-        first = time_to_first(llama, long_prompt[-chunk - 1 :])
+        first = time_to_first(llama, long_prompt[: chunk + 1])
+        before = (args.prompt_tokens - 1 - chunk) // llama.engine.page_size * llama.engine.page_size
+        time_to_first(llama, long_prompt[: before + 1], scope="the last chunk follows")
+        last = time_to_first(llama, long_prompt[: before + chunk + 1], scope="the last chunk follows")
         stream = Stream(llama, rng.integers(100, llama.config.vocab_size, 64).tolist(), args.prompt_tokens - 64)
         stream.wait_for(40)
         start = stream.num_outputs
@@ -38,7 +40,6 @@ def main() -> None:
         end = stream.num_outputs
         stream.request.cancel()
     quiet, busy = stream.gaps(5, start), stream.gaps(start, end)
-    last = whole - almost
     median = statistics.median(quiet)
     print(f"a chunk of {chunk} tokens alone: {1e3 * first:.0f} ms at the start, {1e3 * last:.0f} ms at the end")
     print(f"gaps without: median {1e3 * median:.0f} ms, longest {1e3 * max(quiet):.0f} ms ({len(quiet)})")
@@ -74,9 +75,9 @@ class Stream:
         return np.diff(self._times[start - 1 : end + 1]).tolist()
 
 
-def time_to_first(llama: jaxllama.Llama, prompt: list[int]) -> float:
-    """Seconds to the first token of a prompt that is not in the cache."""
-    scope = str(time.perf_counter())
+def time_to_first(llama: jaxllama.Llama, prompt: list[int], scope: str | None = None) -> float:
+    """Seconds to the first token of a prompt of which the cache holds what was asked in the same `scope` before."""
+    scope = str(time.perf_counter()) if scope is None else scope
     done = threading.Event()
     params = jaxllama.SamplingParams(temperature=0, ignore_eos=True, max_tokens=1)
     start = time.perf_counter()
