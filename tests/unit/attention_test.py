@@ -15,6 +15,8 @@ import reference
 from jaxllama.attention.reference import paged_attention
 from jaxllama.cache import KVPool
 
+pytestmark = pytest.mark.optimized
+
 
 @jax.jit
 def attend(q, pages, table, positions, scales=None):

@@ -292,11 +292,11 @@ class Server(Process):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of many small chunks: a device's shard is files of its own."""
+    """A checkpoint of many small chunks: a device's shard is files of its own. One layer: every server compiles it."""
     folder = tmp_path_factory.mktemp("lockstep") / "model"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zarr, "_MIN_CHUNK_BYTES", 1)
-        return tiny.write_checkpoint(folder, "divisible", max_position_embeddings=128)
+        return tiny.write_checkpoint(folder, "divisible", max_position_embeddings=128, num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")

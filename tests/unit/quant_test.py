@@ -30,6 +30,8 @@ from jaxllama.model import Llama as Model
 from jaxllama.params import Params, QuantizedWeight, build_params, get_param, param_specs, stored_specs
 from jaxllama.quant import quantize_rows
 
+pytestmark = pytest.mark.optimized
+
 INT8_KV = dataclasses.replace(tiny.SMALL, kv_dtype="int8")
 
 
