@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxllama.attention import choose_attention
 from jaxllama.config import LlamaConfig
 from jaxllama.decode import decode_steps, prefill, state_shapes, state_shardings
-from jaxllama.mesh import make_mesh, param_shardings
+from jaxllama.mesh import make_mesh, num_page_shards, param_shardings
 from jaxllama.params import build_params
 
 PAGE_SIZE = 16
@@ -58,7 +59,9 @@ def compile_decode(config: LlamaConfig, mesh: Mesh, *, rows: int, context: int) 
     """`decode_steps` with every row in use."""
     state = _state(config, mesh, rows, context)
     scalar, keep = _whole(mesh, (), jnp.int32), _whole(mesh, (rows,), jnp.bool_)
-    return decode_steps.lower(config, _params(config, mesh), state, scalar, keep, num_rows=rows).compile()
+    attention = choose_attention(config, mesh, DTYPE)
+    args = (config, _params(config, mesh), state, scalar, keep)
+    return decode_steps.lower(*args, num_rows=rows, attention=attention).compile()
 
 
 def compile_prefill(config: LlamaConfig, mesh: Mesh, *, rows: int, context: int, chunk: int) -> Any:
@@ -66,7 +69,8 @@ def compile_prefill(config: LlamaConfig, mesh: Mesh, *, rows: int, context: int,
     pool = _state(config, mesh, rows, context).pool
     scalar = _whole(mesh, (), jnp.int32)
     tokens, pages = _whole(mesh, (chunk,), jnp.int32), _whole(mesh, (-(-context // PAGE_SIZE),), jnp.int32)
-    return prefill.lower(config, _params(config, mesh), pool, tokens, pages, scalar, scalar).compile()
+    args = (config, _params(config, mesh), pool, tokens, pages, scalar, scalar, scalar)
+    return prefill.lower(*args, attention=choose_attention(config, mesh, DTYPE)).compile()
 
 
 def _params(config: LlamaConfig, mesh: Mesh) -> Any:
@@ -75,11 +79,17 @@ def _params(config: LlamaConfig, mesh: Mesh) -> Any:
 
 
 def _state(config: LlamaConfig, mesh: Mesh, rows: int, context: int) -> Any:
-    num_pages = rows * TOKENS_PER_ROW // PAGE_SIZE + 1
+    num_shards = num_page_shards(mesh)
     shapes = state_shapes(
-        config, num_rows=rows, num_pages=num_pages, page_size=PAGE_SIZE, max_context=context, dtype=DTYPE
+        config,
+        num_rows=rows,
+        num_pages=rows // num_shards * TOKENS_PER_ROW // PAGE_SIZE + 1,
+        page_size=PAGE_SIZE,
+        max_context=context,
+        dtype=DTYPE,
+        num_shards=num_shards,
     )
-    return _sharded(shapes, state_shardings(config, mesh, rows))
+    return _sharded(shapes, state_shardings(config, mesh, shapes))
 
 
 def _sharded(shapes: Any, shardings: Any) -> Any:

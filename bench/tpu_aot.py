@@ -88,12 +88,14 @@ def misses(case: Case, setup: Setup, got: Compiled, ms: float, least_bytes: floa
         return found
     m = got.measurement
     kinds = collectives(m, setup.config.num_layers)
+    expected = {"all-reduce": 2} if setup.tp > 1 else {}
+    expected |= {"all-to-all": 2} if setup.mesh.shape["rep"] > 1 else {}
     slack = 1.03 if case.topology.startswith("v5p") else 1.01
     bars = {
         "temporaries": got.temporary_bytes <= 0.1 * 2**30,
         "copies": not m.large_copies,
         "traffic": m.hbm_bytes <= slack * least_bytes,
-        "collectives a layer": kinds["per_layer"] == ({"all-reduce": 2} if setup.tp > 1 else {}),
+        "collectives a layer": kinds["per_layer"] == expected,
         "collectives outside": sum(kinds["outside_layers"].values()) <= 4,
         "async": case.bar_async is None or m.async_share >= case.bar_async,
         "compile": got.compile_s <= 25,

@@ -1,4 +1,4 @@
-"""The paged KV cache: one flat pool of pages for all layers.
+"""The paged KV cache: one flat pool of pages for all layers, on each shard of a mesh its own.
 
 Layer l's pages are `l * num_pages … (l + 1) * num_pages - 1`; a row's page table holds page numbers of layer 0. Keys
 and values are interleaved by head (K0 V0 K1 V1 …), as TPU attention kernels read them. Page 0 is never given to a row:
@@ -44,9 +44,9 @@ class KVPool(NamedTuple):
 _pool_of: Any = KVPool
 
 
-def kv_pool_shapes(config: LlamaConfig, num_pages: int, page_size: int, dtype: Any) -> KVPool:
-    """The shapes and dtypes of a pool with pages of `dtype`."""
-    num_pages, kv2 = config.num_layers * num_pages, 2 * config.num_kv_heads
+def kv_pool_shapes(config: LlamaConfig, num_pages: int, page_size: int, dtype: Any, num_shards: int = 1) -> KVPool:
+    """The shapes and dtypes of a pool with `num_pages` pages of `dtype` on each of `num_shards`."""
+    num_pages, kv2 = num_shards * config.num_layers * num_pages, 2 * config.num_kv_heads
     shape, scales = (num_pages, page_size, kv2, config.head_dim), None
     if dtype == jnp.int8:
         shape = (num_pages, kv2, page_size, config.head_dim)

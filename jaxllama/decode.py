@@ -15,11 +15,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllama.attention import Attention, ReferenceAttention
+from jaxllama.attention import ReferenceAttention, ShardedAttention
 from jaxllama.attention.reference import chunk_positions
-from jaxllama.cache import KVPool, clear_pages, kv_pool_axes, kv_pool_shapes, put_pages, read_pages
+from jaxllama.cache import KVPool, kv_pool_axes, kv_pool_shapes
 from jaxllama.config import LlamaConfig
-from jaxllama.mesh import partition_spec
+from jaxllama.mesh import num_page_shards, partition_spec
 from jaxllama.model import Llama
 from jaxllama.params import Params
 from jaxllama.sampling import (
@@ -38,7 +38,7 @@ COMPILER_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE
 another order than its own loops, which it uses for small ones; the library's products do not depend on the number of
 rows. The option is XLA's for CPUs; the compilers for TPUs and CUDA take and ignore it (JAX 0.11 and 0.12)."""
 
-REFERENCE = ReferenceAttention()
+REFERENCE = ShardedAttention(ReferenceAttention())
 NOT_FINITE = -2
 """Stands in `StepOutput.tokens` for a row whose logits were not finite."""
 
@@ -128,16 +128,26 @@ _STATE_AXES: DecodeState = _state_of(
 
 
 def state_shapes(
-    config: LlamaConfig, *, num_rows: int, num_pages: int, page_size: int, max_context: int, dtype: Any
+    config: LlamaConfig,
+    *,
+    num_rows: int,
+    num_pages: int,
+    page_size: int,
+    max_context: int,
+    dtype: Any,
+    num_shards: int = 1,
 ) -> DecodeState:
-    """The shapes and dtypes of a `DecodeState` with a pool of `dtype`; `num_pages` counts page 0, given to no row."""
+    """The shapes and dtypes of a `DecodeState` with a pool of `dtype`.
+
+    `num_pages` are those of each shard (see `ShardedAttention`) and count page 0, given to no row.
+    """
     f32, i32 = jnp.float32, jnp.int32
 
     def rows(dtype: Any, *rest: int) -> Any:
         return jax.ShapeDtypeStruct((num_rows, *rest), dtype)
 
     shapes: DecodeState = _state_of(
-        pool=kv_pool_shapes(config, num_pages, page_size, dtype),
+        pool=kv_pool_shapes(config, num_pages, page_size, dtype, num_shards),
         page_table=rows(i32, -(-max_context // page_size)),
         lengths=rows(i32),
         last_token=rows(i32),
@@ -167,7 +177,7 @@ def state_shapes(
 
 
 def state_shardings(config: LlamaConfig, mesh: Mesh, shapes: DecodeState) -> DecodeState:
-    """Rows over `data`, KV heads over `kv`, vocabulary over `kv` and `rep`."""
+    """Rows over `data`, pages over `data` and `rep`, KV heads over `kv`, vocabulary over `kv` and `rep`."""
     axes = _STATE_AXES._replace(pool=kv_pool_axes(shapes.pool.pages.dtype))
     shardings: DecodeState = _shardings(axes, config, mesh, num_rows=shapes.lengths.shape[0])
     return shardings
@@ -183,7 +193,7 @@ def _shardings(axes: Any, config: LlamaConfig, mesh: Mesh, num_rows: int | None 
 
 def make_pool(config: LlamaConfig, mesh: Mesh, *, num_pages: int, page_size: int, dtype: Any) -> KVPool:
     """An empty pool by itself, for `prefill_logits`."""
-    shapes = kv_pool_shapes(config, num_pages, page_size, dtype)
+    shapes = kv_pool_shapes(config, num_pages, page_size, dtype, num_page_shards(mesh))
     shardings = _shardings(kv_pool_axes(dtype), config, mesh)
     pool: KVPool = jax.tree.map(lambda s, where: jnp.zeros(s.shape, s.dtype, device=where), shapes, shardings)
     return pool
@@ -282,15 +292,16 @@ def prefill(
     page_table: Int[Array, " max_pages"],
     start: Int[Array, ""],
     num_tokens: Int[Array, ""],
+    shard: Int[Array, ""],
     *,
-    attention: Attention = REFERENCE,
+    attention: ShardedAttention = REFERENCE,
 ) -> KVPool:
     """Writes the keys and values of one chunk of one row's prompt and returns the pool.
 
     `tokens[:num_tokens]` stand at positions `start …`; the rest is padding. `start` and the chunk's size are multiples
-    of the page size.
+    of the page size. The row is one of `shard`.
     """
-    return _forward_chunk(config, params, pool, tokens, page_table, start, num_tokens, attention)[1]
+    return _forward_chunk(config, params, pool, tokens, page_table, start, num_tokens, shard, attention)[1]
 
 
 @partial(jax.jit, donate_argnames="pool", static_argnames=("config", "attention"), compiler_options=COMPILER_OPTIONS)
@@ -302,30 +313,54 @@ def prefill_logits(
     page_table: Int[Array, " max_pages"],
     start: Int[Array, ""],
     num_tokens: Int[Array, ""],
+    shard: Int[Array, ""],
     *,
-    attention: Attention = REFERENCE,
+    attention: ShardedAttention = REFERENCE,
 ) -> tuple[Float[Array, "chunk vocab"], KVPool]:
     """`prefill` that also returns the logits of every position of the chunk."""
-    hidden, pool = _forward_chunk(config, params, pool, tokens, page_table, start, num_tokens, attention)
+    hidden, pool = _forward_chunk(config, params, pool, tokens, page_table, start, num_tokens, shard, attention)
     return Llama(config, params, attention).logits(hidden), pool
 
 
-@partial(jax.jit, donate_argnames="pool", static_argnames="config")
-def clear(config: LlamaConfig, pool: KVPool, pages: Int[Array, " max_pages"], count: Int[Array, ""]) -> KVPool:
+@partial(jax.jit, donate_argnames="pool", static_argnames=("config", "attention"))
+def clear(
+    config: LlamaConfig,
+    pool: KVPool,
+    pages: Int[Array, " max_pages"],
+    count: Int[Array, ""],
+    shard: Int[Array, ""],
+    *,
+    attention: ShardedAttention = REFERENCE,
+) -> KVPool:
     """Zeros in the first `count` of `pages`, for attention that must not meet a failed row's NaN there."""
-    return clear_pages(pool, pages, count, config.num_layers)
+    return attention.clear_pages(pool, pages, count, shard, config.num_layers)
 
 
-@partial(jax.jit, static_argnames="config")
-def copy_out(config: LlamaConfig, pool: KVPool, pages: Int[Array, " some"]) -> KVPool:
+@partial(jax.jit, static_argnames=("config", "attention"))
+def copy_out(
+    config: LlamaConfig,
+    pool: KVPool,
+    pages: Int[Array, " some"],
+    shard: Int[Array, ""],
+    *,
+    attention: ShardedAttention = REFERENCE,
+) -> KVPool:
     """What `pages` hold, as `cache.read_pages`."""
-    return read_pages(pool, pages, config.num_layers)
+    return attention.read_pages(pool, pages, shard, config.num_layers)
 
 
-@partial(jax.jit, donate_argnames="pool", static_argnames="config")
-def copy_in(config: LlamaConfig, pool: KVPool, pages: Int[Array, " some"], copy: KVPool) -> KVPool:
+@partial(jax.jit, donate_argnames="pool", static_argnames=("config", "attention"))
+def copy_in(
+    config: LlamaConfig,
+    pool: KVPool,
+    pages: Int[Array, " some"],
+    copy: KVPool,
+    shard: Int[Array, ""],
+    *,
+    attention: ShardedAttention = REFERENCE,
+) -> KVPool:
     """Puts back what `copy_out` gave, as `cache.put_pages`."""
-    return put_pages(pool, pages, copy, config.num_layers)
+    return attention.put_pages(pool, pages, copy, shard, config.num_layers)
 
 
 def _forward_chunk(
@@ -336,12 +371,13 @@ def _forward_chunk(
     page_table: Array,
     start: Array,
     num_tokens: Array,
-    attention: Attention,
+    shard: Array,
+    attention: ShardedAttention,
 ) -> tuple[Float[Array, "chunk embed"], KVPool]:
     positions = chunk_positions(tokens.shape[0], start, num_tokens)[None]
 
     def attend(q: Array, kv: Array, pool: KVPool, pages: Array) -> tuple[Array, KVPool]:
-        out, pool = attention.prefill(q[0], kv[0], pool, pages[0], start, num_tokens)
+        out, pool = attention.prefill(q[0], kv[0], pool, pages[0], start, num_tokens, shard)
         return out[None], pool
 
     once = jnp.minimum(num_tokens, 1)  # 0 in the runs that only compile
@@ -363,7 +399,7 @@ def decode_steps(
     keep: Bool[Array, " rows"],
     *,
     num_rows: int,
-    attention: Attention = REFERENCE,
+    attention: ShardedAttention = REFERENCE,
 ) -> tuple[DecodeState, StepOutput]:
     """Decodes up to `max_steps` (≤ `MAX_STEPS`) tokens for the first `num_rows` rows, sampling included.
 
@@ -400,7 +436,7 @@ def _decode_step(
     once: Array,
     *,
     num_rows: int,
-    attention: Attention,
+    attention: ShardedAttention,
 ) -> tuple[DecodeState, StepOutput]:
     some = slice(0, num_rows)
     active, positions = state.active[some], state.lengths[some]

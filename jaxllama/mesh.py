@@ -1,7 +1,8 @@
 """The device mesh, and the one table from logical axes to mesh axes.
 
 Tensor parallelism is `kv` × `rep`: KV heads are split over `kv`, query heads, ffn and vocabulary over both, so that it
-may be wider than the number of KV heads. Rows are split over `data`.
+may be wider than the number of KV heads. Rows are split over `data`, and for attention, with the pages of the cache,
+over `rep` too (`attention/sharded.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "kv_heads": ("kv",),
     "ffn": ("kv", "rep"),
     "embed": (),
-    "pages": (),
+    "pages": ("data", "rep"),
     "page": (),
     "head_dim": (),
     "embed_scale": (),
@@ -59,6 +60,11 @@ def mesh_shape(config: LlamaConfig, *, tp: int, data: int) -> tuple[int, int, in
     return data, kv, tp // kv
 
 
+def num_page_shards(mesh: Mesh) -> int:
+    """Into how many parts the pages of the KV cache are split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["pages"])
+
+
 def partition_spec(
     axes: Sequence[str | None], config: LlamaConfig, mesh: Mesh, *, num_rows: int | None = None
 ) -> PartitionSpec:
@@ -72,6 +78,7 @@ def partition_spec(
         "heads": config.num_heads,
         "kv_heads": config.num_kv_heads,
         "ffn": config.intermediate_size,
+        "pages": num_page_shards(mesh),  # a pool has so many equal parts
     }
     taken: set[str] = set()
     entries: list[tuple[str, ...] | None] = []

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxllama.attention import Attention as PagedAttention
+from jaxllama.attention import ShardedAttention
 from jaxllama.cache import KVPool, interleave_kv
 from jaxllama.config import LlamaConfig
 from jaxllama.params import Params, QuantizedWeight
@@ -118,10 +118,11 @@ class Llama(nnx.Module):
     The norms' dtype is that of what enters a matrix product.
     """
 
-    def __init__(self, config: LlamaConfig, params: Params, attention: PagedAttention) -> None:
+    def __init__(self, config: LlamaConfig, params: Params, attention: ShardedAttention) -> None:
         self.config = config
-        self.layers_per_loop = attention.layers_per_loop
-        self.dtype = jnp.float32 if attention.keeps_float32 else params["norm"].dtype
+        self.layers_per_loop = attention.kernel.layers_per_loop
+        self.num_shards = attention.num_shards
+        self.dtype = jnp.float32 if attention.kernel.keeps_float32 else params["norm"].dtype
         self.embed_tokens = nnx.Param(params["embed_tokens"])
         self.layers = nnx.data(params["layers"])
         self.norm = RMSNorm(params["norm"], config.rms_norm_eps)
@@ -142,7 +143,7 @@ class Llama(nnx.Module):
         """
         x = _rows(self.embed_tokens.get_value(), tokens).astype(self.dtype)
         angles = rotary_angles(self.config, positions)
-        num_pages = pool.pages.shape[0] // self.config.num_layers
+        num_pages = pool.pages.shape[0] // (self.num_shards * self.config.num_layers)
 
         # Jitted, one layer is traced and lowered for all. XLA inlines the calls.
         @jax.jit

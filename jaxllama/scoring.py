@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jaxllama.attention import Attention
+from jaxllama.attention import ShardedAttention
 from jaxllama.config import LlamaConfig
 from jaxllama.decode import make_pool, prefill_logits
 from jaxllama.errors import NonFiniteLogitsError
@@ -44,7 +44,7 @@ def logits_of(
     *,
     page_size: int,
     kv_dtype: Any,
-    attention: Attention,
+    attention: ShardedAttention,
 ) -> Iterator[Float[Array, "chunk vocab"]]:
     """The logits after each token, in chunks of one size on the device; the last is padded.
 
@@ -59,7 +59,7 @@ def logits_of(
     for start in range(0, len(tokens), chunk):
         part = tokens[start : start + chunk]
         padded = np.pad(part, (0, chunk - len(part)))
-        at = (np.int32(start), np.int32(len(part)))
+        at = (np.int32(start), np.int32(len(part)), np.int32(0))
         scores, pool = prefill_logits(config, params, pool, padded, table, *at, attention=attention)
         yield scores
 

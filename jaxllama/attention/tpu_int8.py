@@ -44,12 +44,7 @@ class Int8TpuAttention(TpuAttention):
     ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
         """As `Attention.decode`. Rows that are not active write to page 0, which no row is given."""
         page_table, positions = self.without_inactive(page_table, positions, active, pool)
-        new = stored(kv, pool)
-
-        def attend(q: Array, new: KVPool, pool: KVPool, table: Array, positions: Array) -> tuple[Array, KVPool]:
-            return _decode(q, new, pool, table, positions, interpret=self.interpret)
-
-        return self.on_each_device(attend, q, new, pool, page_table, positions)
+        return _decode(q, stored(kv, pool), pool, page_table, positions, interpret=self.interpret)
 
     def prefill(
         self,
@@ -61,21 +56,14 @@ class Int8TpuAttention(TpuAttention):
         num_tokens: Int[Array, ""],
     ) -> tuple[Float[Array, "tokens heads head_dim"], KVPool]:
         """As `Attention.prefill`, over a bfloat16 copy of the row's pages."""
-        new = stored(kv, pool)
         pool = write_pages(pool, kv, page_table, start, num_tokens)
-
-        def attend(
-            q: Array, new: KVPool, pool: KVPool, table: Array, start: Array, num_tokens: Array
-        ) -> tuple[Array, KVPool]:
-            copied = _floats(jax.tree.map(lambda part: part[table], pool), q.dtype).swapaxes(1, 2)
-            # Past the row's end pages may hold a failed row's scales; the kernel wants them finite.
-            is_own = jnp.arange(copied.shape[0] * copied.shape[1]).reshape(copied.shape[:2]) < start + num_tokens
-            copied = jnp.where(is_own[..., None, None], copied, 0)
-            own_table = jnp.arange(table.shape[0], dtype=jnp.int32)
-            out, _ = self.prefill_shard(q, _floats(new, q.dtype), copied, own_table, start, num_tokens)
-            return out, pool
-
-        return self.on_each_device(attend, q, new, pool, page_table, start, num_tokens)
+        copied = _floats(jax.tree.map(lambda part: part[page_table], pool), q.dtype).swapaxes(1, 2)
+        # Past the row's end pages may hold a failed row's scales; the kernel wants them finite.
+        is_own = jnp.arange(copied.shape[0] * copied.shape[1]).reshape(copied.shape[:2]) < start + num_tokens
+        copied = jnp.where(is_own[..., None, None], copied, 0)
+        own_table = jnp.arange(page_table.shape[0], dtype=jnp.int32)
+        new = _floats(stored(kv, pool), q.dtype)
+        return self.prefill_pages(q, new, copied, own_table, start, num_tokens)[0], pool
 
 
 def _floats(pool: KVPool, dtype: Any) -> Array:
@@ -92,7 +80,7 @@ def _decode(
     *,
     interpret: bool,
 ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
-    """One device's share. `new` is each row's token: values [rows, 2K, D], scales [rows, 2K]."""
+    """`new` is each row's token: values [rows, 2K, D], scales [rows, 2K]."""
     assert pool.scales is not None
     assert new.scales is not None
     rows, heads, head_dim = q.shape

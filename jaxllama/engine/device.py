@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Bool, Int, UInt32
 
-from jaxllama.attention import Attention
+from jaxllama.attention import ShardedAttention
 from jaxllama.cache import KVPool
 from jaxllama.compilation import OnProgress, compile_all
 from jaxllama.config import LlamaConfig
@@ -49,16 +49,17 @@ class Programs(Protocol):
         table: Int[np.ndarray, " max_pages"],
         start: np.int32,
         num_tokens: np.int32,
+        shard: np.int32,
     ) -> None:
         """As `decode.prefill`."""
 
-    def clear(self, pages: Int[np.ndarray, " max_pages"], count: np.int32) -> None:
+    def clear(self, pages: Int[np.ndarray, " max_pages"], count: np.int32, shard: np.int32) -> None:
         """As `decode.clear`."""
 
-    def save(self, name: np.int32, pages: Int[np.ndarray, " pages"]) -> None:
+    def save(self, name: np.int32, pages: Int[np.ndarray, " pages"], shard: np.int32) -> None:
         """Copies `pages` to the hosts, under a number."""
 
-    def restore(self, name: np.int32, pages: Int[np.ndarray, " pages"]) -> None:
+    def restore(self, name: np.int32, pages: Int[np.ndarray, " pages"], shard: np.int32) -> None:
         """Copies what was saved to these pages instead, but nothing where they are 0. It can be done once."""
 
     def forget(self, name: np.int32) -> None:
@@ -118,7 +119,7 @@ class Device:
     """`Programs` on this process's share of `mesh`. The state is made at the first call."""
 
     def __init__(
-        self, config: LlamaConfig, params: Params, mesh: Mesh, shapes: DecodeState, attention: Attention
+        self, config: LlamaConfig, params: Params, mesh: Mesh, shapes: DecodeState, attention: ShardedAttention
     ) -> None:
         self._config = config
         self._attention = attention
@@ -144,7 +145,8 @@ class Device:
 
         def lower_prefill(size: int) -> Any:
             tokens = np.zeros(size, np.int32)
-            return prefill.lower(config, params, state.pool, tokens, pages, zero, zero, attention=self._attention)
+            at = (zero,) * 3
+            return prefill.lower(config, params, state.pool, tokens, pages, *at, attention=self._attention)
 
         programs: dict[str, Callable[[], Any]] = {
             f"decode of {n} rows": partial(lower_decode, n) for n in sorted(row_buckets.tolist(), reverse=True)
@@ -153,8 +155,8 @@ class Device:
             f"prefill of {n} tokens": partial(lower_prefill, n) for n in sorted(chunk_sizes.tolist(), reverse=True)
         }
         programs["insert"] = lambda: insert.lower(state, zero, row)
-        if self._attention.needs_clean_pages:
-            programs["clear"] = lambda: clear.lower(config, state.pool, pages, zero)
+        if self._attention.kernel.needs_clean_pages:
+            programs["clear"] = lambda: clear.lower(config, state.pool, pages, zero, zero, attention=self._attention)
         compile_all(programs, on_progress)
 
     def prefill(
@@ -163,31 +165,31 @@ class Device:
         table: Int[np.ndarray, " max_pages"],
         start: np.int32,
         num_tokens: np.int32,
+        shard: np.int32,
     ) -> None:
         """Writes a chunk into the cache."""
-        state = self._get_state()
-        pool = prefill(
-            self._config, self._params, state.pool, tokens, table, start, num_tokens, attention=self._attention
-        )
+        state, at = self._get_state(), (start, num_tokens, shard)
+        pool = prefill(self._config, self._params, state.pool, tokens, table, *at, attention=self._attention)
         self._state = state._replace(pool=pool)
 
-    def clear(self, pages: Int[np.ndarray, " max_pages"], count: np.int32) -> None:
+    def clear(self, pages: Int[np.ndarray, " max_pages"], count: np.int32, shard: np.int32) -> None:
         """Zeros in the first `count` of `pages`."""
         state = self._get_state()
-        self._state = state._replace(pool=clear(self._config, state.pool, pages, count))
+        pool = clear(self._config, state.pool, pages, count, shard, attention=self._attention)
+        self._state = state._replace(pool=pool)
 
-    def save(self, name: np.int32, pages: Int[np.ndarray, " pages"]) -> None:
+    def save(self, name: np.int32, pages: Int[np.ndarray, " pages"], shard: np.int32) -> None:
         """Copies `pages` to this process's memory. Waits for the device."""
         pool = self._get_state().pool
-        copies = [copy_out(self._config, pool, block) for block in _blocks(pages)]
+        copies = [copy_out(self._config, pool, block, shard, attention=self._attention) for block in _blocks(pages)]
         self._saved[int(name)] = [HostCopy.of(copy) for copy in copies]
 
-    def restore(self, name: np.int32, pages: Int[np.ndarray, " pages"]) -> None:
+    def restore(self, name: np.int32, pages: Int[np.ndarray, " pages"], shard: np.int32) -> None:
         """Copies what was saved to `pages`, and drops it."""
         state = self._get_state()
         pool = state.pool
         for block, copy in zip(_blocks(pages), self._saved.pop(int(name)), strict=True):
-            pool = copy_in(self._config, pool, block, copy.on_devices())
+            pool = copy_in(self._config, pool, block, copy.on_devices(), shard, attention=self._attention)
         self._state = state._replace(pool=pool)
 
     def forget(self, name: np.int32) -> None:

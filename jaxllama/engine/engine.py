@@ -60,22 +60,22 @@ class Engine:
         self.options = options
         self.group = group
         self.max_context = min(options.max_context or config.max_position_embeddings, config.max_position_embeddings)
-        if mesh.shape["data"] == 1:
-            # XLA multiplies one row by another path, with other bits, than two: a row must not notice its batch.
-            self._num_rows = max(2, options.max_rows)
-        else:
-            self._num_rows = -(-options.max_rows // mesh.shape["data"]) * mesh.shape["data"]
-        # Elsewhere than on a CPU nobody has measured that a row's bits are the same in each.
-        has_buckets = mesh.shape["data"] == 1 and mesh.devices.flat[0].platform == "cpu"
-        self._row_buckets = _row_buckets(self._num_rows) if has_buckets else (self._num_rows,)
         self.kv_dtype = jnp.dtype(options.kv_dtype or params["norm"].dtype)
         self.attention = choose_attention(config, mesh, self.kv_dtype)
-        self.page_size = page_size = options.page_size or self.attention.page_size
-        self.chunk_sizes = self.attention.chunk_sizes if options.chunk_sizes is None else options.chunk_sizes
+        num_shards = self.attention.num_shards
+        # XLA multiplies one row by another path, with other bits, than two: a row must not notice its batch.
+        rows_per_shard = max(2, options.max_rows) if num_shards == 1 else -(-options.max_rows // num_shards)
+        self._num_rows = rows_per_shard * num_shards
+        # Elsewhere than on a CPU nobody has measured that a row's bits are the same in each.
+        has_buckets = num_shards == 1 and mesh.devices.flat[0].platform == "cpu"
+        self._row_buckets = _row_buckets(self._num_rows) if has_buckets else (self._num_rows,)
+        kernel = self.attention.kernel
+        self.page_size = page_size = options.page_size or kernel.page_size
+        self.chunk_sizes = kernel.chunk_sizes if options.chunk_sizes is None else options.chunk_sizes
         if not self.chunk_sizes or any(size < 1 or size % page_size for size in self.chunk_sizes):
             raise ConfigError(f"chunk_sizes must be multiples of page_size ({page_size}), got {self.chunk_sizes}")
         context_pages = -(-self.max_context // page_size)
-        default_pages = 1 + max(context_pages, self._num_rows * min(context_pages, 2048 // page_size))
+        default_pages = 1 + max(context_pages, rows_per_shard * min(context_pages, 2048 // page_size))
         num_pages = options.num_pages or default_pages
         if num_pages <= context_pages:
             raise ConfigError(
@@ -83,7 +83,7 @@ class Engine:
                 f"{context_pages + 1} pages of {page_size}. Lower max_context or raise num_pages"
             )
         self._table_width = context_pages + max(self.chunk_sizes) // page_size
-        self.attention.validate(page_size=page_size, num_rows=self._num_rows, table_width=self._table_width)
+        kernel.validate(page_size=page_size, num_rows=rows_per_shard, table_width=self._table_width)
         self._shapes = state_shapes(
             config,
             num_rows=self._num_rows,
@@ -91,15 +91,17 @@ class Engine:
             page_size=page_size,
             max_context=self._table_width * page_size,
             dtype=self.kv_dtype,
+            num_shards=num_shards,
         )
         self._device = Device(config, params, mesh, self._shapes, self.attention)
         self._programs: Programs = self._device if group is None else Leading(self._device, group)
         self._page_table = np.zeros((self._num_rows, self._table_width), np.int32)
         self._plan = ChunkPlan(tuple(sorted(self.chunk_sizes)), page_size, programs_agree(mesh, params))
         self._scheduler = Scheduler(
-            num_rows=self._num_rows if options.max_rows > 1 else 1,
+            num_rows=self._num_rows if options.max_rows > 1 or num_shards > 1 else 1,
             num_pages=num_pages,
             plan=self._plan,
+            num_shards=num_shards,
         )
         self._placement = Placement(
             config,
@@ -107,7 +109,7 @@ class Engine:
             self._scheduler,
             max_tokens=max(self.chunk_sizes),
             table_width=self._table_width,
-            needs_clean_pages=self.attention.needs_clean_pages,
+            needs_clean_pages=kernel.needs_clean_pages,
         )
         self._constraints = Constraints(self._programs, self._num_rows, config.vocab_size)
         self._in_flight: deque[Dispatch] = deque()
@@ -180,12 +182,12 @@ class Engine:
         programs.compile(np.array(self.chunk_sizes, np.int32), np.array(self._row_buckets, np.int32), on_progress)
         nothing = self._make_request([0], SamplingParams(), lambda _: None, 0, b"")
         self._placement.prefill(Chunk(nothing, 0, 0, min(self.chunk_sizes)))
-        programs.insert(np.int32(0), any_row(self.config))
-        none = np.zeros(1, np.int32)
-        programs.save(np.int32(0), none)
-        programs.restore(np.int32(0), none)
-        if self.attention.needs_clean_pages:
-            programs.clear(np.zeros(self._table_width, np.int32), np.int32(0))
+        zero, none = np.int32(0), np.zeros(1, np.int32)
+        programs.insert(zero, any_row(self.config))
+        programs.save(zero, none, zero)
+        programs.restore(zero, none, zero)
+        if self.attention.kernel.needs_clean_pages:
+            programs.clear(np.zeros(self._table_width, np.int32), zero, zero)
         for num_rows in self._row_buckets:
             programs.decode(np.int32(1), np.zeros(self._num_rows, np.bool_), num_rows)
         programs.wait()
@@ -197,9 +199,9 @@ class Engine:
         return EngineStats(
             num_running=sum(request is not None for request in scheduler.rows),
             num_waiting=len(scheduler.waiting) + len(self._inbox),
-            num_pages_used=scheduler.pages.num_used,
-            num_pages=scheduler.pages.num_pages - 1,
-            num_cached_pages=scheduler.pages.num_cached,
+            num_pages_used=sum(pool.num_used for pool in scheduler.pools),
+            num_pages=sum(pool.num_pages - 1 for pool in scheduler.pools),
+            num_cached_pages=sum(pool.num_cached for pool in scheduler.pools),
             num_prompt_tokens=scheduler.num_queried_tokens,
             num_prompt_tokens_cached=scheduler.num_hit_tokens,
             has_failed=self._failure is not None,
@@ -392,7 +394,7 @@ class Engine:
                     break
                 if self._in_flight:
                     return False
-                self._placement.set_aside(self._scheduler.youngest())
+                self._placement.set_aside(self._scheduler.youngest(request.shard))
         return True
 
     def _read(self, dispatch: Dispatch) -> None:
@@ -454,7 +456,7 @@ class Engine:
             unclean = self._scheduler.remove(request, has_failed=reason == "error")
             self._changed.notify_all()
         if not self._is_closing and self._failure is None:
-            self._placement.clear(unclean)
+            self._placement.clear(request, unclean)
 
     def _tell(self, request: EngineRequest, output: TokenOutput) -> None:
         """Calls the request's `on_output`. If that raises, this request ends, and no other is hurt.

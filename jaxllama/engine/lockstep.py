@@ -48,25 +48,26 @@ class Leading:
         table: Int[np.ndarray, " max_pages"],
         start: np.int32,
         num_tokens: np.int32,
+        shard: np.int32,
     ) -> None:
         """As `Device.prefill`, in all processes."""
-        self._group.publish(encode("prefill", [tokens, table, start, num_tokens]))
-        self._device.prefill(tokens, table, start, num_tokens)
+        self._group.publish(encode("prefill", [tokens, table, start, num_tokens, shard]))
+        self._device.prefill(tokens, table, start, num_tokens, shard)
 
-    def clear(self, pages: Int[np.ndarray, " max_pages"], count: np.int32) -> None:
+    def clear(self, pages: Int[np.ndarray, " max_pages"], count: np.int32, shard: np.int32) -> None:
         """As `Device.clear`, in all processes."""
-        self._group.publish(encode("clear", [pages, count]))
-        self._device.clear(pages, count)
+        self._group.publish(encode("clear", [pages, count, shard]))
+        self._device.clear(pages, count, shard)
 
-    def save(self, name: np.int32, pages: Int[np.ndarray, " pages"]) -> None:
+    def save(self, name: np.int32, pages: Int[np.ndarray, " pages"], shard: np.int32) -> None:
         """As `Device.save`, in all processes, each its devices' part."""
-        self._group.publish(encode("save", [name, pages]))
-        self._device.save(name, pages)
+        self._group.publish(encode("save", [name, pages, shard]))
+        self._device.save(name, pages, shard)
 
-    def restore(self, name: np.int32, pages: Int[np.ndarray, " pages"]) -> None:
+    def restore(self, name: np.int32, pages: Int[np.ndarray, " pages"], shard: np.int32) -> None:
         """As `Device.restore`, in all processes."""
-        self._group.publish(encode("restore", [name, pages]))
-        self._device.restore(name, pages)
+        self._group.publish(encode("restore", [name, pages, shard]))
+        self._device.restore(name, pages, shard)
 
     def forget(self, name: np.int32) -> None:
         """As `Device.forget`, in all processes."""

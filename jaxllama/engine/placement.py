@@ -63,19 +63,20 @@ class Placement:
         request = chunk.request
         tokens = np.zeros(chunk.size, np.int32)
         tokens[: chunk.num_tokens] = request.prompt[chunk.start : chunk.start + chunk.num_tokens]
-        self._programs.prefill(tokens, self._table(request.pages), np.int32(chunk.start), np.int32(chunk.num_tokens))
+        table, at = self._table(request.pages), (np.int32(chunk.start), np.int32(chunk.num_tokens))
+        self._programs.prefill(tokens, table, *at, np.int32(request.shard))
 
     def set_aside(self, request: EngineRequest) -> None:
         """Takes a request's row and pages. If it runs, the hosts keep a copy: prefill might not give the same bits."""
         if request.is_running:
             request.saved_as = next(self._numbers)
-            self._programs.save(np.int32(request.saved_as), self._written_pages(request))
-        self.clear(self._scheduler.set_aside(request))
+            self._programs.save(np.int32(request.saved_as), self._written_pages(request), np.int32(request.shard))
+        self.clear(request, self._scheduler.set_aside(request))
 
     def _bring_back(self, request: EngineRequest, saved_as: int) -> None:
         pages = self._written_pages(request)
         pages[: request.num_shared_pages] = 0  # others have filled them with the same bits
-        self._programs.restore(np.int32(saved_as), pages)
+        self._programs.restore(np.int32(saved_as), pages, np.int32(request.shard))
         request.saved_as, request.num_prefilled = None, request.num_to_prefill
 
     def forget(self, request: EngineRequest) -> None:
@@ -84,10 +85,10 @@ class Placement:
             self._programs.forget(np.int32(request.saved_as))
             request.saved_as = None
 
-    def clear(self, pages: list[int]) -> None:
-        """Clears pages that a row has left and that may hold NaN, if the attention needs it."""
+    def clear(self, request: EngineRequest, pages: list[int]) -> None:
+        """Clears pages that `request` has left and that may hold NaN, if the attention needs it."""
         if self._needs_clean_pages and pages:
-            self._programs.clear(self._table(pages), np.int32(len(pages)))
+            self._programs.clear(self._table(pages), np.int32(len(pages)), np.int32(request.shard))
 
     def activate(self, request: EngineRequest) -> None:
         """Makes the row of a request whose keys and values are in its pages; again if what halts it has changed."""

@@ -66,6 +66,7 @@ class EngineRequest:
     seed: int = 0
     generated: list[int] = field(default_factory=list)
     row: int | None = None
+    shard: int = 0  # of its row and pages; the last one's if it has none now
     pages: list[int] = field(default_factory=list)
     num_shared_pages: int = 0
     num_prefilled: int = 0

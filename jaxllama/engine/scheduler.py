@@ -2,7 +2,8 @@
 
 A request waits, is admitted to a row (it holds the pages of its prompt that others have filled, and takes the rest),
 is prefilled chunk by chunk, and runs. Pages for its output are taken as it grows. When none are left, the youngest
-request is set aside: it gives its pages back and waits again in its place in the order.
+request is set aside: it gives its pages back and waits again in its place in the order. On a mesh all this goes for
+each shard of rows and pages by itself (`ShardedAttention`), and an admitted request belongs to one.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ class Chunk:
 class Scheduler:
     """Rows, pages and the queue. Not thread-safe: the engine's thread alone uses it."""
 
-    def __init__(self, *, num_rows: int, num_pages: int, plan: ChunkPlan) -> None:
+    def __init__(self, *, num_rows: int, num_pages: int, plan: ChunkPlan, num_shards: int = 1) -> None:
+        """`num_rows` in all, `num_pages` on each shard."""
         self.rows: list[EngineRequest | None] = [None] * num_rows
         self.waiting: list[EngineRequest] = []
-        self.pages = PagePool(num_pages)
+        self.pools = [PagePool(num_pages) for _ in range(num_shards)]
+        self._rows_per_shard = num_rows // num_shards
         self.num_queried_tokens = self.num_hit_tokens = 0
         self._plan = plan
         self._page_size = plan.page_size
@@ -61,23 +64,8 @@ class Scheduler:
 
     def admit(self) -> None:
         """Gives rows, and pages for their prompts, to waiting requests in order, while there are any."""
-        while self.waiting and None in self.rows:
-            request = self.waiting[0]
-            found = self.pages.find(request.page_keys)
-            if not request.is_saved:
-                if self._is_being_prefilled(request, len(found)):
-                    return
-                usable = self._plan.usable(len(found) * self._page_size, request.num_to_prefill)
-                found = found[: usable // self._page_size]
-            self.pages.share(found)
-            taken = self.pages.take(self.num_pages_for(request.num_to_prefill + self._room(request)) - len(found))
-            if taken is None:
-                self.pages.give_back(found)
-                return
-            self.waiting.pop(0)
-            request.row, request.pages, request.num_shared_pages = self.rows.index(None), found + taken, len(found)
-            request.num_prefilled = len(found) * self._page_size
-            self.rows[request.row] = request
+        while self.waiting and self._place(self.waiting[0]):
+            request = self.waiting.pop(0)
             if request.queued_s is None:
                 request.queued_s = time.monotonic() - request.made_at
             if request.num_cached_tokens is None:
@@ -85,12 +73,39 @@ class Scheduler:
                 self.num_queried_tokens += len(request.prompt)
                 self.num_hit_tokens += request.num_prefilled
 
+    def _place(self, request: EngineRequest) -> bool:
+        """Gives a request a row and pages on the shard that has most of its prompt, or else most pages to spare."""
+        rows: dict[int, int] = {}
+        for row, holder in enumerate(self.rows):
+            if holder is None:
+                rows.setdefault(row // self._rows_per_shard, row)
+        found = {shard: self.pools[shard].find(request.page_keys) for shard in rows}
+        if not request.is_saved:
+            if any(self._is_being_prefilled(request, shard, len(pages)) for shard, pages in found.items()):
+                return False
+            for pages in found.values():
+                usable = self._plan.usable(len(pages) * self._page_size, request.num_to_prefill)
+                del pages[usable // self._page_size :]
+        num_pages = self.num_pages_for(request.num_to_prefill + self._room(request))
+        for shard in sorted(rows, key=lambda shard: (-len(found[shard]), -self.pools[shard].num_free)):
+            pool, pages = self.pools[shard], found[shard]
+            pool.share(pages)
+            taken = pool.take(num_pages - len(pages))
+            if taken is None:
+                pool.give_back(pages)
+                continue
+            request.shard, request.row, request.pages = shard, rows[shard], pages + taken
+            request.num_shared_pages, request.num_prefilled = len(pages), len(pages) * self._page_size
+            self.rows[request.row] = request
+            return True
+        return False
+
     def _room(self, request: EngineRequest) -> int:
         """Tokens to come that an admitted request has pages for; who was set aside is not to be so at once again."""
         return min(MAX_STEPS_AHEAD, request.budget - len(request.generated)) if request.is_saved else 1
 
-    def _is_being_prefilled(self, request: EngineRequest, num_found: int) -> bool:
-        """Whether a row will soon have filled the next page that `request` needs.
+    def _is_being_prefilled(self, request: EngineRequest, shard: int, num_found: int) -> bool:
+        """Whether a row of `shard` will soon have filled the next page that `request` needs.
 
         Waiting for it costs nothing, as rows are prefilled one after another.
         """
@@ -98,7 +113,7 @@ class Scheduler:
         return bool(key) and any(
             other.page_keys[num_found : num_found + 1] == key and other.num_prefilled <= num_found * self._page_size
             for other in self.prefilling
-            if not other.is_saved
+            if other.shard == shard and not other.is_saved
         )
 
     def chunks(self, request: EngineRequest) -> Iterator[Chunk]:
@@ -111,22 +126,24 @@ class Scheduler:
         request = chunk.request
         request.num_prefilled += chunk.num_tokens
         full = slice(chunk.start // self._page_size, request.num_prefilled // self._page_size)
-        self.pages.publish(request.pages[full], request.page_keys[full])
+        self.pools[request.shard].publish(request.pages[full], request.page_keys[full])
 
     def grow(self, request: EngineRequest, num_tokens: int) -> bool:
-        """Makes sure that `request` has pages for `num_tokens` in all. False if the pool is exhausted."""
+        """Makes sure that `request` has pages for `num_tokens` in all. False if its shard's are exhausted."""
         missing = self.num_pages_for(num_tokens) - len(request.pages)
         if missing <= 0:
             return True
-        pages = self.pages.take(missing)
+        pages = self.pools[request.shard].take(missing)
         if pages is None:
             return False
         request.pages += pages
         return True
 
-    def youngest(self) -> EngineRequest:
-        """The request to set aside when pages run out: of those with a row, the last in order."""
-        return max((request for request in self.rows if request is not None), key=lambda r: r.order)
+    def youngest(self, shard: int) -> EngineRequest:
+        """The request to set aside when a shard's pages run out: of those with a row there, the last in order."""
+        first = shard * self._rows_per_shard
+        own_rows = self.rows[first : first + self._rows_per_shard]
+        return max((request for request in own_rows if request is not None), key=lambda r: r.order)
 
     def set_aside(self, request: EngineRequest) -> list[int]:
         """Takes a request's row and pages; it waits again in its old place in the order.
@@ -155,14 +172,15 @@ class Scheduler:
     def _release(self, request: EngineRequest, *, has_failed: bool = False) -> list[int]:
         assert request.row is not None
         self.rows[request.row] = None
+        pool = self.pools[request.shard]
         if has_failed:
-            self.pages.distrust(request.pages)
+            pool.distrust(request.pages)
         elif request.is_running and request.generated:
             # A finite score saw them all. Past them a dispatch that is still running may write.
             full = request.pages[: request.num_to_prefill // self._page_size]
-            self.pages.prove(full)
+            pool.prove(full)
             self._publish(request, full)
-        unclean = self.pages.give_back(request.pages)
+        unclean = pool.give_back(request.pages)
         request.row, request.pages = None, []
         return unclean
 
@@ -172,7 +190,7 @@ class Scheduler:
         if self._plan.programs_agree:
             ids = (request.prompt + request.generated)[len(keys) * self._page_size : request.num_to_prefill]
             keys = keys + self._plan.more_keys(keys[-1] if keys else self._plan.root(request.scope), ids)
-        self.pages.publish(full[: len(keys)], keys)
+        self.pools[request.shard].publish(full[: len(keys)], keys)
 
     def num_pages_for(self, num_tokens: int) -> int:
         """Pages that hold so many tokens."""

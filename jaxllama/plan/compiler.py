@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from jaxllama.attention import Attention, choose_attention
+from jaxllama.attention import ShardedAttention, choose_attention
 from jaxllama.attention.reference import BLOCK_TOKENS
 from jaxllama.config import LlamaConfig, RopeScaling
 from jaxllama.decode import decode_steps, prefill
@@ -164,21 +164,23 @@ def _compile(setup: Setup, program: str) -> Compiled:
     )
 
 
-def _lower(setup: Setup, program: str, mesh: Mesh, attention: Attention) -> Any:
+def _lower(setup: Setup, program: str, mesh: Mesh, attention: ShardedAttention) -> Any:
     """The program that the engine runs, for the devices of `mesh`."""
     params, state = setup.inputs(mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     if program == "decode":
-        keep = jax.ShapeDtypeStruct((setup.rows,), jnp.bool_)
-        return decode_steps.lower(setup.config, params, state, number, keep, num_rows=setup.rows, attention=attention)
+        keep = jax.ShapeDtypeStruct((setup.num_rows,), jnp.bool_)
+        rows = setup.num_rows
+        return decode_steps.lower(setup.config, params, state, number, keep, num_rows=rows, attention=attention)
     if program == "prefill":
         tokens = jax.ShapeDtypeStruct((setup.chunk_tokens,), jnp.int32)
         table = jax.ShapeDtypeStruct(state.page_table.shape[1:], jnp.int32)
-        return prefill.lower(setup.config, params, state.pool, tokens, table, number, number, attention=attention)
+        at = (number,) * 3
+        return prefill.lower(setup.config, params, state.pool, tokens, table, *at, attention=attention)
     raise PlanError(f"program must be one of {', '.join(PROGRAMS)}, got {program!r}")
 
 
-def _work(setup: Setup, program: str, attention: Attention) -> tuple[KernelWork, tuple[int, ...]]:
+def _work(setup: Setup, program: str, attention: ShardedAttention) -> tuple[KernelWork, tuple[int, ...]]:
     """What Pallas kernels do, and the trips of loops that depend on data.
 
     Those are steps; then groups of layers, which run once, or the reference's blocks of keys.
@@ -186,7 +188,7 @@ def _work(setup: Setup, program: str, attention: Attention) -> tuple[KernelWork,
     is_decode = program == "decode"
     kernels = roofline.decode_kernels(setup) if is_decode else roofline.prefill_kernels(setup)
     context = setup.context if is_decode else roofline.mean_prefill_context(setup)
-    inner = 1 if attention.layers_per_loop else max(1, math.ceil(context / BLOCK_TOKENS))
+    inner = 1 if attention.kernel.layers_per_loop else max(1, math.ceil(context / BLOCK_TOKENS))
     return kernels, ((1, inner) if is_decode else (inner,))
 
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxllama.cache import kv_bytes_per_token
 from jaxllama.config import LlamaConfig
 from jaxllama.engine.options import StepReport
+from jaxllama.mesh import num_page_shards
 from jaxllama.params import Params
 from jaxllama.plan.topology import GENERATIONS
 
@@ -49,7 +50,6 @@ def memory_traffic(config: LlamaConfig, params: Params, mesh: Mesh, kv_dtype: An
     weights = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(read)
     )
-    # KV heads are split over `kv`, rows over `data`.
-    kv_bytes = kv_bytes_per_token(config, kv_dtype) / mesh.shape["kv"] / mesh.shape["data"]
+    kv_bytes = kv_bytes_per_token(config, kv_dtype) / mesh.shape["kv"] / num_page_shards(mesh)
     generation = GENERATIONS.get(_DEVICE_KINDS.get(mesh.devices.flat[0].device_kind, ""))
     return MemoryTraffic(weights, kv_bytes, generation.hbm_bytes_per_s if generation is not None else None)

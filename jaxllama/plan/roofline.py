@@ -18,8 +18,8 @@ _TEMPORARY_BYTES = 128 * 2**20
 
 def decode_seconds(setup: Setup) -> float:
     """One step of all rows: weights and KV read once, or the arithmetic, whichever is longer."""
-    chip, config, rows = setup.topology.generation, setup.config, setup.rows_per_device
-    kv = rows * setup.context * kv_bytes_per_token(setup)
+    chip, config, rows = setup.topology.generation, setup.config, setup.rows_per_replica
+    kv = setup.rows_per_shard * setup.context * kv_bytes_per_token(setup)
     flops = 2 * _product_params(setup) * rows / setup.tp + _attention_flops(setup, rows * setup.context)
     # The embedding is a look-up of a few rows, unless it is the head too.
     read = weight_bytes(setup, PARTS if config.tie_word_embeddings else ("layers", "norm", "lm_head"))
@@ -30,7 +30,7 @@ def chunk_seconds(setup: Setup) -> float:
     """One chunk in the middle of a prompt."""
     chip = setup.topology.generation
     flops = 2 * _product_params(setup, head=False) * setup.chunk_tokens / setup.tp
-    flops += _attention_flops(setup, setup.chunk_tokens * mean_prefill_context(setup))
+    flops += _chunk_attention_flops(setup)
     kv = mean_prefill_context(setup) * kv_bytes_per_token(setup)
     return max((weight_bytes(setup, ("layers",)) + kv) / chip.hbm_bytes_per_s, flops / chip.flops_per_s)
 
@@ -47,22 +47,21 @@ def mean_prefill_context(setup: Setup) -> float:
 
 def decode_kernels(setup: Setup) -> KernelWork:
     """What attention kernels do in one decode step: the one place where a Pallas kernel's KV bytes are counted."""
-    return KernelWork(setup.rows_per_device * setup.context * kv_bytes_per_token(setup))
+    return KernelWork(setup.rows_per_shard * setup.context * kv_bytes_per_token(setup))
 
 
 def prefill_kernels(setup: Setup) -> KernelWork:
     """The same for one chunk in the middle of a prompt, whose arithmetic counts too."""
     keys = mean_prefill_context(setup)
-    flops = _attention_flops(setup, setup.chunk_tokens * keys)
     peak = setup.topology.generation.flops_per_s * _KERNEL_FLOPS_EFFICIENCY
-    return KernelWork(keys * kv_bytes_per_token(setup), flops / peak)
+    return KernelWork(keys * kv_bytes_per_token(setup), _chunk_attention_flops(setup) / peak)
 
 
 def temporary_bytes(setup: Setup) -> int:
     """A guess at what programs need besides: activations of the larger of a step and a chunk, and the logits."""
     config = setup.config
     width = 2 * config.hidden_size + 3 * config.intermediate_size // setup.tp
-    step = setup.rows_per_device * (width + 4 * config.vocab_size // setup.tp)
+    step = setup.rows_per_replica * (width + 4 * config.vocab_size // setup.tp)
     return _TEMPORARY_BYTES + 4 * max(step, setup.chunk_tokens * width)
 
 
@@ -75,6 +74,11 @@ def _product_params(setup: Setup, *, head: bool = True) -> int:
 @lru_cache
 def _layer_params(config: LlamaConfig) -> int:
     return sum(spec.size for spec in param_specs(config) if spec.path[0] == "layers" and len(spec.shape) == 2)
+
+
+def _chunk_attention_flops(setup: Setup) -> float:
+    """Of one chunk in the middle of a prompt, on a device of the shard that has its pages: the others wait."""
+    return setup.mesh.shape["rep"] * _attention_flops(setup, setup.chunk_tokens * mean_prefill_context(setup))
 
 
 def _attention_flops(setup: Setup, pairs: float) -> float:

@@ -16,7 +16,7 @@ from jaxllama.attention.tpu import TpuAttention
 from jaxllama.config import LlamaConfig
 from jaxllama.decode import DecodeState, state_shapes, state_shardings
 from jaxllama.errors import PlanError
-from jaxllama.mesh import MESH_AXES, mesh_shape, partition_spec
+from jaxllama.mesh import MESH_AXES, mesh_shape, num_page_shards, partition_spec
 from jaxllama.params import Params, ParamSpec, build_params, param_specs, stored_specs
 from jaxllama.plan.topology import Topology
 
@@ -80,9 +80,23 @@ class Setup:
         return jnp.dtype(jnp.bfloat16 if self.kv == "bf16" else self.kv)
 
     @property
-    def rows_per_device(self) -> int:
-        """Rows are split over `data` where it divides them."""
-        return self.rows // self.data if self.rows % self.data == 0 else self.rows
+    def num_rows(self) -> int:
+        """`rows`, and those that the engine adds so that every shard of the cache has equally many."""
+        return self.rows_per_shard * self._num_shards
+
+    @property
+    def rows_per_shard(self) -> int:
+        """How many a device attends for."""
+        return -(-self.rows // self._num_shards)
+
+    @property
+    def rows_per_replica(self) -> int:
+        """How many a device multiplies its weights with."""
+        return self.num_rows // self.data
+
+    @property
+    def _num_shards(self) -> int:
+        return num_page_shards(_as_mesh(self))
 
     @cached_property
     def mesh(self) -> AbstractMesh:
@@ -96,11 +110,12 @@ class Setup:
         width = pages_per_row + self.chunk_tokens // self.page_size
         return state_shapes(
             self.config,
-            num_rows=self.rows,
-            num_pages=self.rows * pages_per_row + 1,
+            num_rows=self.num_rows,
+            num_pages=self.rows_per_shard * pages_per_row + 1,
             page_size=self.page_size,
             max_context=width * self.page_size,
             dtype=self.kv_dtype,
+            num_shards=self._num_shards,
         )
 
     def inputs(self, mesh: Mesh) -> tuple[Params, DecodeState]:

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from jaxllama import EngineOptions, Llama, SamplingParams
-from jaxllama.attention import ReferenceAttention, choose_attention
+from jaxllama.attention import ReferenceAttention, ShardedAttention, choose_attention
 from jaxllama.attention.tpu import TpuAttention
 from jaxllama.attention.tpu_int8 import Int8TpuAttention
 from jaxllama.cache import KVPool
@@ -36,7 +36,6 @@ class Case:
     kv_heads: int
     page_size: int
     lengths: tuple[int, ...]
-    tp: int = 1
     kv_dtype: str = "bfloat16"
 
 
@@ -83,7 +82,7 @@ class Inputs:
 
 def kernel_of(case: Case, config: LlamaConfig) -> TpuAttention:
     kind = Int8TpuAttention if case.kv_dtype == "int8" else TpuAttention
-    return kind(config, make_mesh(config, tp=case.tp), interpret=True)
+    return kind(config.num_layers, interpret=True)
 
 
 def assert_near(got: jax.Array, want: jax.Array) -> None:
@@ -94,17 +93,14 @@ RNG = np.random.default_rng(7)
 # The interpreter takes half a minute a case: the others are slow tests.
 DECODE = [
     Case(8, 1, 128, (1, 2, 127, 128, 129, 300, 700)),
-    Case(16, 4, 128, random_lengths(RNG, 3, 400), tp=8),
     Case(8, 2, 128, (1, 2, 127, 128, 129, 512, 513, 1100), kv_dtype="int8"),
     *(
         pytest.param(case, marks=pytest.mark.slow)
         for case in (
             Case(4, 4, 128, random_lengths(RNG, 5, 600)),
             Case(6, 2, 256, random_lengths(RNG, 4, 900)),
-            Case(16, 8, 128, random_lengths(RNG, 3, 400), tp=8),
             Case(8, 1, 128, (8192, 1, 4097)),
             *(Case(8, 2, 128, random_lengths(RNG, 6, 8192)) for _ in range(3)),
-            Case(16, 4, 128, random_lengths(RNG, 3, 400), tp=8, kv_dtype="int8"),
             Case(8, 8, 256, (8192, 1, 4097, 5), kv_dtype="int8"),
             *(Case(6, 2, 128, random_lengths(RNG, 6, 8192), kv_dtype="int8") for _ in range(3)),
         )
@@ -141,8 +137,8 @@ def test_decode_writes_and_attends_as_the_reference(case):
             for values in (
                 (Case(8, 1, 128, (128,)), 128, 0, 128),
                 (Case(4, 2, 128, (640,)), 128, 512, 1),
-                (Case(16, 8, 128, (384,), tp=8), 128, 256, 100),
-                (Case(16, 8, 128, (384,), tp=8, kv_dtype="int8"), 128, 256, 100),
+                (Case(16, 8, 128, (384,)), 128, 256, 100),
+                (Case(16, 8, 128, (384,), kv_dtype="int8"), 128, 256, 100),
             )
         ),
     ],
@@ -182,13 +178,13 @@ def test_rows_do_not_see_each_other(kv_dtype):
 
 def test_what_the_kernels_cannot_do_is_refused_or_left_to_the_reference():
     config = config_of(Case(8, 1, 128, (1,)))
-    kernel = TpuAttention(config, make_mesh(config, tp=1))
+    kernel = TpuAttention(config.num_layers)
     with pytest.raises(ConfigError, match="page_size must be a multiple of 128"):
         kernel.validate(page_size=16, num_rows=1, table_width=1)
     with pytest.raises(ConfigError, match="64 rows × 4096 pages"):
         kernel.validate(page_size=128, num_rows=64, table_width=4096)
     kernel.validate(page_size=128, num_rows=64, table_width=2048)
-    assert choose_attention(config, make_mesh(config, tp=1), jnp.bfloat16) == ReferenceAttention()
+    assert choose_attention(config, make_mesh(config, tp=1), jnp.bfloat16).kernel == ReferenceAttention()
 
 
 @pytest.mark.slow
@@ -213,8 +209,9 @@ def test_an_engine_on_the_kernels_generates_and_a_failed_row_poisons_nobody(kv_d
     seen = {token_id for ids in (*want, *prompts) for token_id in ids}
     bad = next(token_id for token_id in range(config.vocab_size) if token_id not in seen)
     weights["model.embed_tokens.weight"][bad] = np.nan
-    kernel = (TpuAttention if kv_dtype is None else Int8TpuAttention)(config, mesh, interpret=True)
-    monkeypatch.setattr("jaxllama.engine.engine.choose_attention", lambda *_: kernel)
+    kernel = (TpuAttention if kv_dtype is None else Int8TpuAttention)(config.num_layers, interpret=True)
+    sharded = ShardedAttention(kernel, mesh)
+    monkeypatch.setattr("jaxllama.engine.engine.choose_attention", lambda *_: sharded)
     with Llama(config, tiny.make_params(config, weights, mesh, jnp.bfloat16), mesh, options=options) as model:
         assert outputs(model) == want
         with pytest.raises(NonFiniteLogitsError):

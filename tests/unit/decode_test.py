@@ -146,7 +146,7 @@ class Rows:
         for start in range(0, len(known), size):
             part = np.array(known[start : start + size], np.int32)
             padded = np.pad(part, (0, size - len(part)))
-            pool = prefill(config, weights, pool, padded, table, np.int32(start), np.int32(len(part)))
+            pool = prefill(config, weights, pool, padded, table, np.int32(start), np.int32(len(part)), np.int32(0))
         self.state = insert(self.state._replace(pool=pool), np.int32(row), new)
 
     def steps(self, num: int, keep: tuple[bool, ...] = (True,) * 4) -> np.ndarray:

@@ -30,7 +30,7 @@ def traced(name: str):
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     tokens, pages = (jax.ShapeDtypeStruct((size,), jnp.int32) for size in (8, CONTEXT // PAGE_SIZE))
     keep = jax.ShapeDtypeStruct((ROWS,), jnp.bool_)
-    chunk = (config, params, state.pool, tokens, pages, scalar, scalar)
+    chunk = (config, params, state.pool, tokens, pages, scalar, scalar, scalar)
     return {
         "decode_steps": decode_steps.trace(config, params, state, scalar, keep, num_rows=ROWS),
         "prefill": prefill.trace(*chunk),

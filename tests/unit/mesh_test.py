@@ -186,6 +186,9 @@ def test_the_cache_and_the_rows_really_shard():
         # A pool: pages of 8 tokens, 4 keys and 4 values, head_dim 6. A device holds the keys and values of two heads.
         pool = next(x for x in on_four if x.ndim == 4 and x.shape[1:] == (8, 8, 6))
         assert {shard.data.shape[2] for shard in pool.addressable_shards} == {4}
+        # The pages are split between two rows, so that nothing is kept twice.
+        assert {2 * shard.data.shape[0] for shard in pool.addressable_shards} == {pool.shape[0]}
+        assert len({shard.index for shard in pool.addressable_shards}) == 4
 
 
 # ---- int8 ----

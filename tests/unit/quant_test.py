@@ -19,9 +19,8 @@ from unit.convert.sources import CONFIG, weights, write_hf
 
 import jaxllama
 from jaxllama import SamplingParams
-from jaxllama.attention import ReferenceAttention
 from jaxllama.checkpoint import MANIFEST, Checkpoint, restore_params
-from jaxllama.decode import decode_steps, state_shapes
+from jaxllama.decode import REFERENCE, decode_steps, state_shapes
 from jaxllama.errors import CheckpointError, ConfigError, ConversionError
 from jaxllama.loading import load_params
 from jaxllama.mesh import make_mesh, param_shardings
@@ -167,7 +166,7 @@ def test_no_product_makes_a_matrix_of_scaled_weights():
 
     def logits(params: Params, hidden: jax.Array) -> jax.Array:
         out = DecoderLayer(config, params["layers"][0], jnp.float32).mlp(hidden)
-        return Model(config, params, ReferenceAttention()).logits(out)
+        return Model(config, params, REFERENCE).logits(out)
 
     jaxpr = jax.make_jaxpr(logits)(params, jnp.ones((3, 2, config.hidden_size)))
     made = [(eqn.primitive.name, var.aval.shape) for eqn in jaxpr.jaxpr.eqns for var in eqn.outvars]

@@ -190,11 +190,11 @@ def test_the_default_model_s_bits_are_the_request_s_own(monkeypatch):
 # ---- What the prefix cache rests on ----
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[("smollm2_like", 1), ("divisible", 2), ("divisible", 8)])
 def bfloat16(request: pytest.FixtureRequest) -> Iterator[Llama]:
     options = dataclasses.replace(TINY, max_rows=4, num_pages=200, chunk_sizes=(8, 32, 96))
-    name = "smollm2_like" if request.param == 1 else "divisible"
-    with make_model(name, "bfloat16", options, tp=request.param) as llama:
+    name, tp = request.param
+    with make_model(name, "bfloat16", options, tp=tp) as llama:
         assert programs_agree(llama.mesh, llama.params)
         yield llama
 
@@ -202,7 +202,7 @@ def bfloat16(request: pytest.FixtureRequest) -> Iterator[Llama]:
 def kv_of(llama: Llama, pages: list[int], num_tokens: int) -> list[np.ndarray]:
     """The keys and values in `pages`, by layer and token."""
     device = llama.engine._device
-    copy = copy_out(llama.config, device._get_state().pool, np.array(pages, np.int32))
+    copy = copy_out(llama.config, device._get_state().pool, np.array(pages, np.int32), np.int32(0))
     kv = np.asarray(copy.pages.astype(jnp.float32))
     return [layer.reshape(-1, *kv.shape[2:])[:num_tokens] for layer in np.split(kv, llama.config.num_layers)]
 
@@ -217,7 +217,7 @@ def test_programs_agree_where_they_are_said_to(bfloat16: Llama):
     assert_idle(llama.engine)
     # The answer's pages are still there, under their names.
     keys = llama.engine._plan.page_keys(b"", ids)
-    found = llama.engine._scheduler.pages.find(keys)
+    found = llama.engine._scheduler.pools[0].find(keys)
     assert len(found) == 30
     want = kv_of(llama, found, 120)
     for cuts in ([8] * 15, [32] * 4, [96] * 2, [8, 96, 32], [32, 8, 8, 96]):
@@ -228,7 +228,7 @@ def test_programs_agree_where_they_are_said_to(bfloat16: Llama):
             num = min(size, 120 - start)
             tokens = np.zeros(size, np.int32)
             tokens[:num] = ids[start : start + num]
-            device.prefill(tokens, table, np.int32(start), np.int32(num))
+            device.prefill(tokens, table, np.int32(start), np.int32(num), np.int32(0))
             start += num
         assert start == 120
         for layer, (got, decoded) in enumerate(zip(kv_of(llama, table[:30].tolist(), 120), want, strict=True)):

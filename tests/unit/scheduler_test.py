@@ -53,8 +53,8 @@ def make_plan(*, chunks: tuple[int, ...] = (8, 32), agree: bool = True) -> Chunk
     return ChunkPlan(chunks, page_size=4, programs_agree=agree)
 
 
-def make_scheduler(*, rows: int = 3, pages: int = 20, plan: ChunkPlan | None = None) -> Scheduler:
-    return Scheduler(num_rows=rows, num_pages=pages, plan=plan or make_plan())
+def make_scheduler(*, rows: int = 3, pages: int = 20, plan: ChunkPlan | None = None, shards: int = 1) -> Scheduler:
+    return Scheduler(num_rows=rows, num_pages=pages, plan=plan or make_plan(), num_shards=shards)
 
 
 def spans_of(scheduler: Scheduler, request: EngineRequest) -> list[tuple[int, int, int]]:
@@ -281,7 +281,7 @@ def test_a_prompt_that_begins_alike_holds_the_same_pages():
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 20)
     assert spans_of(scheduler, second) == [(20, 4, 8)]
     assert (scheduler.num_queried_tokens, scheduler.num_hit_tokens) == (55, 20)
-    assert scheduler.pages.num_used == 8 + 2
+    assert scheduler.pools[0].num_used == 8 + 2
 
 
 def test_another_scope_shares_nothing():
@@ -309,7 +309,7 @@ def test_choices_wait_for_the_first_one_s_prefill_and_share_it():
     scheduler.admit()
     # Ten pages of prompt, and one for each choice's own tokens: 13 in all.
     assert [request.row is not None for request in choices] == [True, True, True, False]
-    assert scheduler.pages.num_used == 13
+    assert scheduler.pools[0].num_used == 13
     assert [request.num_cached_tokens for request in choices] == [0, 40, 40, None]
     assert spans_of(scheduler, choices[1]) == []
 
@@ -377,7 +377,7 @@ def test_a_request_set_aside_keeps_its_place_and_what_it_said():
         scheduler.enqueue(request)
     scheduler.admit()
     second.is_running, second.generated = True, [7, 8]
-    assert scheduler.youngest() is second
+    assert scheduler.youngest(0) is second
     scheduler.set_aside(second)
     assert scheduler.waiting == [second, third]
     assert (second.row, second.pages, second.is_running, second.generated) == (None, [], False, [7, 8])
@@ -410,9 +410,49 @@ def test_removing_twice_or_from_the_line_is_fine():
     scheduler.remove(running)
     scheduler.remove(running)
     assert not scheduler.has_work
-    assert scheduler.pages.num_used == 0
+    assert scheduler.pools[0].num_used == 0
     assert waiting.is_finished
     assert running.is_finished
+
+
+# ---- Shards of a mesh ----
+
+
+def test_a_request_goes_where_its_prompt_is_and_else_where_most_pages_are_free():
+    scheduler = make_scheduler(rows=4, pages=20, shards=2)
+    stem = [*range(100, 116)]
+    first = make_request(prompt=[*stem, 1], arrival=0)
+    scheduler.enqueue(first)
+    scheduler.admit()
+    prefill(scheduler, first)
+    other = make_request(9, arrival=1)
+    alike = make_request(prompt=[*stem, 2], arrival=2)
+    scheduler.enqueue(other)
+    scheduler.enqueue(alike)
+    scheduler.admit()
+    assert (first.shard, first.row) == (0, 0)
+    assert (other.shard, other.row) == (1, 2), "shard 1 has more pages to spare"
+    assert (alike.shard, alike.row) == (0, 1)
+    assert alike.pages[:4] == first.pages[:4]
+    third = make_request(prompt=[*stem, 3], arrival=3)
+    scheduler.enqueue(third)
+    scheduler.admit()
+    assert (third.shard, third.row, third.num_prefilled) == (1, 3, 0), "where its prompt is no row is free"
+
+
+def test_a_shard_without_pages_sets_its_own_youngest_aside():
+    scheduler = make_scheduler(rows=4, pages=6, shards=2)
+    requests = [make_request(7, budget=20, arrival=arrival) for arrival in range(4)]
+    for request in requests:
+        scheduler.enqueue(request)
+    scheduler.admit()
+    prefill(scheduler, *requests)
+    assert [request.shard for request in requests] == [0, 1, 0, 1]
+    assert scheduler.grow(requests[0], 12)
+    assert not scheduler.grow(requests[0], 16)
+    assert scheduler.youngest(0) is requests[2]
+    assert scheduler.youngest(1) is requests[3]
+    assert scheduler.grow(requests[1], 12), "the other shard has pages"
 
 
 # ---- Every order of events ----
@@ -430,32 +470,38 @@ def bits(before: int, token: int, program: object) -> int:
 class FakeDevice:
     """`Programs` over numbers: each slot of a page holds `bits` of the token and of what is before it."""
 
-    def __init__(self, num_pages: int, *, agree: bool) -> None:
-        self.memory = np.zeros((num_pages, PAGE), np.int64)
+    def __init__(self, num_pages: int, *, agree: bool, num_shards: int) -> None:
+        self.memory = np.zeros((num_shards, num_pages, PAGE), np.int64)
         self.agree = agree
         self.saved: dict[int, np.ndarray] = {}
 
-    def put(self, table: Any, position: int, token: int, program: object) -> int:
-        before = 0 if position == 0 else int(self.memory[table[(position - 1) // PAGE], (position - 1) % PAGE])
+    def put(self, table: Any, position: int, token: int, program: object, shard: int) -> int:
+        memory = self.memory[shard]
+        before = 0 if position == 0 else int(memory[table[(position - 1) // PAGE], (position - 1) % PAGE])
         assert table[position // PAGE] > 0, "a row without a page"
         value = bits(before, token, None if self.agree else program)
-        self.memory[table[position // PAGE], position % PAGE] = value
+        memory[table[position // PAGE], position % PAGE] = value
         return value
 
-    def prefill(self, tokens: Any, table: Any, start: Any, num_tokens: Any) -> None:
+    def values(self, request: EngineRequest, num_tokens: int) -> list[int]:
+        """What the first slots of the request's pages hold."""
+        memory = self.memory[request.shard]
+        return [int(memory[request.pages[i // PAGE], i % PAGE]) for i in range(num_tokens)]
+
+    def prefill(self, tokens: Any, table: Any, start: Any, num_tokens: Any, shard: Any) -> None:
         for i in range(num_tokens):
-            self.put(table, int(start) + i, int(tokens[i]), (int(start), len(tokens)))
+            self.put(table, int(start) + i, int(tokens[i]), (int(start), len(tokens)), int(shard))
 
-    def clear(self, pages: Any, count: Any) -> None:
-        self.memory[pages[:count]] = 0
+    def clear(self, pages: Any, count: Any, shard: Any) -> None:
+        self.memory[shard, pages[:count]] = 0
 
-    def save(self, name: Any, pages: Any) -> None:
+    def save(self, name: Any, pages: Any, shard: Any) -> None:
         assert 0 not in pages
-        self.saved[int(name)] = self.memory[pages]
+        self.saved[int(name)] = self.memory[shard, pages]
 
-    def restore(self, name: Any, pages: Any) -> None:
+    def restore(self, name: Any, pages: Any, shard: Any) -> None:
         saved = self.saved.pop(int(name))
-        self.memory[pages[pages > 0]] = saved[pages > 0]
+        self.memory[shard, pages[pages > 0]] = saved[pages > 0]
 
     def forget(self, name: Any) -> None:
         del self.saved[int(name)]
@@ -467,12 +513,14 @@ class FakeDevice:
 class Life(RuleBasedStateMachine):
     """Plays the engine over numbers: the same calls, in any order that hypothesis finds."""
 
-    @initialize(rows=st.integers(1, 4), spare=st.integers(0, 12), agree=st.booleans())
-    def start(self, rows, spare, agree):
+    @initialize(
+        rows=st.integers(1, 4), spare=st.integers(0, 12), agree=st.booleans(), shards=st.sampled_from([1, 1, 2, 3])
+    )
+    def start(self, rows, spare, agree, shards):
         self.num_pages = 1 + CONTEXT // PAGE + spare
         self.plan = make_plan(chunks=(4, 12), agree=agree)
-        self.scheduler = make_scheduler(rows=rows, pages=self.num_pages, plan=self.plan)
-        self.device: Any = FakeDevice(self.num_pages, agree=agree)
+        self.scheduler = make_scheduler(rows=rows * shards, pages=self.num_pages, plan=self.plan, shards=shards)
+        self.device: Any = FakeDevice(self.num_pages, agree=agree, num_shards=shards)
         self.placement = Placement(
             CONFIG,
             self.device,
@@ -543,9 +591,10 @@ class Life(RuleBasedStateMachine):
                 more = min(steps, request.budget - len(request.generated))
                 if self.scheduler.grow(request, len(request.prompt) + len(request.generated) + more):
                     break
-                victim = self.scheduler.youngest()
+                victim = self.scheduler.youngest(request.shard)
                 assert victim is not oldest, "the oldest was set aside"
-                assert victim.order == max(r.order for r in self.scheduler.rows if r is not None)
+                own = [r for r in self.scheduler.rows if r is not None and r.shard == request.shard]
+                assert victim.order == max(r.order for r in own)
                 self.placement.set_aside(victim)
         for request in self.scheduler.running:
             for _ in range(min(steps, request.budget - len(request.generated))):
@@ -558,7 +607,7 @@ class Life(RuleBasedStateMachine):
     def step(self, request: EngineRequest) -> bool:
         """Writes the last token and says the next, which depends on all before. False if they are not finite."""
         last = [*request.prompt, *request.generated][-1]
-        scores = self.device.put(request.pages, request.num_to_prefill, last, "decode")
+        scores = self.device.put(request.pages, request.num_to_prefill, last, "decode", request.shard)
         if scores == NAN:
             return False
         request.generated.append(scores % POISON)
@@ -566,12 +615,9 @@ class Life(RuleBasedStateMachine):
 
     def finish(self, request: EngineRequest, *, has_failed: bool = False) -> None:
         if not has_failed and request.is_running:
-            in_pages = [
-                int(self.device.memory[request.pages[i // PAGE], i % PAGE]) for i in range(request.num_to_prefill)
-            ]
-            assert in_pages == self.alone(request)
+            assert self.device.values(request, request.num_to_prefill) == self.alone(request)
         self.placement.forget(request)
-        self.placement.clear(self.scheduler.remove(request, has_failed=has_failed))
+        self.placement.clear(request, self.scheduler.remove(request, has_failed=has_failed))
         self.live.remove(request)
 
     @precondition(lambda self: self.live)
@@ -580,20 +626,23 @@ class Life(RuleBasedStateMachine):
         """While a dispatch runs, which writes on, and what it writes may be NaN."""
         request = data.draw(st.sampled_from(self.live))
         if request.is_running:
-            self.device.put(request.pages, request.num_to_prefill, POISON, "decode")
+            self.device.put(request.pages, request.num_to_prefill, POISON, "decode", request.shard)
         self.finish(request)
 
     @invariant()
     def pages_are_shared_through_the_cache_alone(self):
         if not hasattr(self, "scheduler"):
             return
-        pages = self.scheduler.pages
-        holders = Counter(page for request in self.live for page in request.pages)
+        for shard, pages in enumerate(self.scheduler.pools):
+            self.pages_of_a_shard_are(pages, [request for request in self.live if request.shard == shard])
+
+    def pages_of_a_shard_are(self, pages: PagePool, live: list[EngineRequest]) -> None:
+        holders = Counter(page for request in live for page in request.pages)
         assert set(holders) <= set(range(1, self.num_pages))
         assert pages._holders == [holders[page] for page in range(self.num_pages)]
         assert pages.num_used == len(holders), "pages leaked"
         assert pages.num_free == self.num_pages - 1 - len(holders)
-        for request in self.live:
+        for request in live:
             assert len(set(request.pages)) == len(request.pages)
             for index, page in enumerate(request.pages):
                 assert holders[page] == 1 or index < len(request.page_keys), "a page that is written has two holders"
@@ -608,15 +657,15 @@ class Life(RuleBasedStateMachine):
             if request.row is None:
                 continue
             written = request.num_to_prefill if request.is_running else request.num_prefilled
-            values = [int(self.device.memory[request.pages[i // PAGE], i % PAGE]) for i in range(written)]
+            values = self.device.values(request, written)
             assert request.is_saved or values == self.alone(request)[:written]
             assert request.is_saved or NAN not in values or POISON in request.prompt
 
     @invariant()
     def what_nobody_holds_is_finite(self):
         if hasattr(self, "scheduler"):
-            pages = self.scheduler.pages
-            assert NAN not in self.device.memory[[*pages._free, *pages._idle]]
+            for memory, pages in zip(self.device.memory, self.scheduler.pools, strict=True):
+                assert NAN not in memory[[*pages._free, *pages._idle]]
 
     @invariant()
     def everybody_is_in_one_place(self):
@@ -624,7 +673,11 @@ class Life(RuleBasedStateMachine):
             return
         in_rows = [request for request in self.scheduler.rows if request is not None]
         assert sorted(map(id, [*in_rows, *self.scheduler.waiting])) == sorted(map(id, self.live))
-        assert all(self.scheduler.rows[request.row or 0] is request for request in in_rows)
+        rows_per_shard = len(self.scheduler.rows) // len(self.scheduler.pools)
+        for request in in_rows:
+            assert request.row is not None
+            assert self.scheduler.rows[request.row] is request
+            assert request.row // rows_per_shard == request.shard
         for request in self.scheduler.waiting:
             assert (request.row, request.pages, request.is_running) == (None, [], False)
         assert [r.order for r in self.scheduler.waiting] == sorted(r.order for r in self.scheduler.waiting)
@@ -650,7 +703,7 @@ class Life(RuleBasedStateMachine):
             self.rows_hold_what_they_would_alone()
             self.everybody_is_in_one_place()
         assert not self.live, "some never ended"
-        assert self.scheduler.pages.num_used == 0
+        assert all(pool.num_used == 0 for pool in self.scheduler.pools)
 
 
 TestLife = Life.TestCase

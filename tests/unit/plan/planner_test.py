@@ -45,10 +45,11 @@ def test_weights_and_cache_of_the_70b_on_eight_chips():
     assert got.kv == (64 * 16 + 1) * 128 * token  # Page 0 is nobody's.
 
 
-def test_more_devices_than_kv_heads_split_weights_but_not_the_cache():
-    eight, sixteen = resident_bytes(setup()), resident_bytes(setup("v6e:4x4"))
-    assert sixteen.weights < 0.51 * eight.weights
-    assert sixteen.kv == eight.kv
+@pytest.mark.parametrize("data", [1, 2, 4])
+def test_twice_the_devices_hold_half_the_cache_however_they_are_split(data):
+    eight, sixteen = resident_bytes(setup()), resident_bytes(setup("v6e:4x4", data=data))
+    assert sixteen.weights == pytest.approx(0.5 * data * eight.weights, rel=0.01)
+    assert sixteen.kv == pytest.approx(0.5 * eight.kv, rel=0.01)  # each shard has a page 0
 
 
 def test_int8_halves_weights_and_cache_but_for_their_scales():
@@ -87,10 +88,10 @@ def test_where_the_70b_fits(topology, weights, fits):
 
 @pytest.mark.parametrize(
     ("topology", "weights", "milliseconds"),
-    [("v6e:2x4", "bf16", 13.9), ("v5e:4x4", "bf16", 17.4), ("v5e:2x4", "int8", 17.2), ("v5p:2x2x1", "bf16", 16.5)],
+    [("v6e:2x4", "bf16", 13.9), ("v5e:4x4", "bf16", 14.1), ("v5e:2x4", "int8", 17.2), ("v5p:2x2x1", "bf16", 16.5)],
 )
 def test_the_roofline_of_a_70b_step(topology, weights, milliseconds):
-    """64 rows of 2,048 tokens; the figures are those of the design sketches."""
+    """64 rows of 2,048 tokens; the figures are those of the design sketches, on v5e:4x4 with rows split over pairs."""
     assert 1e3 * roofline.decode_seconds(setup(topology, weights=weights)) == pytest.approx(milliseconds, abs=0.06)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -96,20 +97,24 @@ LLAMA_70B = Path(__file__).parents[3] / "bench" / "configs" / "llama3-70b.json"
 
 @dataclass(frozen=True)
 class Bar:
-    """What a step of the 70B with a context of 2,048 reaches: TPU.md's bars, but for v6e's time (15.7)."""
+    """What a step of the 70B with a context of 2,048 reaches: TPU.md's bars or better, but for v6e's time (15.7).
+
+    `exchanges` are the collectives of a layer beside its two all-reduces.
+    """
 
     topology: str
     rows: int
     dtype: str
     ms: float
     async_share: float
+    exchanges: Mapping[str, int] = field(default_factory=dict)
 
 
 @pytest.mark.parametrize(
     "bar",
     [
         Bar("v6e:2x4", 64, "bf16", 16.9, 0.25),
-        Bar("v5e:4x4", 64, "bf16", 20.7, 0.3),
+        Bar("v5e:4x4", 64, "bf16", 15.5, 0.6, {"all-to-all": 2}),
         Bar("v5e:2x4", 128, "int8", 25.0, 0.5),
     ],
     ids=lambda bar: f"{bar.topology}-{bar.dtype}",
@@ -125,7 +130,7 @@ def test_a_step_of_the_70b_copies_nothing_and_is_near_the_roofline(bar):
     assert step is not None
     assert not step.large_copies
     found = collectives(step, config.num_layers)
-    assert found["per_layer"] == {"all-reduce": 2}
+    assert found["per_layer"] == {"all-reduce": 2, **bar.exchanges}
     assert sum(found["outside_layers"].values()) <= 4
     assert step.async_share > bar.async_share
     assert step.hbm_bytes <= 1.01 * roofline.decode_seconds(setup) * setup.topology.generation.hbm_bytes_per_s
