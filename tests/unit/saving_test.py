@@ -197,7 +197,7 @@ def write_shards(writer, part, array):
 original = checkpoint.ParamsWriter.write_shards
 if process_id == "1":
     checkpoint.ParamsWriter.write_shards = write_shards
-group = distributed.join(address, num_processes=2, process_id=int(process_id))
+group = distributed.join(address, num_processes=2, process_id=int(process_id), join_timeout_s=60)
 llama = jaxllama.load(model, dtype="bfloat16", quantize="int8", group=group)
 if group.is_leader:
     print("saved", llama.save(out).path, flush=True)
