@@ -12,12 +12,14 @@ from jaxllama.checkpoint import Checkpoint, restore_params
 from jaxllama.errors import CheckpointError, ConfigError
 from jaxllama.mesh import param_shardings
 from jaxllama.params import QUANTIZATIONS, Params, ParamSpec, QuantizedWeight, build_params, get_param, param_specs
+from jaxllama.parts import num_ffn_parts, split_ffn
 from jaxllama.quant import quantize_rows
 
 
 def load_params(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, quantize: str | None = None) -> Params:
-    """The weights, sharded by the rules, in `dtype`; matrices are int8 if they are stored so or `quantize` is "int8".
+    """The weights, sharded by the rules, in `dtype` and in the parts that suit the devices (`parts.py`).
 
+    Matrices are int8 if they are stored so or `quantize` is "int8".
     Rounded is what is stored, whatever `dtype`: a layer is read, rounded on its devices and freed before the next.
 
     Raises: CheckpointError as `restore_params`, or when a matrix to be rounded has NaN or infinity; ConfigError.
@@ -26,11 +28,13 @@ def load_params(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, quantize: str | 
     if quantize not in (None, *QUANTIZATIONS):
         raise ConfigError(f"quantize must be 'int8' or None, got {quantize!r}")
     if quantize in (None, stored):
-        return restore_params(checkpoint, dtype, param_shardings(config, mesh, stored))
+        params = restore_params(checkpoint, dtype, param_shardings(config, mesh, stored))
+        return split_ffn(params, num_ffn_parts(params))
     leaves: dict[tuple[str | int, ...], Any] = {}
     for layer in _layers(param_specs(config)):
         leaves |= _quantized_layer(checkpoint, mesh, dtype, quantize, layer)
-    return build_params(config, lambda part: leaves[part.path], quantize)
+    params = build_params(config, lambda part: leaves.pop(part.path), quantize)
+    return split_ffn(params, num_ffn_parts(params))
 
 
 def _quantized_layer(

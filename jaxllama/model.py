@@ -85,7 +85,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """The SwiGLU feed-forward block (Shazeer 2020, arXiv:2002.05202)."""
+    """The SwiGLU feed-forward block (Shazeer 2020, arXiv:2002.05202), or a part of one (`parts.py`): they add up."""
 
     def __init__(self, weights: Mapping[str, Any], dtype: Any) -> None:
         self.gate_proj = Linear(weights, "gate_proj", dtype)
@@ -104,12 +104,13 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = RMSNorm(weights["input_layernorm"], config.rms_norm_eps)
         self.self_attn = Attention(config, weights, dtype)
         self.post_attention_layernorm = RMSNorm(weights["post_attention_layernorm"], config.rms_norm_eps)
-        self.mlp = MLP(weights, dtype)
+        self.mlp_parts = nnx.data([MLP(part, dtype) for part in weights.get("ffn_parts", [weights])])
 
     def __call__(self, x: Array, *attention_inputs: Any) -> tuple[Array, KVPool]:
         out, pool = self.self_attn(self.input_layernorm(x), *attention_inputs)
         x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x)), pool
+        normed = self.post_attention_layernorm(x)
+        return x + sum(part(normed) for part in self.mlp_parts), pool
 
 
 class Llama(nnx.Module):

@@ -14,7 +14,7 @@ QUANTIZATIONS = ("int8",)
 type Params = dict[str, Any]
 """`{"embed_tokens", "layers": [{"q_proj", …}, …], "norm", "lm_head"?}`: plain dicts and lists, so that `jax.jit`
 flattens them in C++. One leaf per tensor and layer, in the layout of Hugging Face (`[out, in]`). A matrix may be a
-`QuantizedWeight` instead; then every matrix is."""
+`QuantizedWeight` instead; then every matrix is. On TPUs large feed-forward matrices are in parts (`parts.py`)."""
 
 
 class QuantizedWeight(NamedTuple):

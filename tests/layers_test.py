@@ -37,7 +37,7 @@ LAYERS = (
         "jaxllama.relay",
     ),
     ("jaxllama.quant", "jaxllama.zarr"),
-    ("jaxllama.cache", "jaxllama.sampling"),
+    ("jaxllama.cache", "jaxllama.parts", "jaxllama.sampling"),
     ("jaxllama.attention",),
     ("jaxllama.model",),
     ("jaxllama.decode", "jaxllama.checkpoint"),

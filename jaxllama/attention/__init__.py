@@ -23,4 +23,4 @@ def choose_attention(config: LlamaConfig, mesh: Mesh, kv_dtype: Any) -> ShardedA
     kernel = {"bfloat16": TpuAttention, "int8": Int8TpuAttention}.get(jnp.dtype(kv_dtype).name)
     if is_tpu and kernel is not None and config.head_dim % 128 == 0:
         return ShardedAttention(kernel(config.num_layers), mesh)
-    return ShardedAttention(ReferenceAttention(), mesh)
+    return ShardedAttention(ReferenceAttention(), mesh if mesh.size > 1 else None)

@@ -53,7 +53,7 @@ class ShardedAttention:
         active: Bool[Array, " rows"],
     ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
         """As `Attention.decode`."""
-        if self._is_one_device:
+        if self.mesh is None:
             return self.kernel.decode(q, kv, pool, page_table, positions, active)
         splits_heads = self._splits_heads(q, kv)
 
@@ -144,10 +144,6 @@ class ShardedAttention:
         specs = (spec, everywhere, self._pool_spec(pool, pages=()), everywhere)
         return self._on_devices(put, specs, spec)(pool, pages, copy, shard)
 
-    @property
-    def _is_one_device(self) -> bool:
-        return self.mesh is None or self.mesh.size == 1
-
     def _splits_heads(self, q: Array, kv: Array) -> bool:
         """Whether `rep` splits the query heads: where each device has one KV head whose queries it divides."""
         if self.mesh is None:
@@ -179,7 +175,7 @@ class ShardedAttention:
         )
 
     def _on_devices(self, run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        if self._is_one_device:
+        if self.mesh is None:
             return run
         return jax.shard_map(run, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 

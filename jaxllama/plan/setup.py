@@ -18,6 +18,7 @@ from jaxllama.decode import DecodeState, state_shapes, state_shardings
 from jaxllama.errors import PlanError
 from jaxllama.mesh import MESH_AXES, mesh_shape, num_page_shards, partition_spec
 from jaxllama.params import Params, ParamSpec, build_params, param_specs, stored_specs
+from jaxllama.parts import num_ffn_parts, split_ffn
 from jaxllama.plan.topology import Topology
 
 DTYPES = ("bf16", "int8")
@@ -131,7 +132,8 @@ class Setup:
             shapes,
             state_shardings(self.config, mesh, shapes),
         )
-        return build_params(self.config, leaf, self.quantize), state
+        params = build_params(self.config, leaf, self.quantize)
+        return split_ffn(params, num_ffn_parts(params)), state
 
 
 @dataclass(frozen=True)

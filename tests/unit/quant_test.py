@@ -173,7 +173,7 @@ def test_no_product_makes_a_matrix_of_scaled_weights():
     matrices = {spec.shape for spec in param_specs(config) if len(spec.shape) == 2}
 
     def logits(params: Params, hidden: jax.Array) -> jax.Array:
-        out = DecoderLayer(config, params["layers"][0], jnp.float32).mlp(hidden)
+        out = DecoderLayer(config, params["layers"][0], jnp.float32).mlp_parts[0](hidden)
         return Model(config, params, REFERENCE).logits(out)
 
     jaxpr = jax.make_jaxpr(logits)(params, jnp.ones((3, 2, config.hidden_size)))

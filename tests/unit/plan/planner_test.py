@@ -48,7 +48,7 @@ def test_weights_and_cache_of_the_70b_on_eight_chips():
 @pytest.mark.parametrize("data", [1, 2, 4])
 def test_twice_the_devices_hold_half_the_cache_however_they_are_split(data):
     eight, sixteen = resident_bytes(setup()), resident_bytes(setup("v6e:4x4", data=data))
-    assert sixteen.weights == pytest.approx(0.5 * data * eight.weights, rel=0.01)
+    assert sixteen.weights == pytest.approx(0.5 * data * eight.weights, rel=0.02)  # K and V on both of a pair
     assert sixteen.kv == pytest.approx(0.5 * eight.kv, rel=0.01)  # each shard has a page 0
 
 
