@@ -24,7 +24,8 @@ from jaxllama.checkpoint import MANIFEST, PARAMS, Checkpoint, FileRecord, Params
 from jaxllama.config import LlamaConfig
 from jaxllama.distributed import Group
 from jaxllama.errors import CheckpointError, LockstepError
-from jaxllama.params import Params, ParamSpec, QuantizedWeight, get_param, param_specs, stored_specs
+from jaxllama.params import Params, ParamSpec, QuantizedWeight, param_specs, stored_specs
+from jaxllama.parts import get_whole
 
 # What a process has in flight: as many shards in memory, as many files that wait for the disk.
 _NUM_WRITERS = 4
@@ -82,7 +83,7 @@ def _write_all(config: LlamaConfig, params: Params, folder: Path, group: Group |
     writer = _writer(config, params, folder)
     files: dict[str, FileRecord] = {}
     for part in _parts(config, params):
-        files |= writer.begin(part, get_param(params, part))
+        files |= writer.begin(part, get_whole(params, part))
     with ThreadPoolExecutor(1) as asker:
         question = json.dumps([str(folder), token]).encode()
         others = asker.submit(lambda: [] if group is None else group.ask(question))
@@ -104,7 +105,7 @@ def _try_write(config: LlamaConfig, params: Params, folder: Path, token: str) ->
             return {"error": f"{folder} is not the folder that process 0 writes; it must be shared by all processes"}
         writer = _writer(config, params, folder)
         with ThreadPoolExecutor(_NUM_WRITERS) as pool:
-            written = pool.map(lambda part: writer.write_shards(part, get_param(params, part)), _parts(config, params))
+            written = pool.map(lambda part: writer.write_shards(part, get_whole(params, part)), _parts(config, params))
             return {"files": {name: [r.size, r.sha256] for files in written for name, r in files.items()}}
     except Exception as error:
         return {"error": _describe(error)}
