@@ -80,12 +80,15 @@ def load(
     path: str | os.PathLike[str],
     mesh: Mesh | None = None,
     *,
+    data: int = 1,
     dtype: Any = None,
     quantize: str | None = None,
     options: EngineOptions | None = None,
     group: Group | None = None,
 ) -> Llama:
-    """Loads a converted checkpoint onto `mesh` (None: all devices, tensor-parallel), as `dtype` (None: as stored).
+    """Loads a converted checkpoint onto `mesh`, as `dtype` (None: as stored).
+
+    `mesh` None is all devices: `data` groups of them, each with the whole model and its share of the rows.
 
     `quantize` "int8" rounds the matrices on the way, layer by layer; those of an int8 checkpoint are int8 anyway. Norms
     and all computation have `dtype`.
@@ -97,7 +100,9 @@ def load(
     """
     checkpoint = Checkpoint.open(path)
     config = checkpoint.config
-    mesh = make_mesh(config) if mesh is None else mesh
+    if mesh is not None and data != 1:
+        raise ConfigError(f"give data={data} or a mesh (make_mesh takes data), not both")
+    mesh = make_mesh(config, data=data) if mesh is None else mesh
     dtype = jnp.dtype(checkpoint.dtype if dtype is None else dtype)
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ConfigError(f"dtype must be bfloat16 or float32, got {dtype}")

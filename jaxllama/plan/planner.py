@@ -272,7 +272,7 @@ def candidates(setup: Setup, *, everywhere: bool) -> list[Setup]:
         for data in range(1, topology.num_devices + 1):
             tp = topology.num_devices // data
             splits_evenly = topology.num_devices % data == 0 and setup.rows % data == 0
-            if splits_evenly and setup.config.num_heads % tp == 0 and (data == 1 or tp <= setup.config.num_kv_heads):
+            if splits_evenly and setup.config.num_heads % tp == 0:
                 found.append(dataclasses.replace(setup, topology=topology, data=data))
     return found
 

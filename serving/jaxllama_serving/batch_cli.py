@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError
-from jaxllama_serving.cli import add_behaviour, add_model, behaviour
+from jaxllama_serving.cli import add_behaviour, add_model, behaviour, load_model
 from jaxllama_serving.config import ServerConfig
 
 if TYPE_CHECKING:
@@ -85,12 +85,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> Llama:
-    import jaxllama
-
-    options = jaxllama.EngineOptions(
-        max_rows=args.max_rows, max_context=args.max_context, max_queue=MAX_QUEUE, kv_dtype=args.kv_dtype
-    )
-    llama = jaxllama.load(args.checkpoint, dtype=args.dtype, quantize=args.quantize, options=options)
+    llama = load_model(args, max_queue=MAX_QUEUE)
     llama.engine.warm_up(lambda done, total, names: None if args.quiet else _say(f"compiling {done}/{total}: {names}"))
     return llama
 

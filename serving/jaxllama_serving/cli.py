@@ -25,6 +25,7 @@ from jaxllama_serving.config import REASONING_FIELDS, TOOL_PARSERS, ServerConfig
 
 if TYPE_CHECKING:
     from jaxllama import Llama
+    from jaxllama.distributed import Group
     from jaxllama_serving.hosts import Hosts
 
 KEYS_VARIABLE = "JAXLLAMA_API_KEYS"
@@ -68,6 +69,18 @@ def add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--kv-dtype", choices=("int8",), help="of the cache (default: as the weights)")
     group.add_argument("--max-rows", type=int, default=16, help="sequences decoded together (default: %(default)s)")
     group.add_argument("--max-context", type=int, help="longest prompt and completion together (default: the model's)")
+    group.add_argument(
+        "--num-pages",
+        type=int,
+        help="pages of each shard's cache, of 16 tokens, on a TPU 128 (default: 2,048 tokens for each of --max-rows)",
+    )
+    group.add_argument(
+        "--data",
+        type=int,
+        default=1,
+        metavar="N",
+        help="groups of devices, each with the whole model and 1/N of the rows (default: %(default)s, all share all)",
+    )
 
 
 def add_behaviour(group: argparse._ArgumentGroup) -> None:
@@ -225,13 +238,24 @@ def _set_up_logging(level: str) -> None:
         logger.propagate = False
 
 
-def _load(args: argparse.Namespace, found: Hosts | None) -> Llama:
+def load_model(args: argparse.Namespace, *, max_queue: int, group: Group | None = None) -> Llama:
+    """The model that the flags of `add_model` ask for."""
     import jaxllama
-    from jaxllama import distributed
 
     options = jaxllama.EngineOptions(
-        max_rows=args.max_rows, max_context=args.max_context, max_queue=args.max_queue, kv_dtype=args.kv_dtype
+        max_rows=args.max_rows,
+        max_context=args.max_context,
+        num_pages=args.num_pages,
+        max_queue=max_queue,
+        kv_dtype=args.kv_dtype,
     )
+    how = {"data": args.data, "dtype": args.dtype, "quantize": args.quantize}
+    return jaxllama.load(args.checkpoint, **how, options=options, group=group)
+
+
+def _load(args: argparse.Namespace, found: Hosts | None) -> Llama:
+    from jaxllama import distributed
+
     group = None
     if found is not None:
         group = distributed.join(
@@ -243,7 +267,7 @@ def _load(args: argparse.Namespace, found: Hosts | None) -> Llama:
             heartbeat_timeout_s=args.heartbeat_timeout,
         )
     try:
-        llama = jaxllama.load(args.checkpoint, dtype=args.dtype, quantize=args.quantize, options=options, group=group)
+        llama = load_model(args, max_queue=args.max_queue, group=group)
         if group is None or group.is_leader:
             llama.engine.warm_up(lambda done, total, name: print(f"Compiling {done}/{total}: {name}", flush=True))
     except Exception as error:
@@ -266,6 +290,8 @@ def _settings(args: argparse.Namespace) -> dict[str, object]:
         "--kv-dtype": args.kv_dtype,
         "--max-rows": args.max_rows,
         "--max-context": args.max_context,
+        "--num-pages": args.num_pages,
+        "--data": args.data,
     }
 
 

@@ -451,6 +451,10 @@ def test_loading_takes_all_devices_unless_told_otherwise(checkpoint: Path):
     with jaxllama.load(checkpoint) as llama:
         assert llama.mesh.size == jax.device_count()
         assert len(llama.params["layers"][0]["q_proj"].sharding.device_set) == jax.device_count()
+    with jaxllama.load(checkpoint, data=2) as llama:
+        assert (llama.mesh.size, llama.mesh.shape["data"]) == (jax.device_count(), 2)
+    with pytest.raises(ConfigError, match="data=2 or a mesh"):
+        jaxllama.load(checkpoint, make_mesh(tiny.config_of(NAME), tp=1), data=2)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, np.float32])

@@ -75,14 +75,14 @@ def test_bytes_that_are_no_call_are_refused(message: bytes):
 
 
 def test_a_follower_holds_the_same_bits_when_rows_were_set_aside():
-    """Every call of an engine with few pages, made again on another device from their bytes."""
+    """Every call of an engine with few pages and two shards, made again on other devices from their bytes."""
     messages: list[bytes] = []
     leader: Any = SimpleNamespace(
         num_processes=1, is_leader=True, publish=messages.append, on_failure=lambda _: None, close=lambda: None
     )
     options = dataclasses.replace(tiny.SMALL, num_pages=26)
     params = SamplingParams(seed=1, ignore_eos=True, max_tokens=60)
-    with tiny.make_llama(tp=2, options=options) as llama:
+    with tiny.make_llama(tp=8, options=options) as llama:
         config, mesh = llama.config, llama.mesh
         engine = Engine(config, llama.params, mesh, options, leader)
         with held(engine):

@@ -322,6 +322,8 @@ def test_meshes_of_a_search_split_everything_evenly():
     found = candidates(setup("v6e:4x4"), everywhere=False)
     assert {(s.data, s.tp) for s in found} == {(1, 16), (2, 8), (4, 4), (8, 2), (16, 1)}
     assert {s.data for s in candidates(setup("v6e:4x4", rows=6), everywhere=False)} == {1, 2}
+    wide = candidates(setup("v5e:4x8"), everywhere=False)
+    assert {(s.data, s.tp) for s in wide} >= {(1, 32), (2, 16), (4, 8)}
 
 
 # ---- Bad input ----
