@@ -14,15 +14,17 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import os
+import platform
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -39,6 +41,7 @@ from jaxllama.params import (
     param_specs,
     stored_specs,
 )
+from jaxllama.zarr import chunk_of_shards, chunk_shape, chunks, zarr_metadata
 
 FORMAT = "jaxllama-checkpoint"
 VERSION = 1
@@ -47,10 +50,6 @@ PARAMS = "params"
 DTYPES = ("bfloat16", "float32")
 
 _MAX_JSON_BYTES = 256 * 2**20
-_MAX_CHUNK_BYTES = 64 * 2**20
-_MIN_CHUNK_BYTES = 2**20
-# Tensor parallelism up to 16 finds its shards on chunk borders.
-_CHUNKS_PER_TENSOR = 16
 # Orbax's own default lets 96 GB be in flight; a tensor larger than this is read alone.
 _RESTORE_BYTES_IN_FLIGHT = 2 * 10**9
 
@@ -235,7 +234,7 @@ class ParamsWriter:
         return bool(files) and all(size == record.size for size, record in zip(sizes, files.values(), strict=True))
 
     def write(self, spec: ParamSpec, weight: np.ndarray | QuantizedWeight) -> dict[str, FileRecord]:
-        """Stages one tensor and returns its files as the manifest names them.
+        """Stages one tensor, whole, and returns its files as the manifest names them.
 
         Raises: OSError when the disk is full or unwritable.
         """
@@ -251,14 +250,46 @@ class ParamsWriter:
         return files
 
     def _write_array(self, part: ParamSpec, array: np.ndarray) -> dict[str, FileRecord]:
+        chunk = chunk_shape(part, array.itemsize)
+        return self._begin(part, chunk) | self._write_chunks(part, chunk, array, (0,) * array.ndim)
+
+    def begin(self, part: ParamSpec, array: jax.Array) -> dict[str, FileRecord]:
+        """Makes room for an array whose shards `write_shards` will stage, in this process and in others.
+
+        Returns the one file that does not depend on the values.
+        """
+        return self._begin(part, chunk_of_shards(part, array))
+
+    def write_shards(self, part: ParamSpec, array: jax.Array) -> dict[str, FileRecord]:
+        """Stages what this process's devices hold of `array`, the first of the copies of each shard. Returns the files.
+
+        All processes together write every element once. The host holds one shard at a time.
+
+        Raises: OSError.
+        """
+        files: dict[str, FileRecord] = {}
+        for shard in array.addressable_shards:
+            if shard.replica_id == 0:
+                # A view of its own: JAX keeps the host's copy for as long as the array that was asked for it.
+                view = jax.make_array_from_single_device_arrays(shard.data.shape, shard.data.sharding, [shard.data])
+                start = tuple(place.start or 0 for place in shard.index)
+                files |= self._write_chunks(part, chunk_of_shards(part, array), np.asarray(view), start)
+        return files
+
+    def _begin(self, part: ParamSpec, chunk: tuple[int, ...]) -> dict[str, FileRecord]:
         folder = self._staging / part.name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        chunk = _chunk_shape(part, array.itemsize)
-        files = {".zarray": _write_file(folder / ".zarray", _zarr_metadata(part.shape, chunk, array.dtype))}
-        for name, data in _chunks(array, chunk):
-            files[name] = _write_file(folder / name, data)
-        return {f"{PARAMS}/{part.name}/{name}": record for name, record in files.items()}
+        metadata = zarr_metadata(part.shape, chunk, self._dtype_of(part))
+        return {f"{PARAMS}/{part.name}/.zarray": _write_file(folder / ".zarray", metadata)}
+
+    def _write_chunks(
+        self, part: ParamSpec, chunk: tuple[int, ...], array: np.ndarray, start: tuple[int, ...]
+    ) -> dict[str, FileRecord]:
+        return {
+            f"{PARAMS}/{part.name}/{name}": _write_file(self._staging / part.name / name, data)
+            for name, data in chunks(array, chunk, start)
+        }
 
     def commit(self) -> None:
         """Turns the staged tensors into the Orbax checkpoint `folder/params`. Every tensor must be staged."""
@@ -268,9 +299,13 @@ class ParamsWriter:
 
         tree = build_params(self._config, staged, self._quantize)
         registry = ocp.type_handlers.create_type_handler_registry((_Staged, _MoveStaged()))
+        # Of many processes one does this, and must not wait for the others.
+        alone = ocp.options.MultiprocessingOptions(jax.process_index(), {jax.process_index()})
         with _quiet_orbax():
-            handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
-            with ocp.Checkpointer(handler) as checkpointer:
+            handler = ocp.PyTreeCheckpointHandler(
+                use_ocdbt=False, type_handler_registry=registry, multiprocessing_options=alone
+            )
+            with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
                 checkpointer.save(self._folder / PARAMS, args=ocp.args.PyTreeSave(tree))
         self._staging.rmdir()
 
@@ -316,45 +351,33 @@ class _MoveStaged(ocp.type_handlers.TypeHandler):
         return []
 
 
-def orbax_version() -> str:
-    """The version of Orbax that writes checkpoints here."""
-    return ocp.__version__
+def write_manifest(
+    folder: Path, dtype: str, quantize: str | None, source: Mapping[str, Any], files: Mapping[str, FileRecord]
+) -> None:
+    """Completes the checkpoint in `folder`: hashes what `files` does not have, then names them all."""
+    files = dict(files)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in files:
+            files[name] = hash_file(path)
+    # A manifest is there whole or not at all.
+    partial = folder / f"{MANIFEST}.partial"
+    _write_file(partial, Manifest(dtype, source, files, versions(), quantize).to_json().encode())
+    os.rename(partial, folder / MANIFEST)
 
 
-def _chunk_shape(spec: ParamSpec, itemsize: int) -> tuple[int, ...]:
-    axis = next((i for i, name in enumerate(spec.axes) if name != "embed"), 0)
-    rows, num_bytes, num = spec.shape[axis], spec.size * itemsize, 1
-    while num < _CHUNKS_PER_TENSOR and rows % (2 * num) == 0 and num_bytes // (2 * num) >= _MIN_CHUNK_BYTES:
-        num *= 2
-    num = min(rows, num * math.ceil(num_bytes / num / _MAX_CHUNK_BYTES))
-    return tuple(math.ceil(n / num) if i == axis else n for i, n in enumerate(spec.shape))
-
-
-def _chunks(array: np.ndarray, chunk: tuple[int, ...]) -> Iterator[tuple[str, memoryview]]:
-    """The zarr name and the bytes of every chunk. One dimension at most is cut; the last chunk is padded with zeros."""
-    axis = next((i for i, n in enumerate(chunk) if n != array.shape[i]), 0)
-    for index in range(math.ceil(array.shape[axis] / chunk[axis])):
-        part = array[(slice(None),) * axis + (slice(index * chunk[axis], (index + 1) * chunk[axis]),)]
-        if part.shape != chunk:
-            part = np.pad(part, [(0, n - have) for n, have in zip(chunk, part.shape, strict=True)])
-        name = ".".join(str(index if i == axis else 0) for i in range(array.ndim))
-        yield name, memoryview(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
-
-
-def _zarr_metadata(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """Source: Zarr storage specification version 2; `bfloat16` is TensorStore's extension of it."""
-    value = {
-        "chunks": chunk,
-        "compressor": None,
-        "dimension_separator": ".",
-        "dtype": "bfloat16" if dtype == jnp.bfloat16 else dtype.str,
-        "fill_value": None,
-        "filters": None,
-        "order": "C",
-        "shape": shape,
-        "zarr_format": 2,
+def versions() -> dict[str, str]:
+    """What a checkpoint that is written here is written with."""
+    try:
+        jaxllama = version("jaxllama")
+    except PackageNotFoundError:
+        jaxllama = "unknown"
+    return {
+        "jaxllama": jaxllama,
+        "jax": jax.__version__,
+        "orbax-checkpoint": ocp.__version__,
+        "python": platform.python_version(),
     }
-    return json.dumps(value).encode()
 
 
 def _write_file(path: Path, data: bytes | memoryview) -> FileRecord:

@@ -32,7 +32,7 @@ import jax
 from jaxllama.errors import ConfigError, LockstepError
 
 _HEAD = struct.Struct("!BI")
-_HELLO, _START, _BEAT, _MESSAGE, _STOP, _FAILED = range(1, 7)
+_HELLO, _START, _BEAT, _MESSAGE, _STOP, _FAILED, _QUESTION, _ANSWER = range(1, 9)
 _MAX_HANDSHAKE_BYTES = 1 << 16
 _MAX_MESSAGE_BYTES = 1 << 28
 _HANDSHAKE_TIMEOUT_S = 3.0
@@ -84,7 +84,7 @@ class _Link:
     def receive(self, max_bytes: int = _MAX_MESSAGE_BYTES) -> tuple[int, bytes]:
         """The next message. Raises: OSError or EOFError when the connection is gone, ValueError for nonsense."""
         kind, size = _HEAD.unpack(self._read(_HEAD.size))
-        if not _HELLO <= kind <= _FAILED or size > max_bytes:
+        if not _HELLO <= kind <= _ANSWER or size > max_bytes:
             raise ValueError(f"a message of kind {kind} and {size} bytes")
         return kind, self._read(size)
 
@@ -117,6 +117,9 @@ class Group:
         self._relay = relay
         self._timeout_s = heartbeat_timeout_s if process_id == 0 else heartbeat_timeout_s + _PATIENCE_S
         self._inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._questions: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
+        self._asking = threading.Lock()
         self._lock = threading.Lock()
         self._failed = threading.Event()
         self._closed = threading.Event()
@@ -140,16 +143,29 @@ class Group:
 
         Raises: LockstepError when one of them is gone.
         """
-        try:
-            for link in self._links:
-                link.send(_MESSAGE, message)
-        except OSError as error:
-            raise LockstepError(f"{link.name} cannot be reached: {error}") from error
+        self._send_all(_MESSAGE, message)
 
     def messages(self) -> Iterator[bytes]:
         """What process 0 publishes, until it closes its group."""
         while (message := self._inbox.get()) is not None:
             yield message
+
+    def ask(self, question: bytes) -> list[bytes]:
+        """Process 0 asks all others. Returns what each answers (`answer_with`), by process id. Raises: as `publish`."""
+        with self._asking:
+            self._send_all(_QUESTION, question)
+            return [answer for _, answer in sorted(self._answers.get() for _ in self._links)]
+
+    def answer_with(self, answer: Callable[[bytes], bytes]) -> None:
+        """Answers process 0's questions, those asked already too, on a thread of its own. `answer` must not raise."""
+
+        def run() -> None:
+            while True:
+                reply = answer(self._questions.get())
+                with contextlib.suppress(OSError):  # The reader of this link says so.
+                    self._links[0].send(_ANSWER, reply)
+
+        threading.Thread(target=run, name="jaxllama-answers", daemon=True).start()
 
     def close(self) -> None:
         """Ends the group. Process 0 does it first, which tells the others. May be called twice."""
@@ -182,6 +198,13 @@ class Group:
         self.leave(error)
         self._fail(f"process {self.process_id} failed: {_shorten(error)}")
 
+    def _send_all(self, kind: int, payload: bytes) -> None:
+        try:
+            for link in self._links:
+                link.send(kind, payload)
+        except OSError as error:
+            raise LockstepError(f"{link.name} cannot be reached: {error}") from error
+
     # The group's threads
 
     def _read(self, link: _Link) -> None:
@@ -190,6 +213,10 @@ class Group:
                 kind, payload = link.receive()
                 if kind == _MESSAGE and not self.is_leader:
                     self._inbox.put(payload)
+                elif kind == _QUESTION and not self.is_leader:
+                    self._questions.put(payload)
+                elif kind == _ANSWER and self.is_leader:
+                    self._answers.put((link.process_id, payload))
                 elif kind == _STOP:
                     # Process 0 closes first: the others leave when it says so, and not before.
                     if self.is_leader and not self._closed.is_set():

@@ -30,6 +30,7 @@ from jaxllama.mesh import make_mesh
 from jaxllama.params import Params
 from jaxllama.progress import Advance, show_progress
 from jaxllama.sampling import MAX_TOP_LOGPROBS, SamplingParams
+from jaxllama.saving import answer_saves, save_params
 from jaxllama.scoring import PromptLogprob, logits_of, prompt_logprobs
 from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
 from jaxllama.text.constraint import ConstraintMaker, OutputConstraint
@@ -147,6 +148,8 @@ class Llama:
         self.chat_template = chat_template
         self.checkpoint = checkpoint
         self.engine = Engine(config, params, mesh, options or EngineOptions(), group)
+        if group is not None and not group.is_leader:
+            answer_saves(config, params, group)
 
     @property
     def max_context(self) -> int:
@@ -169,6 +172,17 @@ class Llama:
         from jaxllama.plan.live import memory_traffic
 
         return memory_traffic(self.config, self.params, self.mesh, self.engine.kv_dtype)
+
+    def save(self, path: str | os.PathLike[str]) -> Checkpoint:
+        """Writes the weights as they are now, int8 included, as a checkpoint that `load` and the server read.
+
+        Tokenizer, config and chat template are the loaded checkpoint's. Nothing is at `path` before all is complete,
+        and what is there stays: an empty folder at most may be there. Requests run meanwhile. Of many processes, 0
+        calls this, and each writes its own shards: `path` is in a folder that all share.
+
+        Raises: CheckpointError saying what is in the way, or which process cannot write what.
+        """
+        return save_params(self.checkpoint, self.params, path, self.engine.group)
 
     def __enter__(self) -> Self:
         return self

@@ -44,6 +44,12 @@ def _programs_end_with_their_module() -> Iterator[None]:
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_compile_fast(request: pytest.FixtureRequest) -> None:
+    """Compiling is most of what tests do. Where numbers are not the point, LLVM does without its optimizations."""
+    jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimized") is None)
+
+
 @pytest.fixture(scope="session")
 def llama() -> Iterator[Llama]:
     """The tiny model that most tests share: float32, one device, no tokenizer."""

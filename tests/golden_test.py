@@ -25,6 +25,8 @@ from jaxllama import Checkpoint, EngineOptions, Llama, SamplingParams, make_mesh
 from jaxllama.text.chat import load_chat_template
 from jaxllama.text.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 BFLOAT16 = ROOT / "models" / "SmolLM2-135M-Instruct"

@@ -5,29 +5,24 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import jax
 import ml_dtypes
 import numpy as np
 
 from jaxllama.checkpoint import (
     DTYPES,
-    MANIFEST,
     Checkpoint,
     FileRecord,
-    Manifest,
     ParamsWriter,
-    hash_file,
-    orbax_version,
     read_configs,
+    versions,
+    write_manifest,
 )
 from jaxllama.config import LlamaConfig
 from jaxllama.errors import CheckpointError, ConversionError
@@ -220,29 +215,17 @@ class _Job:
             raise OutputError(f"{self.staging.checkpoint}: Orbax cannot write its metadata ({error})") from error
 
     def _write_manifest(self, files: dict[str, FileRecord], source_hashes: Mapping[str, FileRecord]) -> None:
-        folder = self.staging.checkpoint
-        for path in sorted(folder.rglob("*")):
-            name = path.relative_to(folder).as_posix()
-            if path.is_file() and name not in files:
-                files[name] = hash_file(path)
         source = {
             "kind": self.source.kind,
             "name": self.source.name,
-            "files": {name: {"size": r.size, "sha256": r.sha256} for name, r in source_hashes.items()},
+            "files": {name: asdict(record) for name, record in source_hashes.items()},
         }
-        text = Manifest(self.storage.dtype, source, files, _versions(), self.storage.quantize).to_json()
-        # A manifest is there whole or not at all.
-        partial = folder / f"{MANIFEST}.partial"
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(partial, folder / MANIFEST)
+        write_manifest(self.staging.checkpoint, self.storage.dtype, self.storage.quantize, source, files)
 
     def _identity(self) -> dict[str, object]:
         files = [[file.name, file.size, file.mtime_ns] for file in self.source.files]
         sidecars = {name: hashlib.sha256(data).hexdigest() for name, data in self.source.sidecars.items()}
-        return {**asdict(self.storage), "files": files, "sidecars": sidecars, "versions": _versions()}
+        return {**asdict(self.storage), "files": files, "sidecars": sidecars, "versions": versions()}
 
 
 def _read_ahead(pairs: Pairs, storage: _Storage) -> Iterator[tuple[tuple[ParamSpec, SourceTensor], Weight]]:
@@ -320,16 +303,3 @@ def _check_space(folder: Path, num_bytes: int) -> None:
             f"{folder.parent}: {num_bytes + _SPARE_DISK_BYTES:,} bytes are needed, {free:,} are free. "
             "Free some and run the same command again"
         )
-
-
-def _versions() -> dict[str, str]:
-    try:
-        jaxllama = version("jaxllama")
-    except PackageNotFoundError:
-        jaxllama = "unknown"
-    return {
-        "jaxllama": jaxllama,
-        "jax": jax.__version__,
-        "orbax-checkpoint": orbax_version(),
-        "python": platform.python_version(),
-    }

@@ -18,6 +18,8 @@ from jaxllama.cache import KVPool, kv_pool_axes
 from jaxllama.mesh import make_mesh, num_page_shards, partition_spec
 from jaxllama.quant import quantize_rows
 
+pytestmark = pytest.mark.optimized
+
 LAYERS = 2
 REFERENCE = ReferenceAttention()
 

@@ -16,6 +16,8 @@ from jaxllama.attention.reference import paged_attention
 from jaxllama.cache import KVPool
 from jaxllama.decode import COMPILER_OPTIONS
 
+pytestmark = pytest.mark.optimized
+
 
 @jax.jit
 def attend(q, pages, table, positions, scales=None):

@@ -20,6 +20,8 @@ from jaxllama.errors import ConfigError, NonFiniteLogitsError
 from jaxllama.mesh import make_mesh
 from jaxllama.quant import quantize_rows
 
+pytestmark = pytest.mark.optimized
+
 pytest.importorskip("flywheel_tpu")
 
 LAYERS = 2

@@ -10,6 +10,8 @@ import tiny
 
 from jaxllama.cache import KVPool, interleave_kv, kv_bytes_per_token, kv_pool_shapes, write_pages, write_tokens
 
+pytestmark = pytest.mark.optimized
+
 PAGE, KV2, DIM = 4, 6, 10
 
 

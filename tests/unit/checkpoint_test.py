@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-import jaxllama.checkpoint
+import jaxllama.zarr
 from jaxllama.checkpoint import MANIFEST, Checkpoint, Manifest, ParamsWriter, hash_file, restore_params
 from jaxllama.config import LlamaConfig
 from jaxllama.errors import CheckpointError, ConfigError
@@ -128,7 +128,7 @@ def test_chunks_of_any_size_hold_the_same_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bytes: int
 ) -> None:
     # No chunk size divides 72 x 24 and 40 x 24 everywhere, so that padded chunks are among them.
-    monkeypatch.setattr(jaxllama.checkpoint, "_MAX_CHUNK_BYTES", max_bytes)
+    monkeypatch.setattr(jaxllama.zarr, "_MAX_CHUNK_BYTES", max_bytes)
     want = write_checkpoint(tmp_path / "c")
     assert len(list((tmp_path / "c" / "params" / "embed_tokens").iterdir())) > 2
     got = restore_params(Checkpoint.open(tmp_path / "c"), jnp.float32, one_device())
@@ -142,7 +142,7 @@ def test_large_tensors_are_cut_where_tensor_parallelism_cuts() -> None:
         | {"num_key_value_heads": 8, "head_dim": 128}
     )
     specs = {spec.name: spec for spec in param_specs(config)}
-    chunk = jaxllama.checkpoint._chunk_shape
+    chunk = jaxllama.zarr.chunk_shape
     assert chunk(specs["layers.0.down_proj"], 2) == (8192, 28672 // 16)
     assert chunk(specs["layers.0.gate_proj"], 2) == (28672 // 16, 8192)
     assert chunk(specs["layers.0.k_proj"], 2) == (64, 8192)

@@ -196,37 +196,58 @@ def test_the_module_returns_main_s_exit_code(tmp_path):
     assert_one_line(done.stderr, "manifest.json")
 
 
+# Several commands in one process, as if each came first: what they import of ours is imported again.
 WITHOUT = """
-import sys
-for name in sys.argv[1].split(","):
-    sys.modules[name] = None
-from jaxllama.__main__ import main
-sys.exit(main(sys.argv[2:]))
+import contextlib, io, json, sys
+results = []
+for missing, args in json.loads(sys.argv[1]):
+    for name in [name for name in sys.modules if name.startswith("jaxllama_")]:
+        del sys.modules[name]
+    hidden = {name: sys.modules.get(name) for name in missing}
+    sys.modules.update(dict.fromkeys(missing))
+    from jaxllama.__main__ import main
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(args)
+        except SystemExit as exit:
+            code = exit.code
+    results.append([code, out.getvalue(), err.getvalue()])
+    for name, module in hidden.items():
+        del sys.modules[name]
+        if module is not None:
+            sys.modules[name] = module
+print(json.dumps(results))
 """
 
 
-@pytest.mark.parametrize(
-    ("missing", "args", "extra"),
-    [
-        ("aiohttp", ("serve", "somewhere"), "serve"),
-        ("aiohttp", ("serve", "somewhere", "--port", "8001"), "serve"),
-        ("pydantic", ("serve", "somewhere"), "serve"),
-        ("aiohttp", ("batch", "in", "out", "--checkpoint", "somewhere"), "serve"),
-        ("gguf", ("convert", "model.gguf", "out"), "convert"),
-        ("gguf", ("convert", "model.gguf", "out", "--dtype", "float32"), "convert"),
-    ],
-)
-def test_a_missing_extra_says_how_to_install_it(tmp_path, missing, args, extra):
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    places = [str(tmp_path / arg) if arg in ("model.gguf", "out") else arg for arg in args]
-    done = run(missing, *places, code=WITHOUT)
-    assert done.returncode in (1, 2)
-    assert_one_line(done.stderr, f"pip install 'jaxllama[{extra}]'")
+def run_without(*commands: tuple[list[str], list[str]]) -> list[tuple[int, str, str]]:
+    """The exit code, output and errors of each command where some libraries are not installed."""
+    done = run(json.dumps(commands), code=WITHOUT)
+    assert done.returncode == 0, done.stderr
+    return [(code, out, err) for code, out, err in json.loads(done.stdout)]
+
+
+def test_a_missing_extra_says_how_to_install_it(tmp_path):
+    source, out = str(tmp_path / "model.gguf"), str(tmp_path / "out")
+    Path(source).write_bytes(b"GGUF")
+    cases = [
+        ("aiohttp", ["serve", "somewhere"], "serve"),
+        ("aiohttp", ["serve", "somewhere", "--port", "8001"], "serve"),
+        ("pydantic", ["serve", "somewhere"], "serve"),
+        ("aiohttp", ["batch", "in", "out", "--checkpoint", "somewhere"], "serve"),
+        ("gguf", ["convert", source, out], "convert"),
+        ("gguf", ["convert", source, out, "--dtype", "float32"], "convert"),
+    ]
+    done = run_without(*[([missing], args) for missing, args, _ in cases])
+    for (_, _, extra), (code, _, err) in zip(cases, done, strict=True):
+        assert code in (1, 2)
+        assert_one_line(err, f"pip install 'jaxllama[{extra}]'")
 
 
 def test_help_and_generate_need_no_extra(tmp_path):
-    missing = "aiohttp,pydantic,uvloop,gguf,safetensors,matplotlib"
-    assert run(missing, "--help", code=WITHOUT).returncode == 0
-    done = run(missing, "generate", str(tmp_path), "a", code=WITHOUT)
-    assert done.returncode == 2
-    assert_one_line(done.stderr, "manifest.json")
+    missing = ["aiohttp", "pydantic", "uvloop", "gguf", "safetensors", "matplotlib"]
+    shown, generated = run_without((missing, ["--help"]), (missing, ["generate", str(tmp_path), "a"]))
+    assert shown[0] == 0
+    assert generated[0] == 2
+    assert_one_line(generated[2], "manifest.json")

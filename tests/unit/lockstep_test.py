@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -26,15 +23,15 @@ import numpy as np
 import pytest
 import tiny
 from collector import Collector, held
+from processes import START_TIMEOUT_S, Process, free_port
 
-from jaxllama import Engine, SamplingParams, checkpoint, distributed
+from jaxllama import Engine, SamplingParams, distributed, zarr
 from jaxllama.decode import row_state
 from jaxllama.distributed import join
 from jaxllama.engine.device import Device
 from jaxllama.engine.lockstep import check_processes, decode, encode, follow
 from jaxllama.errors import ConfigError, LockstepError
 
-START_TIMEOUT_S = 120.0
 REQUEST_TIMEOUT_S = 240.0
 NAMED_WITHIN_S = 15.0
 REQUESTS: list[dict[str, Any]] = [
@@ -270,40 +267,12 @@ def test_a_follower_takes_messages_in_order_and_process_0s_verdict(make_peer):
 # ---- Processes ----
 
 
-class Process:
-    """`jaxllama serve` in a process of its own, with two devices, or `devices`."""
+class Server(Process):
+    """`jaxllama serve` in a process of its own."""
 
     def __init__(self, folder: Path, name: str, *flags: Any, devices: int = 2) -> None:
-        self.log = folder / f"{name}.log"
-        environ = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-            "PYTHONUNBUFFERED": "1",
-        }
-        # Not for these tests' speed but their start: JAX lets process 0 alone keep what it compiled.
-        environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
         self.port = free_port()
-        command = [sys.executable, "-m", "jaxllama", "serve", *map(str, flags), "--port", str(self.port)]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environ)
-
-    @property
-    def text(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def wait_for(self, text: str, timeout_s: float = START_TIMEOUT_S) -> None:
-        deadline = time.monotonic() + timeout_s
-        while text not in self.text:
-            assert time.monotonic() < deadline, f"no {text!r} within {timeout_s} s:\n{self.text}"
-            assert self.process.poll() is None or text in self.text, f"ended before {text!r}:\n{self.text}"
-            time.sleep(0.05)
-
-    def code(self, timeout_s: float = NAMED_WITHIN_S) -> int:
-        try:
-            return self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still runs after {timeout_s} s:\n{self.text}") from None
+        super().__init__(folder, name, "-m", "jaxllama", "serve", *flags, "--port", self.port, devices=devices)
 
     def fetch(self, path: str, fields: dict[str, Any] | None = None) -> tuple[int, Any]:
         """Status and JSON."""
@@ -320,27 +289,14 @@ class Process:
             with error:
                 return error.code, json.load(error)
 
-    def end(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGCONT)
-            self.process.kill()
-        self.process.wait(10)
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of many small chunks: a device's shard is files of its own."""
+    """A checkpoint of many small chunks: a device's shard is files of its own. One layer: every server compiles it."""
     folder = tmp_path_factory.mktemp("lockstep") / "model"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_MIN_CHUNK_BYTES", 1)
-        return tiny.write_checkpoint(folder, "divisible", max_position_embeddings=128)
+        patch.setattr(zarr, "_MIN_CHUNK_BYTES", 1)
+        return tiny.write_checkpoint(folder, "divisible", max_position_embeddings=128, num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -351,11 +307,11 @@ def cache(request: pytest.FixtureRequest) -> Path:
 
 
 @contextlib.contextmanager
-def started(model: Path, folder: Path, cache: Path, num_processes: int = 2, *flags: Any) -> Iterator[list[Process]]:
+def started(model: Path, folder: Path, cache: Path, num_processes: int = 2, *flags: Any) -> Iterator[list[Server]]:
     """All processes of one server, process 0 first; ready, and ended afterwards."""
     address = f"127.0.0.1:{free_port()}"
     processes = [
-        Process(folder, f"process{i}", *common(model, cache), *many(address, num_processes, i), *flags)
+        Server(folder, f"process{i}", *common(model, cache), *many(address, num_processes, i), *flags)
         for i in range(num_processes)
     ]
     try:
@@ -374,7 +330,7 @@ def many(address: str, num_processes: int, process_id: int) -> list[Any]:
     return ["--coordinator", address, "--num-processes", num_processes, "--process-id", process_id]
 
 
-def answers(server: Process) -> list[tuple[str, str]]:
+def answers(server: Server) -> list[tuple[str, str]]:
     """The texts of REQUESTS, which run together, with their ends."""
     results: list[Any] = [None] * len(REQUESTS)
 
@@ -413,7 +369,7 @@ def only_shards_of(model: Path, process_id: int, num_processes: int, folder: Pat
 
 def of_one_process(model: Path, folder: Path, cache: Path, devices: int) -> list[tuple[str, str]]:
     """What one process with all the devices answers."""
-    server = Process(folder, "one", *common(model, cache), "--num-processes", 1, devices=devices)
+    server = Server(folder, "one", *common(model, cache), "--num-processes", 1, devices=devices)
     try:
         server.wait_for("Ready in")
         return answers(server)
@@ -425,7 +381,7 @@ def test_two_processes_answer_as_one_each_reading_its_own_shards(model, cache, t
     expected = of_one_process(model, tmp_path, cache, 4)
     address = f"127.0.0.1:{free_port()}"
     processes = [
-        Process(
+        Server(
             tmp_path,
             f"process{i}",
             *common(only_shards_of(model, i, 2, tmp_path / f"model{i}"), cache),
@@ -447,7 +403,7 @@ def test_two_processes_answer_as_one_each_reading_its_own_shards(model, cache, t
             process.end()
 
 
-def lose(processes: list[Process], lost: int, how: signal.Signals, name: str) -> float:
+def lose(processes: list[Server], lost: int, how: signal.Signals, name: str) -> float:
     """Loses a process while a request streams: the client gets an error, /health a 503, all others end and say why.
 
     Returns how many seconds the naming took.
@@ -498,7 +454,7 @@ def test_a_stopped_process_is_named_and_the_server_fails(model, cache, tmp_path)
 
 def test_a_leader_killed_while_it_compiles_is_named_and_the_others_end(model, cache, tmp_path):
     address = f"127.0.0.1:{free_port()}"
-    processes = [Process(tmp_path, f"process{i}", *common(model, cache), *many(address, 2, i)) for i in range(2)]
+    processes = [Server(tmp_path, f"process{i}", *common(model, cache), *many(address, 2, i)) for i in range(2)]
     try:
         processes[1].wait_for("follows process 0")
         processes[0].wait_for("Compiling 0")
@@ -515,9 +471,9 @@ def test_a_leader_killed_while_it_compiles_is_named_and_the_others_end(model, ca
 def test_processes_that_never_come_or_differ_are_named(model, cache, tmp_path):
     address = f"127.0.0.1:{free_port()}"
     flags = (*common(model, cache), "--join-timeout", 8)
-    leader = Process(tmp_path, "leader", *flags, *many(address, 3, 0))
-    late = Process(tmp_path, "other", *flags, "--max-rows", 8, *many(address, 3, 1))
-    lonely = Process(
+    leader = Server(tmp_path, "leader", *flags, *many(address, 3, 0))
+    late = Server(tmp_path, "other", *flags, "--max-rows", 8, *many(address, 3, 1))
+    lonely = Server(
         tmp_path, "lonely", *common(model, cache), "--join-timeout", 2, *many(f"127.0.0.1:{free_port()}", 2, 1)
     )
     try:
@@ -558,7 +514,7 @@ def test_a_process_that_cannot_load_is_named(model, cache, tmp_path):
     array.write_bytes(b"?" * array.stat().st_size)
     address = f"127.0.0.1:{free_port()}"
     processes = [
-        Process(tmp_path, f"process{i}", *common(folder, cache), *many(address, 2, i))
+        Server(tmp_path, f"process{i}", *common(folder, cache), *many(address, 2, i))
         for i, folder in enumerate((model, damaged))
     ]
     try:
@@ -580,7 +536,7 @@ def test_four_processes_answer_as_one_fail_and_start_again(model, cache, tmp_pat
         folder = tmp_path / str(attempt)
         folder.mkdir()
         flags = [*common(model, cache), "--join-timeout", 30]
-        processes = [Process(folder, f"process{i}", *flags, *many(address, 4, i)) for i in range(4)]
+        processes = [Server(folder, f"process{i}", *flags, *many(address, 4, i)) for i in range(4)]
         try:
             processes[0].wait_for("Ready in")
             assert answers(processes[0]) == expected

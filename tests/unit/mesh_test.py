@@ -19,6 +19,8 @@ from jaxllama.errors import ConfigError
 from jaxllama.mesh import MESH_AXES, RULES, make_mesh, param_shardings, partition_spec
 from jaxllama.params import get_param, param_specs
 
+pytestmark = pytest.mark.optimized
+
 EIGHT = tiny.config_of("divisible")  # 8 heads, 4 KV heads, ffn 72, vocabulary 280
 
 

@@ -14,6 +14,8 @@ from oracle.tiny_models import TINY_MODELS
 
 from jaxllama import EngineOptions, LlamaConfig
 
+pytestmark = pytest.mark.optimized
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 NUM_TOKENS = 150  # more than one chunk of `logits`
 TOLERANCE = 5e-6  # of the logits' spread; measured: up to 1.5e-6

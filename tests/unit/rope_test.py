@@ -11,6 +11,8 @@ import tiny
 
 from jaxllama.rope import inverse_frequencies, rotary_angles, rotate
 
+pytestmark = pytest.mark.optimized
+
 # One float32 rounding in each table entry, two products and a sum: a few units in the last place of 1.
 TOLERANCE = 4e-7
 POSITIONS = np.array([0, 1, 2, 63, 255, 256, 257, 511, 512, 1023, 1024, 2047])

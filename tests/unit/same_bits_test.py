@@ -20,6 +20,8 @@ from jaxllama.checkpoint import Checkpoint
 from jaxllama.decode import copy_out, programs_agree
 from jaxllama.engine.device import Device
 
+pytestmark = pytest.mark.optimized
+
 MODEL = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
 NUM_REQUESTS = 40
 TIMEOUT_S = 600.0

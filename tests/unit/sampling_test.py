@@ -21,6 +21,8 @@ from jaxllama import SamplingParams
 from jaxllama.decode import row_state
 from jaxllama.sampling import argmax, keep_min_p, keep_top_k, keep_top_p, sample, top_logprobs
 
+pytestmark = pytest.mark.optimized
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 VOCAB = 257  # no multiple of any block
 EOS = (7, 200)

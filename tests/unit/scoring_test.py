@@ -10,6 +10,8 @@ from jaxllama import Llama, SamplingParams
 from jaxllama.engine.options import StepReport
 from jaxllama.errors import NonFiniteLogitsError, RequestError
 
+pytestmark = pytest.mark.optimized
+
 NAME = "divisible"
 
 
