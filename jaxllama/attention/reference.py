@@ -46,7 +46,18 @@ class ReferenceAttention:
         pool = write_tokens(pool, kv, page_table, positions, active)
         # Rows that are not active would only make the others wait for their blocks.
         positions = jnp.where(active, positions, 0)
-        return paged_attention(q[:, None], pool, page_table, positions[:, None])[:, 0], pool
+
+        def attend(q: Array, page_table: Array, positions: Array) -> Array:
+            return paged_attention(q[:, None], pool, page_table, positions[:, None])[:, 0]
+
+        rows = (q, page_table, positions)
+        if len(q) != 2:
+            return attend(*rows), pool
+        # The fewest that are decoded: one request alone should not pay for two.
+        first = jnp.argmax(active)
+        one = [jax.lax.dynamic_slice_in_dim(x, first, 1) for x in rows]
+        out = jax.lax.cond(active.all(), lambda: attend(*rows), lambda: jnp.broadcast_to(attend(*one), q.shape))
+        return out, pool
 
     def prefill(
         self,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import reference
 
-from jaxllama.attention.reference import paged_attention
+from jaxllama.attention.reference import ReferenceAttention, paged_attention
 from jaxllama.cache import KVPool
 from jaxllama.decode import COMPILER_OPTIONS
 
@@ -136,6 +136,24 @@ def test_a_row_s_bits_do_not_depend_on_the_others():
             np.testing.assert_array_equal(np.asarray(apart)[0], together[row])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_one_of_two_rows_attends_alone_with_the_same_bits(dtype):
+    """The smallest decode program takes two rows, of which one is often nobody's."""
+    case = Case(9, 3, 64, 16, (1500, 700), tokens=1)
+    x = make_inputs(case, rounded=True)
+    rng = np.random.default_rng(1)
+    kv = jnp.asarray(rng.standard_normal((2, 6, 64)), dtype)
+    pool, q = KVPool(jnp.asarray(x.pool, dtype), None), jnp.asarray(x.q[:, 0], dtype)
+    decode = jax.jit(ReferenceAttention().decode, compiler_options=COMPILER_OPTIONS)
+
+    def outputs(*active: bool) -> np.ndarray:
+        return np.asarray(decode(q, kv, pool, x.table, x.positions[:, 0], jnp.asarray(active))[0], np.float32)
+
+    both = outputs(True, True)
+    for row in range(2):
+        np.testing.assert_array_equal(outputs(row == 0, row == 1)[row], both[row])
+
+
 def test_a_row_s_bits_do_not_depend_on_where_its_pages_lie():
     case = CASES["grouped"]
     x = make_inputs(case)
@@ -193,6 +211,8 @@ def test_bfloat16_chunks_and_single_queries_of_long_rows_agree_in_every_bit(kv_d
         (1, 32, 48),
         (1, 128, 80),
         (1, 512, 208),
+        (1, 1, 30),
+        (1, 1, 1000),
         (2, 1, 61),
         (4, 1, 200),
         (32, 1, 971),
