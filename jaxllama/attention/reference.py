@@ -109,9 +109,11 @@ def paged_attention(
     end = positions[:, -1].max() // block + 1
     if tokens == 1:
         at_once = max(1, min(BLOCKS_PER_GROUP // rows, page_table.shape[1] // pages_per_block))
-        sums = walk(q, positions, 0, end // at_once, sums, num_blocks=at_once)
-        sums = walk(q, positions, end // at_once * at_once, end, sums)
-        return _result(sums, q.dtype)
+        done: Any = 0
+        if at_once > 1:
+            done = end // at_once * at_once
+            sums = walk(q, positions, 0, end // at_once, sums, num_blocks=at_once)
+        return _result(walk(q, positions, done, end, sums), q.dtype)
     whole = (positions[:, 0].min() + 1) // block
     # Without the mask between them, a score's scale and the subtraction of the largest would be one operation with
     # another rounding than elsewhere.

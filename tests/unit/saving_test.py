@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from collector import Collector
 from processes import START_TIMEOUT_S, Process, free_port
 
 import jaxllama
-from jaxllama import Checkpoint, Llama, checkpoint, make_mesh, zarr
+from jaxllama import Checkpoint, Llama, SamplingParams, checkpoint, make_mesh, zarr
 from jaxllama.errors import CheckpointError, LockstepError
 from jaxllama.loading import load_params
 from jaxllama.saving import save_params
@@ -80,6 +81,27 @@ def test_a_saved_model_loads_with_the_same_bits(tmp_path, name, tp, data, dtype,
     with load(saved.path, tp=2) as again:
         assert bits(again.params) == want
         assert again.tokenizer is not None
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_weights_in_parts_are_saved_whole(tmp_path, model, quantize, monkeypatch):
+    with load(model, tp=4, quantize=quantize) as llama:
+        want = bits(llama.params)
+    with monkeypatch.context() as on_tpu:
+        on_tpu.setattr("jaxllama.loading.num_ffn_parts", lambda _: 3)
+        with load(model, tp=4, quantize=quantize) as llama:
+            assert len(llama.params["layers"][0]["ffn_parts"]) == 3
+            saved = llama.save(tmp_path / "saved")
+    assert bits(on_one_device(saved.path)) == want
+
+
+def test_requests_run_while_a_model_is_saved(tmp_path, model):
+    params = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+    with load(model, options=tiny.SMALL) as llama:
+        want = llama.generate([5, 6, 7], params).token_ids
+        running = Collector(llama.engine, [5, 6, 7], params)
+        llama.save(tmp_path / "saved").verify()
+        assert tuple(running.wait().tokens) == want
 
 
 def test_a_device_finds_its_shard_in_files_of_its_own(tmp_path, model):
