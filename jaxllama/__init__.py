@@ -5,6 +5,7 @@
 """
 
 from jaxllama.checkpoint import Checkpoint
+from jaxllama.compilation import keep_weights_as_they_are as _keep_weights_as_they_are
 from jaxllama.config import LlamaConfig, RopeScaling
 from jaxllama.engine.engine import Engine
 from jaxllama.engine.options import EngineOptions, EngineStats
@@ -19,6 +20,8 @@ from jaxllama.text.structured import Structured
 from jaxllama.text.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
+
+_keep_weights_as_they_are()
 
 __all__ = [
     "ChatTemplate",

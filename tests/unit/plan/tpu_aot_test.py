@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -90,6 +91,15 @@ def test_int8_saves_half_of_the_weights_traffic(small):
     saved = weight_bytes(small.setup, read) - weight_bytes(setup, read)
     assert small.decode.hbm_bytes - got.measurement.hbm_bytes > 0.8 * saved
     assert got.temporary_bytes < 64 << 20
+
+
+def test_a_tpu7x_reads_the_weights_as_they_lie():
+    """Its compiler would copy them all into other tiles (`compilation.keep_weights_as_they_are`)."""
+    config = dataclasses.replace(LlamaConfig.from_hf(json.loads(LLAMA_70B.read_text())), num_layers=1)
+    got = compile_program(Setup(config, Topology.parse("tpu7x:2x2x1"), rows=64, context=2048), "decode")
+    assert got.measurement is not None
+    assert not got.measurement.large_copies
+    assert got.temporary_bytes < 100 * 2**20
 
 
 LLAMA_70B = Path(__file__).parents[3] / "bench" / "configs" / "llama3-70b.json"
