@@ -91,8 +91,9 @@ def make_params(
     for spec in param_specs(config):
         array = np.asarray(weights[spec.hf_name], dtype)
         parts = stored_specs(spec, quantize)
-        # NumPy's give the bits of XLA's, which would compile a dozen programs for each shape.
-        halves = (array,) if len(parts) == 1 else quantize_rows(array)
+        # NumPy's give the bits of XLA's, which would compile a dozen programs for each shape. Of NaN the scale tells.
+        with np.errstate(invalid="ignore"):
+            halves = (array,) if len(parts) == 1 else quantize_rows(array)
         arrays |= {part.path: half for part, half in zip(parts, halves, strict=True)}
     params = build_params(config, lambda part: arrays[part.path], quantize)
     return jax.device_put(params, param_shardings(config, mesh, quantize))
