@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (CHECKPOINT / "manifest.json").exists(), reason="the default model is not converted: make test")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 def test_every_cell_of_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
