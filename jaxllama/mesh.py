@@ -65,6 +65,11 @@ def num_page_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["pages"])
 
 
+def splitting(axes: Sequence[str], mesh: Mesh) -> tuple[str, ...]:
+    """Those of the mesh axes `axes` that have more than one device; equal shardings look equal without the others."""
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+
+
 def partition_spec(
     axes: Sequence[str | None], config: LlamaConfig, mesh: Mesh, *, num_rows: int | None = None
 ) -> PartitionSpec:
@@ -85,7 +90,7 @@ def partition_spec(
     for name in axes:
         if name is not None and name not in RULES:
             raise ConfigError(f"unknown logical axis {name!r}; known: {', '.join(RULES)}")
-        mesh_axes = tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape[axis] > 1)
+        mesh_axes = splitting(RULES.get(name or "", ()), mesh)
         if not mesh_axes or units[name or ""] % math.prod(mesh.shape[axis] for axis in mesh_axes):
             entries.append(None)
             continue

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxllama import cache
 from jaxllama.attention.interface import Attention
 from jaxllama.cache import KVPool, kv_pool_axes
-from jaxllama.mesh import RULES, num_page_shards
+from jaxllama.mesh import RULES, num_page_shards, splitting
 
 _SHARDS = RULES["pages"]
 _KV = RULES["kv_heads"]
@@ -160,11 +160,10 @@ class ShardedAttention:
         return self.num_shards == 1 or _is_own(shard)
 
     def _spec(self, *names: tuple[str, ...]) -> PartitionSpec:
-        """Without the mesh axes of one device, as `partition_spec`: equal shardings should look equal."""
+        """Each dimension's mesh axes."""
         if self.mesh is None:
             return PartitionSpec()
-        sizes = self.mesh.shape
-        return PartitionSpec(*(tuple(axis for axis in axes if sizes[axis] > 1) or None for axes in names))
+        return PartitionSpec(*(splitting(axes, self.mesh) or None for axes in names))
 
     def _pool_spec(self, pool: KVPool, pages: tuple[str, ...] = _SHARDS) -> Any:
         """A `KVPool` of specs; `pages` are the mesh axes that split the pages."""
