@@ -59,7 +59,7 @@ def compile_decode(config: LlamaConfig, mesh: Mesh, *, rows: int, context: int) 
     """`decode_steps` with every row in use."""
     state = _state(config, mesh, rows, context)
     scalar, keep = _whole(mesh, (), jnp.int32), _whole(mesh, (rows,), jnp.bool_)
-    attention = choose_attention(config, mesh, DTYPE)
+    attention = choose_attention(config, mesh, DTYPE, DTYPE)
     args = (config, _params(config, mesh), state, scalar, keep)
     return decode_steps.lower(*args, num_rows=rows, attention=attention).compile()
 
@@ -70,7 +70,7 @@ def compile_prefill(config: LlamaConfig, mesh: Mesh, *, rows: int, context: int,
     scalar = _whole(mesh, (), jnp.int32)
     tokens, pages = _whole(mesh, (chunk,), jnp.int32), _whole(mesh, (-(-context // PAGE_SIZE),), jnp.int32)
     args = (config, _params(config, mesh), pool, tokens, pages, scalar, scalar, scalar)
-    return prefill.lower(*args, attention=choose_attention(config, mesh, DTYPE)).compile()
+    return prefill.lower(*args, attention=choose_attention(config, mesh, DTYPE, DTYPE)).compile()
 
 
 def _params(config: LlamaConfig, mesh: Mesh) -> Any:

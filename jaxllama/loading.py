@@ -11,13 +11,14 @@ from jax.sharding import Mesh
 from jaxllama.checkpoint import Checkpoint, restore_params
 from jaxllama.errors import CheckpointError, ConfigError
 from jaxllama.mesh import param_shardings
+from jaxllama.packing import pack_weights
 from jaxllama.params import QUANTIZATIONS, Params, ParamSpec, QuantizedWeight, build_params, get_param, param_specs
 from jaxllama.parts import num_ffn_parts, split_ffn
 from jaxllama.quant import quantize_rows
 
 
 def load_params(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, quantize: str | None = None) -> Params:
-    """The weights, sharded by the rules, in `dtype` and in the parts that suit the devices (`parts.py`).
+    """The weights, sharded by the rules, in `dtype` and in the form that suits the devices (`parts.py`, `packing.py`).
 
     Matrices are int8 if they are stored so or `quantize` is "int8".
     Rounded is what is stored, whatever `dtype`: a layer is read, rounded on its devices and freed before the next.
@@ -29,7 +30,7 @@ def load_params(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, quantize: str | 
         raise ConfigError(f"quantize must be 'int8' or None, got {quantize!r}")
     if quantize in (None, stored):
         params = restore_params(checkpoint, dtype, param_shardings(config, mesh, stored))
-        return split_ffn(params, num_ffn_parts(params))
+        return pack_weights(split_ffn(params, num_ffn_parts(params)))
     leaves: dict[tuple[str | int, ...], Any] = {}
     for layer in _layers(param_specs(config)):
         leaves |= _quantized_layer(checkpoint, mesh, dtype, quantize, layer)

@@ -22,10 +22,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxllama import native
 from jaxllama.attention import ShardedAttention
 from jaxllama.cache import KVPool, interleave_kv
 from jaxllama.config import LlamaConfig
-from jaxllama.params import Params, QuantizedWeight
+from jaxllama.packing import packed_rows
+from jaxllama.params import PackedWeight, Params, QuantizedWeight
 from jaxllama.rope import RotaryAngles, rotary_angles, rotate
 
 type Attend = Callable[[Array, Array, KVPool, Array], tuple[Array, KVPool]]
@@ -178,7 +180,9 @@ def _run_once(run: Callable[..., tuple[Array, KVPool]], once: Array, x: Array, p
     return jax.lax.while_loop(lambda carry: carry[0] < once, body, (jnp.zeros_like(once), x, pool))[1:]
 
 
-def _product(letters: str, x: Array, weight: Array | QuantizedWeight, dtype: Any) -> Array:
+def _product(letters: str, x: Array, weight: Array | QuantizedWeight | PackedWeight, dtype: Any) -> Array:
+    if isinstance(weight, PackedWeight):
+        return native.multiply(x, weight.blocks).astype(dtype)
     if isinstance(weight, QuantizedWeight):
         # A TPU's product converts the integers as it reads them. A CPU's does not, and XLA would convert every matrix
         # once, before the loop of decoding, and hold all of them: the barrier ties each to a value of the loop. On a
@@ -192,8 +196,10 @@ def _product(letters: str, x: Array, weight: Array | QuantizedWeight, dtype: Any
     return jnp.einsum(letters, x, weight, precision=precision, preferred_element_type=dtype)
 
 
-def _rows(weight: Array | QuantizedWeight, ids: Array) -> Array:
+def _rows(weight: Array | QuantizedWeight | PackedWeight, ids: Array) -> Array:
     """The rows `ids` of a matrix, in float32."""
+    if isinstance(weight, PackedWeight):
+        return packed_rows(weight, ids).astype(jnp.float32)
     if isinstance(weight, QuantizedWeight):
         return weight.values[ids].astype(jnp.float32) * weight.scale[ids][..., None]
     return weight[ids].astype(jnp.float32)

@@ -14,7 +14,8 @@ QUANTIZATIONS = ("int8",)
 type Params = dict[str, Any]
 """`{"embed_tokens", "layers": [{"q_proj", …}, …], "norm", "lm_head"?}`: plain dicts and lists, so that `jax.jit`
 flattens them in C++. One leaf per tensor and layer, in the layout of Hugging Face (`[out, in]`). A matrix may be a
-`QuantizedWeight` instead; then every matrix is. On TPUs large feed-forward matrices are in parts (`parts.py`)."""
+`QuantizedWeight` instead; then every matrix is. On TPUs large feed-forward matrices are in parts (`parts.py`), on CPUs
+bfloat16 matrices may be packed (`packing.py`)."""
 
 
 class QuantizedWeight(NamedTuple):
@@ -22,6 +23,12 @@ class QuantizedWeight(NamedTuple):
 
     values: Any
     scale: Any
+
+
+class PackedWeight(NamedTuple):
+    """A bfloat16 matrix as `native.multiply` reads it: `[out / 64, in / 2, 64, 2]`, see `packing.py`."""
+
+    blocks: Any
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxllama.packing import unpack
 from jaxllama.params import Params, ParamSpec, QuantizedWeight, get_param
 
 MAX_PART_BYTES = 32 * 2**20
@@ -60,11 +61,12 @@ def split_ffn(params: Params, num_parts: int) -> Params:
 
 
 def get_whole(params: Params, spec: ParamSpec) -> Any:
-    """The array that `spec` describes, as `get_param`; joined, without the other processes, if it is in parts."""
+    """The array that `spec` describes, as `get_param`; joined, without the other processes, if it is in parts, and
+    unpacked."""
     layer = params["layers"][spec.path[1]] if spec.path[0] == "layers" else {}
     name = str(spec.path[2]) if layer else ""
     if name in layer or "ffn_parts" not in layer:
-        return get_param(params, spec)
+        return unpack(get_param(params, spec))
     in_part = replace(spec, path=spec.path[2:])
     pieces = [get_param(part, in_part) for part in layer["ffn_parts"] if name in part]
     axis = _FFN_AXIS.get(name, 0)

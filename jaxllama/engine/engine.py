@@ -61,7 +61,7 @@ class Engine:
         self.group = group
         self.max_context = min(options.max_context or config.max_position_embeddings, config.max_position_embeddings)
         self.kv_dtype = jnp.dtype(options.kv_dtype or params["norm"].dtype)
-        self.attention = choose_attention(config, mesh, self.kv_dtype)
+        self.attention = choose_attention(config, mesh, self.kv_dtype, params["norm"].dtype)
         num_shards = self.attention.num_shards
         # XLA multiplies one row by another path, with other bits, than two: a row must not notice its batch.
         rows_per_shard = max(2, options.max_rows) if num_shards == 1 else -(-options.max_rows // num_shards)

@@ -138,7 +138,7 @@ def _compile(setup: Setup, program: str) -> Compiled:
             f"expected {setup.topology.num_devices}"
         )
     mesh = make_mesh(setup.config, tp=setup.tp, data=setup.data, devices=described.devices)
-    attention = choose_attention(setup.config, mesh, setup.kv_dtype)
+    attention = choose_attention(setup.config, mesh, setup.kv_dtype, jnp.bfloat16)
     lowered = _lower(setup, program, mesh, attention)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="jaxllama-plan-") as folder:

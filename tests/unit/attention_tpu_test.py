@@ -184,7 +184,7 @@ def test_what_the_kernels_cannot_do_is_refused_or_left_to_the_reference():
     with pytest.raises(ConfigError, match="64 rows × 4096 pages"):
         kernel.validate(page_size=128, num_rows=64, table_width=4096)
     kernel.validate(page_size=128, num_rows=64, table_width=2048)
-    assert choose_attention(config, make_mesh(config, tp=1), jnp.bfloat16).kernel == ReferenceAttention()
+    assert choose_attention(config, make_mesh(config, tp=1), jnp.bfloat16, jnp.bfloat16).kernel == ReferenceAttention()
 
 
 @pytest.mark.slow
