@@ -23,6 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from jaxllama import EngineOptions, Llama, LlamaConfig, make_mesh
 from jaxllama.checkpoint import MANIFEST, Manifest, ParamsWriter, hash_file
 from jaxllama.mesh import param_shardings
+from jaxllama.packing import pack_weights
 from jaxllama.params import Params, QuantizedWeight, build_params, get_param, param_specs, stored_specs
 from jaxllama.quant import quantize_rows
 
@@ -132,7 +133,7 @@ def make_llama(
     folder = tokenizer_folder
     return Llama(
         config,
-        params,
+        pack_weights(params),
         mesh,
         tokenizer=None if folder is None else load_tokenizer(folder, config.vocab_size),
         chat_template=None if folder is None else load_chat_template(folder),

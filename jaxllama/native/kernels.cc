@@ -13,6 +13,7 @@
 #include <cstring>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -29,7 +30,8 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kWidth = 64;  // outputs of one tile: four vectors
 constexpr int64_t kMaxRows = 6;  // rows of one tile: 24 sums, 4 vectors of weights and a pair fill the 32 registers
 constexpr int64_t kBlock = 128;  // keys of one round of attention
-constexpr int64_t kQueries = 192;  // queries of one task of attention, at most, but for one token's
+constexpr int64_t kSegment = 256;  // keys whose sums are taken by themselves
+constexpr int64_t kQueries = 192;  // queries of one task of a chunk, at most, but for one token's
 constexpr float kMasked = -1e30f;
 
 // Runs body(0), body(1), … body(count - 1) on this thread and on those of the pool that are free, and returns when all
@@ -176,52 +178,65 @@ inline void Transpose(__m512i v[16]) {
   }
 }
 
-// What a thread works in, for heads of any size that it meets.
-struct Scratch {
-  std::vector<BFloat16> queries, keys, values, probs;
-  std::vector<float> scores, weighted, largest, total;
-};
-
-// Keys and values of one head at up to 128 positions, as they lie in the cache: a value follows its key.
+// Up to 128 positions of a row: where their tokens lie, and of a token the elements that a task reads, the keys and
+// values of one KV head or more (K0 V0 K1 V1 …).
 struct Block {
-  const BFloat16* keys[kBlock];
-  int64_t count, head_dim;
-
-  // To [head_dim / 2, 128, 2]. What lies past the end is not defined.
-  void PackKeys(BFloat16* packed) const {
-    for (int64_t k = 0; k < count; k += kLanes) {
-      for (int64_t d = 0; d < head_dim; d += 2 * kLanes) {
-        __m512i v[kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) {
-          v[i] = _mm512_loadu_si512(keys[std::min(k + i, count - 1)] + d);
-        }
-        Transpose(v);
-        for (int64_t i = 0; i < kLanes; ++i) _mm512_storeu_si512(packed + ((d / 2 + i) * kBlock + k) * 2, v[i]);
-      }
-    }
-  }
-
-  // To [(count + 1) / 2, head_dim, 2]. Of an odd count the last has a 0 beside it: pages are reused without being
-  // cleared, and what lies past the end may be NaN.
-  void PackValues(BFloat16* packed) const {
-    alignas(64) uint16_t low[2 * kLanes], high[2 * kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      low[2 * i] = i, low[2 * i + 1] = 2 * kLanes + i;
-      high[2 * i] = kLanes + i, high[2 * i + 1] = 3 * kLanes + i;
-    }
-    const __m512i to_low = _mm512_load_si512(low), to_high = _mm512_load_si512(high);
-    for (int64_t k = 0; k < count; k += 2) {
-      for (int64_t d = 0; d < head_dim; d += 2 * kLanes) {
-        const __m512i a = _mm512_loadu_si512(keys[k] + head_dim + d);
-        const __m512i b =
-            k + 1 < count ? _mm512_loadu_si512(keys[k + 1] + head_dim + d) : _mm512_setzero_si512();
-        BFloat16* to = packed + (k / 2 * head_dim + d) * 2;
-        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, to_low, b));
-        _mm512_storeu_si512(to + 2 * kLanes, _mm512_permutex2var_epi16(a, to_high, b));
-      }
-    }
-  }
+  const BFloat16* tokens[kBlock];
+  int64_t count = 0, num_elements = 0;
 };
+
+// Has the CPU fetch a block, in the order of memory, while another is packed. That one is read head by head, which alone
+// would run at a quarter of the memory's speed.
+class Fetch {
+ public:
+  explicit Fetch(const Block& block) : block_(block) {}
+
+  // Tokens up to a share of `part` in `parts`.
+  void Upto(int64_t part, int64_t parts) {
+    for (const int64_t end = std::min(block_.count, kBlock * part / parts); token_ < end; ++token_) {
+      for (int64_t i = 0; i < block_.num_elements; i += 2 * kLanes) {
+        _mm_prefetch(block_.tokens[token_] + i, _MM_HINT_T1);
+      }
+    }
+  }
+
+ private:
+  const Block& block_;
+  int64_t token_ = 0;
+};
+
+// Elements `at … at + head_dim` of 16 tokens from `k` on to their place in [head_dim / 2, 128, 2]. What lies past the
+// end is not defined.
+void PackKeys(const Block& block, int64_t k, int64_t at, int64_t head_dim, BFloat16* packed) {
+  for (int64_t d = 0; d < head_dim; d += 2 * kLanes) {
+    __m512i v[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) {
+      v[i] = _mm512_loadu_si512(block.tokens[std::min(k + i, block.count - 1)] + at + d);
+    }
+    Transpose(v);
+    for (int64_t i = 0; i < kLanes; ++i) _mm512_storeu_si512(packed + ((d / 2 + i) * kBlock + k) * 2, v[i]);
+  }
+}
+
+// Likewise to [(count + 1) / 2, head_dim, 2]. Of an odd count the last has a 0 beside it: pages are reused without being
+// cleared, and what lies past the end may be NaN.
+void PackValues(const Block& block, int64_t first, int64_t at, int64_t head_dim, BFloat16* packed) {
+  alignas(64) uint16_t low[2 * kLanes], high[2 * kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    low[2 * i] = i, low[2 * i + 1] = 2 * kLanes + i;
+    high[2 * i] = kLanes + i, high[2 * i + 1] = 3 * kLanes + i;
+  }
+  const __m512i to_low = _mm512_load_si512(low), to_high = _mm512_load_si512(high);
+  for (int64_t k = first; k < std::min(first + kLanes, block.count); k += 2) {
+    for (int64_t d = 0; d < head_dim; d += 2 * kLanes) {
+      const __m512i a = _mm512_loadu_si512(block.tokens[k] + at + d);
+      const __m512i b = k + 1 < block.count ? _mm512_loadu_si512(block.tokens[k + 1] + at + d) : _mm512_setzero_si512();
+      BFloat16* to = packed + k * head_dim + 2 * d;
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, to_low, b));
+      _mm512_storeu_si512(to + 2 * kLanes, _mm512_permutex2var_epi16(a, to_high, b));
+    }
+  }
+}
 
 // Of one query: scores of a block's keys, of which it sees `visible`, to probabilities relative to the largest score so
 // far. Returns what earlier sums are to be multiplied with.
@@ -250,88 +265,214 @@ inline float Softmax(const float* scores, int64_t visible, float scale, float* l
   return decay;
 }
 
-// q [rows, tokens, heads, head_dim], pages [pages, page_size, 2 * kv_heads, head_dim], page_table [rows, width] and
-// positions [rows, tokens] (0 or more, not falling in a row) to out like q. Each query attends to its row's keys at positions up to its own, in blocks of 128
-// with an online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867). A block of which a query sees nothing leaves
-// its sums as they are.
-ffi::Error Attend(ffi::ThreadPool pool, BFloat16Buffer q_buffer, BFloat16Buffer pages_buffer, Int32Buffer table_buffer,
-                  Int32Buffer positions_buffer, ffi::ResultBuffer<ffi::BF16> out_buffer) {
-  const auto shape = q_buffer.dimensions(), pages_shape = pages_buffer.dimensions();
-  const int64_t rows = shape[0], tokens = shape[1], heads = shape[2], head_dim = shape[3];
-  const int64_t page_size = pages_shape[1], kv2 = pages_shape[2], kv_heads = kv2 / 2, group = heads / kv_heads;
-  const int64_t width = table_buffer.dimensions()[1];
-  const auto* q = static_cast<const BFloat16*>(q_buffer.untyped_data());
-  const auto* pages = static_cast<const BFloat16*>(pages_buffer.untyped_data());
-  const int32_t *tables = table_buffer.typed_data(), *all_positions = positions_buffer.typed_data();
-  auto* out = static_cast<BFloat16*>(out_buffer->untyped_data());
-  const float scale = 1.44269504088896340736f / std::sqrt(static_cast<float>(head_dim));
-  const int64_t tokens_per_task = std::clamp<int64_t>(kQueries / group, 1, tokens);
-  const int64_t tasks_per_head = (tokens + tokens_per_task - 1) / tokens_per_task;
+// What some queries have seen: the largest score of each, and the sums of probabilities relative to it and of values
+// weighted with them.
+struct Sums {
+  std::vector<float> largest, total, weighted;
 
-  ParallelFor(pool, rows * tasks_per_head * kv_heads, [&](int64_t task) {
-    const int64_t head = task % kv_heads, row = task / kv_heads / tasks_per_head;
-    // The last queries have the most keys: they go first.
-    const int64_t part = tasks_per_head - 1 - task / kv_heads % tasks_per_head;
-    const int64_t first_token = part * tokens_per_task, last_token = std::min(tokens, first_token + tokens_per_task);
-    const int32_t* positions = all_positions + row * tokens;
-    const int32_t* table = tables + row * width;
-    const int64_t queries = (last_token - first_token) * group;
+  void Clear(int64_t queries, int64_t head_dim) {
+    largest.assign(queries, kMasked);
+    total.assign(queries, 0.0f);
+    weighted.assign(queries * head_dim, 0.0f);
+  }
 
-    thread_local Scratch s;
-    s.queries.resize(queries * head_dim);
-    s.weighted.assign(queries * head_dim, 0.0f);
-    s.largest.assign(queries, kMasked);
-    s.total.assign(queries, 0.0f);
-    s.keys.resize(kBlock * head_dim);
-    s.values.resize(kBlock * head_dim);
-    s.scores.resize(kMaxRows * kBlock);
-    s.probs.resize(kMaxRows * kBlock);
-
-    const auto query_at = [&](int64_t i) {
-      return ((row * tokens + first_token + i / group) * heads + head * group + i % group) * head_dim;
-    };
-    for (int64_t i = 0; i < queries; ++i) {
-      std::memcpy(&s.queries[i * head_dim], q + query_at(i), head_dim * sizeof(BFloat16));
+  // Adds what query i has seen of later keys.
+  void Add(const Sums& later, int64_t i, int64_t head_dim, float scale) {
+    const float now = std::max(largest[i], later.largest[i]);
+    const __m512 before = Exp2(_mm512_set1_ps((largest[i] - now) * scale));
+    const __m512 after = Exp2(_mm512_set1_ps((later.largest[i] - now) * scale));
+    largest[i] = now;
+    total[i] = total[i] * _mm512_cvtss_f32(before) + later.total[i] * _mm512_cvtss_f32(after);
+    for (int64_t d = i * head_dim; d < (i + 1) * head_dim; d += kLanes) {
+      const __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(&weighted[d]), before);
+      _mm512_storeu_ps(&weighted[d], _mm512_fmadd_ps(_mm512_loadu_ps(&later.weighted[d]), after, sum));
     }
-    const int64_t end = positions[last_token - 1] + 1;
-    for (int64_t first = 0; first < end; first += kBlock) {
-      Block block{{}, std::min(kBlock, end - first), head_dim};
-      for (int64_t i = 0; i < block.count;) {
-        const int64_t page = (first + i) / page_size, slot = (first + i) % page_size;
-        const BFloat16* token = pages + ((table[page] * page_size + slot) * kv2 + 2 * head) * head_dim;
-        for (int64_t n = std::min(block.count - i, page_size - slot); n > 0; --n, token += kv2 * head_dim) {
-          block.keys[i++] = token;
+  }
+};
+
+// The arguments of `Attend`, and what a thread does of it.
+struct Attention {
+  const BFloat16 *q, *pages;
+  const int32_t *tables, *positions;
+  BFloat16* out;
+  int64_t tokens, heads, head_dim, page_size, kv_heads, width;
+  int64_t group = heads / kv_heads;
+  float scale = 1.44269504088896340736f / std::sqrt(static_cast<float>(head_dim));
+
+  // The queries of some tokens of a row, for some of the KV heads: numbered by KV head, then token.
+  struct Queries {
+    int64_t row, first_head, num_heads, first_token, num_tokens;
+  };
+
+  int64_t Count(const Queries& some) const { return some.num_heads * some.num_tokens * group; }
+
+  int64_t Token(const Queries& some, int64_t query) const {
+    return some.row * tokens + some.first_token + query / group % some.num_tokens;
+  }
+
+  int64_t At(const Queries& some, int64_t query) const {
+    const int64_t head = some.first_head + query / (some.num_tokens * group);
+    return (Token(some, query) * heads + head * group + query % group) * head_dim;
+  }
+
+  int64_t Position(const Queries& some, int64_t query) const { return positions[Token(some, query)]; }
+
+  int64_t End(const Queries& some) const { return Position(some, some.num_tokens * group - 1) + 1; }
+
+  // The tokens at `first …` that are before `end`, up to 128.
+  Block Find(const Queries& some, int64_t first, int64_t end) const {
+    Block block;
+    block.count = std::clamp<int64_t>(end - first, 0, kBlock);
+    block.num_elements = 2 * some.num_heads * head_dim;
+    const int64_t size = 2 * kv_heads * head_dim;
+    for (int64_t i = 0; i < block.count;) {
+      const int64_t page = tables[some.row * width + (first + i) / page_size], slot = (first + i) % page_size;
+      const BFloat16* token = pages + (page * page_size + slot) * size + 2 * some.first_head * head_dim;
+      for (int64_t n = std::min(block.count - i, page_size - slot); n > 0; --n, token += size) block.tokens[i++] = token;
+    }
+    return block;
+  }
+
+  // The first block of a segment.
+  Block First(const Queries& some, int64_t segment) const {
+    return Find(some, segment * kSegment, std::min((segment + 1) * kSegment, End(some)));
+  }
+
+  // What they see of the keys of one segment. `after` is what this thread reads next.
+  void See(const Queries& some, int64_t segment, const Block& after, Sums* sums) const {
+    const int64_t per_head = some.num_tokens * group, packed_size = kBlock * head_dim;
+    thread_local std::vector<BFloat16> queries, keys, values, probs;
+    thread_local std::vector<float> scores;
+    queries.resize(Count(some) * head_dim);
+    keys.resize(some.num_heads * packed_size);
+    values.resize(some.num_heads * packed_size);
+    probs.resize(kMaxRows * kBlock);
+    scores.resize(kMaxRows * kBlock);
+    for (int64_t i = 0; i < Count(some); ++i) {
+      std::memcpy(&queries[i * head_dim], q + At(some, i), head_dim * sizeof(BFloat16));
+    }
+    sums->Clear(Count(some), head_dim);
+    const int64_t start = segment * kSegment, end = std::min(start + kSegment, End(some));
+    Block next = First(some, segment);
+    for (int64_t first = start; first < end; first += kBlock) {
+      const Block block = next;
+      next = Find(some, first + kBlock, end);
+      Fetch fetch(next.count > 0 ? next : after);
+      for (int64_t head = 0; head < some.num_heads; ++head) {
+        for (int64_t k = 0; k < block.count; k += kLanes) {
+          PackKeys(block, k, 2 * head * head_dim, head_dim, &keys[head * packed_size]);
+          PackValues(block, k, (2 * head + 1) * head_dim, head_dim, &values[head * packed_size]);
+          fetch.Upto(head * kBlock + k + kLanes, some.num_heads * kBlock);
         }
       }
-      block.PackKeys(s.keys.data());
-      block.PackValues(s.values.data());
-      for (int64_t i = 0; i < queries; i += kMaxRows) {
-        const int64_t some = std::min(kMaxRows, queries - i);
-        float decays[kMaxRows];
-        if (positions[first_token + (i + some - 1) / group] < first) continue;
-        for (int64_t n = 0; n < block.count; n += kWidth) {
-          Rows<Start::kZero>(some, &s.queries[i * head_dim], head_dim, &s.keys[2 * n], 2 * kBlock, head_dim,
-                             &s.scores[n], kBlock);
-        }
-        for (int64_t r = 0; r < some; ++r) {
-          const int64_t visible = positions[first_token + (i + r) / group] + 1 - first;
-          decays[r] = Softmax(&s.scores[r * kBlock], visible, scale, &s.largest[i + r], &s.total[i + r],
-                              &s.probs[r * kBlock]);
-        }
-        for (int64_t n = 0; n < head_dim; n += kWidth) {
-          Rows<Start::kScaled>(some, s.probs.data(), kBlock, &s.values[2 * n], 2 * head_dim, block.count,
-                               &s.weighted[i * head_dim + n], head_dim, decays);
+      for (int64_t head = 0; head < some.num_heads; ++head) {
+        for (int64_t n = 0; n < per_head; n += kMaxRows) {
+          const int64_t i = head * per_head + n, rows = std::min(kMaxRows, per_head - n);
+          if (Position(some, i + rows - 1) < first) continue;
+          for (int64_t k = 0; k < block.count; k += kWidth) {
+            Rows<Start::kZero>(rows, &queries[i * head_dim], head_dim, &keys[head * packed_size + 2 * k], 2 * kBlock,
+                               head_dim, &scores[k], kBlock);
+          }
+          float decays[kMaxRows];
+          for (int64_t r = 0; r < rows; ++r) {
+            decays[r] = Softmax(&scores[r * kBlock], Position(some, i + r) + 1 - first, scale, &sums->largest[i + r],
+                                &sums->total[i + r], &probs[r * kBlock]);
+          }
+          for (int64_t d = 0; d < head_dim; d += kWidth) {
+            Rows<Start::kScaled>(rows, probs.data(), kBlock, &values[head * packed_size + 2 * d], 2 * head_dim,
+                                 block.count, &sums->weighted[i * head_dim + d], head_dim, decays);
+          }
         }
       }
     }
-    for (int64_t i = 0; i < queries; ++i) {
-      const __m512 total = _mm512_set1_ps(s.total[i]);
+  }
+
+  void Write(const Queries& some, const Sums& sums) const {
+    for (int64_t i = 0; i < Count(some); ++i) {
+      const __m512 total = _mm512_set1_ps(sums.total[i]);
       for (int64_t d = 0; d < head_dim; d += kLanes) {
-        const __m512 mean = _mm512_div_ps(_mm512_loadu_ps(&s.weighted[i * head_dim + d]), total);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + query_at(i) + d), (__m256i)_mm512_cvtneps_pbh(mean));
+        const __m512 mean = _mm512_div_ps(_mm512_loadu_ps(&sums.weighted[i * head_dim + d]), total);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + At(some, i) + d), (__m256i)_mm512_cvtneps_pbh(mean));
       }
     }
+  }
+};
+
+// One token a row: a task takes one segment of a row, with all heads. The last of a row to end adds them up.
+void AttendOnce(ffi::ThreadPool& pool, const Attention& attention, int64_t rows) {
+  struct Row {
+    Attention::Queries queries;
+    std::vector<Sums> segments;
+    std::atomic<int64_t> left;
+  };
+  std::vector<Row> all(rows);
+  std::vector<std::pair<Row*, int64_t>> tasks;
+  for (int64_t i = 0; i < rows; ++i) {
+    Row& row = all[i];
+    row.queries = {i, 0, attention.kv_heads, 0, 1};
+    row.left = (attention.End(row.queries) + kSegment - 1) / kSegment;
+    row.segments.resize(row.left);
+    for (int64_t n = 0; n < row.left; ++n) tasks.emplace_back(&row, n);
+  }
+  const int64_t count = tasks.size(), num_threads = pool.num_threads();
+  ParallelFor(pool, count, [&](int64_t task) {
+    Row& row = *tasks[task].first;
+    const int64_t segment = tasks[task].second;
+    // Most likely this thread's next.
+    const auto& later = tasks[std::min(task + num_threads, count - 1)];
+    const Block after = attention.First(later.first->queries, later.second);
+    attention.See(row.queries, segment, after, &row.segments[segment]);
+    if (row.left.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+    Sums& sums = row.segments[0];
+    for (size_t n = 1; n < row.segments.size(); ++n) {
+      for (int64_t i = 0; i < attention.heads; ++i) sums.Add(row.segments[n], i, attention.head_dim, attention.scale);
+    }
+    attention.Write(row.queries, sums);
   });
+}
+
+// Many tokens a row: a task takes some of them through all segments, with one KV head.
+void AttendChunk(ffi::ThreadPool& pool, const Attention& attention, int64_t rows) {
+  const int64_t tokens = attention.tokens, step = std::clamp<int64_t>(kQueries / attention.group, 1, tokens);
+  const int64_t parts = (tokens + step - 1) / step;
+  ParallelFor(pool, rows * parts * attention.kv_heads, [&](int64_t task) {
+    // The last queries have the most keys: they go first.
+    const int64_t row = task / attention.kv_heads / parts, part = parts - 1 - task / attention.kv_heads % parts;
+    const Attention::Queries some{row, task % attention.kv_heads, 1, part * step, std::min(step, tokens - part * step)};
+    thread_local Sums sums, later;
+    attention.See(some, 0, attention.First(some, 1), &sums);
+    for (int64_t segment = 1; segment * kSegment < attention.End(some); ++segment) {
+      attention.See(some, segment, attention.First(some, segment + 1), &later);
+      for (int64_t i = 0; i < attention.Count(some); ++i) {
+        if (attention.Position(some, i) >= segment * kSegment) {
+          sums.Add(later, i, attention.head_dim, attention.scale);
+        }
+      }
+    }
+    attention.Write(some, sums);
+  });
+}
+
+// q [rows, tokens, heads, head_dim], pages [pages, page_size, 2 * kv_heads, head_dim], page_table [rows, width] and
+// positions [rows, tokens] (0 or more, not falling in a row) to out like q. Each query attends to its row's keys at
+// positions up to its own, in blocks of 128 with an online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867);
+// segments of blocks are added up one after another (Dao et al. 2023, "Flash-Decoding"). What a query does not see leaves
+// its sums as they are.
+ffi::Error Attend(ffi::ThreadPool pool, BFloat16Buffer q, BFloat16Buffer pages, Int32Buffer page_table,
+                  Int32Buffer positions, ffi::ResultBuffer<ffi::BF16> out) {
+  const auto shape = q.dimensions(), pages_shape = pages.dimensions();
+  const Attention attention{static_cast<const BFloat16*>(q.untyped_data()),
+                            static_cast<const BFloat16*>(pages.untyped_data()),
+                            page_table.typed_data(),
+                            positions.typed_data(),
+                            static_cast<BFloat16*>(out->untyped_data()),
+                            shape[1],
+                            shape[2],
+                            shape[3],
+                            pages_shape[1],
+                            pages_shape[2] / 2,
+                            page_table.dimensions()[1]};
+  (attention.tokens == 1 ? AttendOnce : AttendChunk)(pool, attention, shape[0]);
   return ffi::Error::Success();
 }
 

@@ -15,7 +15,7 @@ import tiny
 from collector import Collector, assert_idle, held
 
 import jaxllama
-from jaxllama import EngineOptions, Llama, SamplingParams, make_mesh
+from jaxllama import EngineOptions, Llama, SamplingParams, make_mesh, native
 from jaxllama.checkpoint import Checkpoint
 from jaxllama.decode import copy_out, programs_agree
 from jaxllama.engine.device import Device
@@ -172,6 +172,12 @@ def test_a_request_s_bits_are_its_own(name, dtype, kv_dtype, monkeypatch):
     with models[0], models[1]:
         assert programs_agree(models[0].mesh, models[0].params) == (dtype == "bfloat16")
         assert_all_mixtures_agree(models[0], models[1], requests, monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_request_s_bits_are_its_own_without_the_cpu_s_kernels(monkeypatch):
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    test_a_request_s_bits_are_its_own("smollm2_like", "bfloat16", None, monkeypatch)
 
 
 @pytest.mark.slow
