@@ -56,8 +56,19 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(weights[f"{name}_bias"]) if f"{name}_bias" in weights else None
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        y = _product("...i,oi->...o", x, self.weight.get_value(), self.dtype)
+        return self.with_bias(_product("...i,oi->...o", x, self.weight.get_value(), self.dtype))
+
+    def with_bias(self, y: Float[Array, "*batch outputs"]) -> Float[Array, "*batch outputs"]:
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+def _together(x: Float[Array, "*batch inputs"], *linears: Linear) -> list[Float[Array, "*batch outputs"]]:
+    """Each of `linears` of `x`. Packed matrices are one call: a CPU's threads wait for each other once."""
+    weights = [linear.weight.get_value() for linear in linears]
+    if not all(isinstance(weight, PackedWeight) for weight in weights):
+        return [linear(x) for linear in linears]
+    products = native.multiply(x, *(weight.blocks for weight in weights))
+    return [linear.with_bias(y.astype(linear.dtype)) for linear, y in zip(linears, products, strict=True)]
 
 
 class Attention(nnx.Module):
@@ -79,7 +90,7 @@ class Attention(nnx.Module):
         attend: Attend,
     ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
         # The barrier keeps XLA from slicing or transposing the weights in every step (v5p: 41 to 30.6 ms, see TPU.md).
-        q, k, v = jax.lax.optimization_barrier((self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        q, k, v = jax.lax.optimization_barrier(tuple(_together(x, self.q_proj, self.k_proj, self.v_proj)))
         q, k, v = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in (q, k, v))
         kv = interleave_kv(rotate(k, angles), v)
         out, pool = attend(rotate(q, angles).astype(x.dtype), kv.astype(x.dtype), pool, page_table)
@@ -95,7 +106,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(weights, "down_proj", dtype)
 
     def __call__(self, x: Float[Array, "rows tokens embed"]) -> Float[Array, "rows tokens embed"]:
-        gate, up = (y.astype(jnp.float32) for y in (self.gate_proj(x), self.up_proj(x)))
+        gate, up = (y.astype(jnp.float32) for y in _together(x, self.gate_proj, self.up_proj))
         return self.down_proj((nnx.silu(gate) * up).astype(x.dtype))
 
 
@@ -182,7 +193,7 @@ def _run_once(run: Callable[..., tuple[Array, KVPool]], once: Array, x: Array, p
 
 def _product(letters: str, x: Array, weight: Array | QuantizedWeight | PackedWeight, dtype: Any) -> Array:
     if isinstance(weight, PackedWeight):
-        return native.multiply(x, weight.blocks).astype(dtype)
+        return native.multiply(x, weight.blocks)[0].astype(dtype)
     if isinstance(weight, QuantizedWeight):
         # A TPU's product converts the integers as it reads them. A CPU's does not, and XLA would convert every matrix
         # once, before the loop of decoding, and hold all of them: the barrier ties each to a value of the loop. On a

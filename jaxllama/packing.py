@@ -1,6 +1,6 @@
 """bfloat16 matrices in the order in which `native.multiply` reads them.
 
-64 outputs lie together, and of each two inputs beside each other: element `[o, i]` is at `[o // 64, i // 2, o % 64, i % 2]`.
+64 outputs lie together, and of each two inputs beside each other: `[o, i]` is at `[o // 64, i // 2, o % 64, i % 2]`.
 Packing happens once, when a model is loaded; XLA's products would do it in every call.
 """
 

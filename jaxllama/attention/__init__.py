@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxllama import native
-from jaxllama.attention.interface import Attention
 from jaxllama.attention.cpu import CpuAttention
+from jaxllama.attention.interface import Attention
 from jaxllama.attention.reference import ReferenceAttention
 from jaxllama.attention.sharded import ShardedAttention
 from jaxllama.attention.tpu import TpuAttention

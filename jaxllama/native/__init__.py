@@ -57,12 +57,11 @@ def is_available() -> bool:
 
 
 def multiply(
-    x: BFloat16[Array, "*batch inputs"], blocks: BFloat16[Array, "blocks pairs 64 2"]
-) -> Float[Array, "*batch outputs"]:
-    """`x @ weight.T` in float32, of a weight packed by `packing.pack`. A row's bits do not depend on the others."""
-    out = jax.ShapeDtypeStruct((*x.shape[:-1], blocks.shape[0] * BLOCK_WIDTH), jnp.float32)
-    result: Array = jax.ffi.ffi_call("jaxllama_multiply", out)(x, blocks)
-    return result
+    x: BFloat16[Array, "*batch inputs"], *weights: BFloat16[Array, "blocks pairs 64 2"]
+) -> list[Float[Array, "*batch outputs"]]:
+    """`x @ weight.T` in float32 of each of the weights, packed by `packing.py`. A row's bits depend on no other."""
+    outs = [jax.ShapeDtypeStruct((*x.shape[:-1], len(blocks) * BLOCK_WIDTH), jnp.float32) for blocks in weights]
+    return [*jax.ffi.ffi_call("jaxllama_multiply", outs)(x, *weights)]
 
 
 def attend(
@@ -71,7 +70,7 @@ def attend(
     page_table: Int32[Array, "rows max_pages"],
     positions: Int32[Array, "rows tokens"],
 ) -> BFloat16[Array, "rows tokens heads head_dim"]:
-    """As `attention.reference.paged_attention`, for heads of a multiple of 64. A query's bits do not depend on others."""
+    """As `attention.reference.paged_attention`, for heads of a multiple of 64. A query's bits depend on no other."""
     out = jax.ShapeDtypeStruct(q.shape, q.dtype)
     result: Array = jax.ffi.ffi_call("jaxllama_attend", out)(q, pages, page_table, positions)
     return result

@@ -117,21 +117,36 @@ void Rows(int64_t rows, const BFloat16* x, int64_t x_stride, const BFloat16* w, 
   }
 }
 
-// x [rows, in], weight [out / 64, in / 2, 64, 2] to y [rows, out].
-ffi::Error Multiply(ffi::ThreadPool pool, BFloat16Buffer x_buffer, BFloat16Buffer weight_buffer,
-                    ffi::ResultBuffer<ffi::F32> y_buffer) {
-  const auto shape = weight_buffer.dimensions();
-  const int64_t blocks = shape[0], in = 2 * shape[1], out = kWidth * blocks, rows = x_buffer.element_count() / in;
+// x [rows, in] with weights [out / 64, in / 2, 64, 2] to as many y [rows, out].
+ffi::Error Multiply(ffi::ThreadPool pool, BFloat16Buffer x_buffer, ffi::RemainingArgs weights, ffi::RemainingRets ys) {
+  struct Task {
+    const BFloat16* weight;
+    float* y;
+    int64_t blocks, out;
+  };
   const auto* x = static_cast<const BFloat16*>(x_buffer.untyped_data());
-  const auto* weight = static_cast<const BFloat16*>(weight_buffer.untyped_data());
-  float* y = y_buffer->typed_data();
-  const int64_t blocks_per_task = std::max<int64_t>(1, blocks / 32);
-  ParallelFor(pool, (blocks + blocks_per_task - 1) / blocks_per_task, [&](int64_t task) {
-    const int64_t end = std::min(blocks, (task + 1) * blocks_per_task);
-    for (int64_t block = task * blocks_per_task; block < end; ++block) {
+  std::vector<Task> tasks;
+  int64_t in = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const auto weight = weights.get<BFloat16Buffer>(i);
+    const auto y = ys.get<ffi::Buffer<ffi::F32>>(i);
+    if (!weight.has_value()) return weight.error();
+    if (!y.has_value()) return y.error();
+    const auto shape = weight->dimensions();
+    in = 2 * shape[1];
+    const int64_t blocks = shape[0], step = std::max<int64_t>(1, blocks / 32);
+    for (int64_t block = 0; block < blocks; block += step) {
+      tasks.push_back({static_cast<const BFloat16*>(weight->untyped_data()) + block * kWidth * in,
+                       (*y)->typed_data() + block * kWidth, std::min(step, blocks - block), blocks * kWidth});
+    }
+  }
+  const int64_t rows = x_buffer.element_count() / in;
+  ParallelFor(pool, tasks.size(), [&](int64_t i) {
+    const Task& task = tasks[i];
+    for (int64_t block = 0; block < task.blocks; ++block) {
       for (int64_t row = 0; row < rows; row += kMaxRows) {
-        Rows<Start::kZero>(std::min(rows - row, kMaxRows), x + row * in, in, weight + block * kWidth * in, 2 * kWidth,
-                           in, y + row * out + block * kWidth, out);
+        Rows<Start::kZero>(std::min(rows - row, kMaxRows), x + row * in, in, task.weight + block * kWidth * in,
+                           2 * kWidth, in, task.y + row * task.out + block * kWidth, task.out);
       }
     }
   });
@@ -478,9 +493,8 @@ ffi::Error Attend(ffi::ThreadPool pool, BFloat16Buffer q, BFloat16Buffer pages, 
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    jaxllama_multiply, Multiply,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<BFloat16Buffer>().Arg<BFloat16Buffer>().Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllama_multiply, Multiply,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<BFloat16Buffer>().RemainingArgs().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllama_attend, Attend,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

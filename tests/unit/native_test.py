@@ -42,7 +42,7 @@ def packed(weight: jax.Array) -> PackedWeight:
 def test_products_are_exact(rows, inputs, outputs):
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.standard_normal((n, inputs)), bfloat16) for n in (rows, outputs))
-    got = native.multiply(x, packed(jnp.array(w)).blocks)
+    [got] = native.multiply(x, packed(jnp.array(w)).blocks)
     assert got.dtype == jnp.float32
     x, w = (np.asarray(a, np.float64) for a in (x, w))
     np.testing.assert_allclose(got, x @ w.T, atol=2e-6 * inputs**0.5 * 4)
@@ -53,11 +53,22 @@ def test_a_row_s_bits_do_not_depend_on_the_others():
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.standard_normal((600, 576)), bfloat16)
     weight = packed(jnp.asarray(rng.standard_normal((192, 576)), bfloat16)).blocks
-    together = np.asarray(native.multiply(x, weight))
+    together = np.asarray(native.multiply(x, weight)[0])
     for first, last in ((0, 1), (1, 3), (5, 11), (7, 20), (100, 133), (88, 600)):
-        np.testing.assert_array_equal(native.multiply(x[first:last], weight), together[first:last])
-    by_three = native.multiply(x.reshape(3, 200, 576), weight)
+        np.testing.assert_array_equal(native.multiply(x[first:last], weight)[0], together[first:last])
+    [by_three] = native.multiply(x.reshape(3, 200, 576), weight)
     np.testing.assert_array_equal(by_three, together.reshape(3, 200, 192))
+
+
+@needs_kernels
+def test_several_weights_at_once():
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.standard_normal((9, 96)), bfloat16)
+    weights = [packed(jnp.asarray(rng.standard_normal((n, 96)), bfloat16)).blocks for n in (64, 3200, 192)]
+    got = native.multiply(x, *weights)
+    assert [y.shape for y in got] == [(9, 64), (9, 3200), (9, 192)]
+    for y, weight in zip(got, weights, strict=True):
+        np.testing.assert_array_equal(y, native.multiply(x, weight)[0])
 
 
 @needs_kernels
@@ -66,7 +77,7 @@ def test_nan_and_infinity_stay_in_their_row(poison):
     x = np.ones((7, 64), np.float32)
     weight = packed(jnp.ones((64, 64), bfloat16)).blocks
     x[3, 10] = poison
-    got = np.asarray(native.multiply(jnp.asarray(x, bfloat16), weight))
+    got = np.asarray(native.multiply(jnp.asarray(x, bfloat16), weight)[0])
     np.testing.assert_array_equal(got[[0, 1, 2, 4, 5, 6]], 64)
     assert not np.isfinite(got[3]).any()
 
@@ -255,7 +266,8 @@ def test_without_a_compiler_the_log_says_so(compiler, said, monkeypatch, home, c
     monkeypatch.setenv("CXX", compiler)
     with caplog.at_level(logging.WARNING, "jaxllama.native"):
         assert not native.is_available.__wrapped__()
-    assert said in caplog.text and "XLA" in caplog.text
+    assert said in caplog.text
+    assert "XLA" in caplog.text
 
 
 @needs_kernels
@@ -265,7 +277,8 @@ def test_a_source_that_does_not_compile_is_told(monkeypatch, home, caplog):
     monkeypatch.setattr(native, "_SOURCE", source)
     with caplog.at_level(logging.WARNING, "jaxllama.native"):
         assert not native.is_available.__wrapped__()
-    assert "kernels.cc was not compiled" in caplog.text and "error: expected" in caplog.text
+    assert "kernels.cc was not compiled" in caplog.text
+    assert "error: expected" in caplog.text
 
 
 @needs_kernels
