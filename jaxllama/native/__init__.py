@@ -88,6 +88,7 @@ def _compiled(compiler: list[str], cpu: str) -> Path:
     folder = Path.home() / ".cache" / "jaxllama" / "native"
     path = folder / f"kernels-{key}.so"
     if not path.exists():
+        logger.info("compiling %s for this CPU", _SOURCE.name)
         folder.mkdir(parents=True, exist_ok=True)
         # Beside it, then renamed: processes that start together each write a whole file.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:

@@ -1,8 +1,8 @@
 // Matrix products and paged attention for CPUs with AVX-512 BF16, called by XLA through its foreign function interface.
 //
-// Sums are float32 and taken in one order, element by element, whatever the number of rows or queries, so that a token's
-// bits do not depend on what is computed beside it. Both use the instruction that multiplies pairs of bfloat16 and adds
-// them to float32 lanes (VDPBF16PS); the operand that it reads whole holds pairs of one lane beside each other.
+// Sums are float32 and taken in one order, element by element, whatever the number of rows or queries, so that a
+// token's bits do not depend on what is computed beside it. Both use the instruction that multiplies pairs of bfloat16
+// and adds them to float32 lanes (VDPBF16PS); the operand that it reads whole holds the pairs of a lane together.
 
 #include <immintrin.h>
 
@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -200,14 +201,14 @@ struct Block {
   int64_t count = 0, num_elements = 0;
 };
 
-// Has the CPU fetch a block, in the order of memory, while another is packed. That one is read head by head, which alone
-// would run at a quarter of the memory's speed.
+// Has the CPU fetch a block, in the order of memory, while another is packed. That one is read head by head, which
+// alone would run at a quarter of the memory's speed.
 class Fetch {
  public:
   explicit Fetch(const Block& block) : block_(block) {}
 
   // Tokens up to a share of `part` in `parts`.
-  void Upto(int64_t part, int64_t parts) {
+  void UpTo(int64_t part, int64_t parts) {
     for (const int64_t end = std::min(block_.count, kBlock * part / parts); token_ < end; ++token_) {
       for (int64_t i = 0; i < block_.num_elements; i += 2 * kLanes) {
         _mm_prefetch(block_.tokens[token_] + i, _MM_HINT_T1);
@@ -233,8 +234,8 @@ void PackKeys(const Block& block, int64_t k, int64_t at, int64_t head_dim, BFloa
   }
 }
 
-// Likewise to [(count + 1) / 2, head_dim, 2]. Of an odd count the last has a 0 beside it: pages are reused without being
-// cleared, and what lies past the end may be NaN.
+// Likewise to [(count + 1) / 2, head_dim, 2]. Of an odd count the last has a 0 beside it: pages are reused without
+// being cleared, and what lies past the end may be NaN.
 void PackValues(const Block& block, int64_t first, int64_t at, int64_t head_dim, BFloat16* packed) {
   alignas(64) uint16_t low[2 * kLanes], high[2 * kLanes];
   for (int i = 0; i < kLanes; ++i) {
@@ -343,7 +344,9 @@ struct Attention {
     for (int64_t i = 0; i < block.count;) {
       const int64_t page = tables[some.row * width + (first + i) / page_size], slot = (first + i) % page_size;
       const BFloat16* token = pages + (page * page_size + slot) * size + 2 * some.first_head * head_dim;
-      for (int64_t n = std::min(block.count - i, page_size - slot); n > 0; --n, token += size) block.tokens[i++] = token;
+      for (int64_t n = std::min(block.count - i, page_size - slot); n > 0; --n, token += size) {
+        block.tokens[i++] = token;
+      }
     }
     return block;
   }
@@ -358,12 +361,15 @@ struct Attention {
     const int64_t per_head = some.num_tokens * group, packed_size = kBlock * head_dim;
     thread_local std::vector<BFloat16> queries, keys, values, probs;
     thread_local std::vector<float> scores;
+    thread_local std::vector<int64_t> visible;  // how many keys, from position 0 on
     queries.resize(Count(some) * head_dim);
     keys.resize(some.num_heads * packed_size);
     values.resize(some.num_heads * packed_size);
     probs.resize(kMaxRows * kBlock);
     scores.resize(kMaxRows * kBlock);
+    visible.resize(Count(some));
     for (int64_t i = 0; i < Count(some); ++i) {
+      visible[i] = Position(some, i) + 1;
       std::memcpy(&queries[i * head_dim], q + At(some, i), head_dim * sizeof(BFloat16));
     }
     sums->Clear(Count(some), head_dim);
@@ -377,20 +383,20 @@ struct Attention {
         for (int64_t k = 0; k < block.count; k += kLanes) {
           PackKeys(block, k, 2 * head * head_dim, head_dim, &keys[head * packed_size]);
           PackValues(block, k, (2 * head + 1) * head_dim, head_dim, &values[head * packed_size]);
-          fetch.Upto(head * kBlock + k + kLanes, some.num_heads * kBlock);
+          fetch.UpTo(head * kBlock + k + kLanes, some.num_heads * kBlock);
         }
       }
       for (int64_t head = 0; head < some.num_heads; ++head) {
         for (int64_t n = 0; n < per_head; n += kMaxRows) {
           const int64_t i = head * per_head + n, rows = std::min(kMaxRows, per_head - n);
-          if (Position(some, i + rows - 1) < first) continue;
+          if (visible[i + rows - 1] <= first) continue;
           for (int64_t k = 0; k < block.count; k += kWidth) {
             Rows<Start::kZero>(rows, &queries[i * head_dim], head_dim, &keys[head * packed_size + 2 * k], 2 * kBlock,
                                head_dim, &scores[k], kBlock);
           }
           float decays[kMaxRows];
           for (int64_t r = 0; r < rows; ++r) {
-            decays[r] = Softmax(&scores[r * kBlock], Position(some, i + r) + 1 - first, scale, &sums->largest[i + r],
+            decays[r] = Softmax(&scores[r * kBlock], visible[i + r] - first, scale, &sums->largest[i + r],
                                 &sums->total[i + r], &probs[r * kBlock]);
           }
           for (int64_t d = 0; d < head_dim; d += kWidth) {
@@ -471,8 +477,8 @@ void AttendChunk(ffi::ThreadPool& pool, const Attention& attention, int64_t rows
 // q [rows, tokens, heads, head_dim], pages [pages, page_size, 2 * kv_heads, head_dim], page_table [rows, width] and
 // positions [rows, tokens] (0 or more, not falling in a row) to out like q. Each query attends to its row's keys at
 // positions up to its own, in blocks of 128 with an online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867);
-// segments of blocks are added up one after another (Dao et al. 2023, "Flash-Decoding"). What a query does not see leaves
-// its sums as they are.
+// segments of blocks are added up one after another (Dao et al. 2023, "Flash-Decoding"). What a query does not see
+// leaves its sums as they are.
 ffi::Error Attend(ffi::ThreadPool pool, BFloat16Buffer q, BFloat16Buffer pages, Int32Buffer page_table,
                   Int32Buffer positions, ffi::ResultBuffer<ffi::BF16> out) {
   const auto shape = q.dimensions(), pages_shape = pages.dimensions();
@@ -487,14 +493,23 @@ ffi::Error Attend(ffi::ThreadPool pool, BFloat16Buffer q, BFloat16Buffer pages, 
                             pages_shape[1],
                             pages_shape[2] / 2,
                             page_table.dimensions()[1]};
+  for (int64_t row = 0; row < shape[0]; ++row) {
+    const int64_t last = attention.positions[(row + 1) * attention.tokens - 1];
+    if (last < 0 || last >= attention.width * attention.page_size) {
+      return ffi::Error::InvalidArgument("row " + std::to_string(row) + " has a query at position " +
+                                         std::to_string(last) + ", and pages for " +
+                                         std::to_string(attention.width * attention.page_size) + " tokens");
+    }
+  }
   (attention.tokens == 1 ? AttendOnce : AttendChunk)(pool, attention, shape[0]);
   return ffi::Error::Success();
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllama_multiply, Multiply,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<BFloat16Buffer>().RemainingArgs().RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jaxllama_multiply, Multiply,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<BFloat16Buffer>().RemainingArgs().RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllama_attend, Attend,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,17 +14,20 @@ import pytest
 import tiny
 from attention_cases import Case, Inputs, exact, make_inputs, poisoned
 
+import jaxllama
 from jaxllama import Checkpoint, EngineOptions, Llama, make_mesh, native
 from jaxllama.attention import ReferenceAttention, choose_attention
 from jaxllama.attention.cpu import CpuAttention
+from jaxllama.checkpoint import restore_params
 from jaxllama.loading import load_params
+from jaxllama.mesh import param_shardings
 from jaxllama.packing import pack_weights, packed_rows, unpack
 from jaxllama.params import PackedWeight, Params, get_param, param_specs
 
 pytestmark = pytest.mark.optimized
 
-has_bf16 = "avx512_bf16" in native._cpu().split()
-needs_kernels = pytest.mark.skipif(not has_bf16, reason="needs a CPU with AVX-512 BF16")
+has_bf16 = "avx512_bf16" in native._cpu().split() and shutil.which("c++") is not None
+needs_kernels = pytest.mark.skipif(not has_bf16, reason="needs a CPU with AVX-512 BF16, and a C++ compiler")
 bfloat16 = jnp.bfloat16
 
 
@@ -197,6 +201,16 @@ def test_a_nan_fails_its_row_and_no_other(part, position):
 
 
 @needs_kernels
+@pytest.mark.parametrize("position", [-1, 160])
+def test_a_position_without_a_page_is_an_error(position):
+    case = Case(6, 2, 64, 16, (40, 128))
+    x = make_inputs(case, rounded=True)
+    x.positions[1] = position
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"row 1 .* at position {position}, and pages for 160 tokens"):
+        attend(x)
+
+
+@needs_kernels
 def test_attention_is_chosen_where_it_runs():
     config = tiny.config_of("smollm2_like")
     mesh, two = make_mesh(config, tp=1), make_mesh(config, tp=1, data=2)
@@ -241,6 +255,20 @@ def test_a_model_answers_as_through_xla(tmp_path, monkeypatch):
         np.testing.assert_array_equal(unpack(get_param(with_kernels, spec)), want)
     assert len(got) == 69
     np.testing.assert_allclose(got, logprobs(without), atol=0.02)
+
+
+@needs_kernels
+def test_what_is_saved_is_what_was_loaded(tmp_path):
+    path = tiny.write_checkpoint(tmp_path / "model", "smollm2_like")
+    mesh = make_mesh(tiny.config_of("smollm2_like"), tp=1)
+    with jaxllama.load(path, mesh, dtype="bfloat16") as llama:
+        assert isinstance(llama.params["layers"][0]["q_proj"], PackedWeight)
+        llama.save(tmp_path / "saved")
+        config = llama.config
+    shardings = param_shardings(config, mesh)
+    want, got = (restore_params(Checkpoint.open(p), bfloat16, shardings) for p in (path, tmp_path / "saved"))
+    for spec in param_specs(config):
+        np.testing.assert_array_equal(get_param(got, spec), get_param(want, spec))
 
 
 # ---- Without them ----
