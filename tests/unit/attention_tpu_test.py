@@ -184,7 +184,10 @@ def test_what_the_kernels_cannot_do_is_refused_or_left_to_the_reference():
     with pytest.raises(ConfigError, match="64 rows × 4096 pages"):
         kernel.validate(page_size=128, num_rows=64, table_width=4096)
     kernel.validate(page_size=128, num_rows=64, table_width=2048)
-    assert choose_attention(config, make_mesh(config, tp=1), jnp.bfloat16, jnp.bfloat16).kernel == ReferenceAttention()
+    on_a_cpu = choose_attention(config, make_mesh(config, tp=1), jnp.bfloat16, jnp.bfloat16).kernel
+    assert not isinstance(on_a_cpu, TpuAttention)
+    on_cpus = choose_attention(config, make_mesh(config, tp=1, data=2), jnp.bfloat16, jnp.bfloat16).kernel
+    assert on_cpus == ReferenceAttention()
 
 
 @pytest.mark.slow

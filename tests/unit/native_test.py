@@ -310,7 +310,9 @@ def test_a_source_that_does_not_compile_is_told(monkeypatch, home, caplog):
 
 
 @needs_kernels
-def test_they_are_compiled_once(monkeypatch, home):
+def test_they_are_compiled_once_for_each_cpu(monkeypatch, home):
+    monkeypatch.setattr(native, "_SOURCE", home / "short.cc")
+    native._SOURCE.write_text('extern "C" int one() { return 1; }')
     path = native._compiled(["c++"], native._cpu())
     assert path.parent == home / ".cache" / "jaxllama" / "native"
     assert [*path.parent.iterdir()] == [path]
