@@ -41,7 +41,7 @@ def packed(weight: jax.Array) -> PackedWeight:
 
 
 @needs_kernels
-@pytest.mark.parametrize(("inputs", "outputs"), [(2, 64), (6, 192), (576, 576), (1536, 576), (576, 1536)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(2, 64), (6, 192), (576, 576), (1536, 576), (576, 1536), (16, 4288)])
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 12, 64])
 def test_products_are_exact(rows, inputs, outputs):
     rng = np.random.default_rng(0)
@@ -68,9 +68,9 @@ def test_a_row_s_bits_do_not_depend_on_the_others():
 def test_several_weights_at_once():
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.standard_normal((9, 96)), bfloat16)
-    weights = [packed(jnp.asarray(rng.standard_normal((n, 96)), bfloat16)).blocks for n in (64, 3200, 192)]
+    weights = [packed(jnp.asarray(rng.standard_normal((n, 96)), bfloat16)).blocks for n in (64, 4288, 192)]
     got = native.multiply(x, *weights)
-    assert [y.shape for y in got] == [(9, 64), (9, 3200), (9, 192)]
+    assert [y.shape for y in got] == [(9, 64), (9, 4288), (9, 192)]
     for y, weight in zip(got, weights, strict=True):
         np.testing.assert_array_equal(y, native.multiply(x, weight)[0])
 
