@@ -46,8 +46,9 @@ NOT_FINITE = -2
 def programs_agree(mesh: Mesh, params: Params) -> bool:
     """Whether all programs write the same bits for a token: `prefill` of any size from any page, and `decode_steps`.
 
-    Measured to be so in bfloat16 on CPUs, one device or more but `data` 1 (bench/LOG.md; a test repeats it). In float32
-    it is not: sums are taken in another order. Of other devices nothing is known.
+    Measured to be so in bfloat16 on CPUs, by our kernels (`native`) and through XLA, on one device or more but `data` 1
+    (bench/LOG.md; a test repeats it). In float32 it is not: sums are taken in another order. Nothing is known of other
+    devices.
     """
     is_cpu = mesh.devices.flat[0].platform == "cpu"
     return is_cpu and mesh.shape["data"] == 1 and params["norm"].dtype == jnp.bfloat16

@@ -46,18 +46,7 @@ class ReferenceAttention:
         pool = write_tokens(pool, kv, page_table, positions, active)
         # Rows that are not active would only make the others wait for their blocks.
         positions = jnp.where(active, positions, 0)
-
-        def attend(q: Array, page_table: Array, positions: Array) -> Array:
-            return paged_attention(q[:, None], pool, page_table, positions[:, None])[:, 0]
-
-        rows = (q, page_table, positions)
-        if len(q) != 2:
-            return attend(*rows), pool
-        # The fewest that are decoded: one request alone should not pay for two.
-        first = jnp.argmax(active)
-        one = [jax.lax.dynamic_slice_in_dim(x, first, 1) for x in rows]
-        out = jax.lax.cond(active.all(), lambda: attend(*rows), lambda: jnp.broadcast_to(attend(*one), q.shape))
-        return out, pool
+        return self._attend_once(q, pool, page_table, positions, active), pool
 
     def prefill(
         self,
@@ -71,7 +60,25 @@ class ReferenceAttention:
         """As `Attention.prefill`."""
         pool = write_pages(pool, kv, page_table, start, num_tokens)
         positions = chunk_positions(len(q), start, num_tokens)
-        return paged_attention(q[None], pool, page_table[None], positions[None])[0], pool
+        return self._attend(q[None], pool, page_table[None], positions[None])[0], pool
+
+    def _attend(self, q: Array, pool: KVPool, page_table: Array, positions: Array) -> Array:
+        return paged_attention(q, pool, page_table, positions)
+
+    def _attend_once(self, q: Array, pool: KVPool, page_table: Array, positions: Array, active: Array) -> Array:
+        """`_attend` with one query a row, [rows, heads, head_dim]."""
+
+        def attend(q: Array, page_table: Array, positions: Array) -> Array:
+            return self._attend(q[:, None], pool, page_table, positions[:, None])[:, 0]
+
+        rows = (q, page_table, positions)
+        if len(q) != 2:
+            return attend(*rows)
+        # The fewest that are decoded: one request alone should not pay for two.
+        first = jnp.argmax(active)
+        one = [jax.lax.dynamic_slice_in_dim(x, first, 1) for x in rows]
+        out: Array = jax.lax.cond(active.all(), lambda: attend(*rows), lambda: jnp.broadcast_to(attend(*one), q.shape))
+        return out
 
 
 def chunk_positions(size: int, start: Int[Array, ""], num_tokens: Int[Array, ""]) -> Int[Array, " size"]:
