@@ -22,11 +22,11 @@ import jax
 import numpy as np
 
 import jaxllama
-from jaxllama.attention import ReferenceAttention
-from jaxllama.compilation import enable_compilation_cache
+from jaxllama.engine.compilation import enable_compilation_cache
+from jaxllama.model.attention import ReferenceAttention
 
 ROOT = Path(__file__).parents[1]
-TEXTS = ("README.md", "convert/README.md", "LICENSE", "Makefile", "jaxllama/sampling.py", "tests/reference.py")
+TEXTS = ("README.md", "convert/README.md", "LICENSE", "Makefile", "jaxllama/decode/sampling.py", "tests/reference.py")
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},

@@ -22,11 +22,11 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxllama.attention import choose_attention
-from jaxllama.config import LlamaConfig
-from jaxllama.decode import decode_steps, prefill, state_shapes, state_shardings
-from jaxllama.mesh import make_mesh, num_page_shards, param_shardings
-from jaxllama.params import build_params
+from jaxllama.decode.steps import decode_steps, prefill, state_shapes, state_shardings
+from jaxllama.model.attention import choose_attention
+from jaxllama.model.config import LlamaConfig
+from jaxllama.model.mesh import make_mesh, num_page_shards, param_shardings
+from jaxllama.model.params import build_params
 
 PAGE_SIZE = 16
 TOKENS_PER_ROW = 2048  # EngineOptions' default

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import jaxllama
-from jaxllama.compilation import enable_compilation_cache
+from jaxllama.engine.compilation import enable_compilation_cache
 
 PARTS = {
     "launch the program": ("_programs", "decode"),

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import jaxllama
-from jaxllama.compilation import enable_compilation_cache
+from jaxllama.engine.compilation import enable_compilation_cache
 
 
 def main() -> None:

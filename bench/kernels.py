@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllama import native
-from jaxllama.attention.reference import paged_attention
-from jaxllama.cache import KVPool
-from jaxllama.decode import COMPILER_OPTIONS
-from jaxllama.packing import pack_weights
+from jaxllama.decode.steps import COMPILER_OPTIONS
+from jaxllama.model import native
+from jaxllama.model.attention.reference import paged_attention
+from jaxllama.model.cache import KVPool
+from jaxllama.model.packed import pack_weights
 
 MATRICES = ((1536, 576, 30), (576, 1536, 30), (576, 576, 60), (49152, 576, 1))
 ROWS = (1, 2, 4, 16, 32, 128, 512)

@@ -28,7 +28,7 @@ import aiohttp
 import numpy as np
 
 import jaxllama
-from jaxllama.compilation import enable_compilation_cache
+from jaxllama.engine.compilation import enable_compilation_cache
 
 PEERS = Path(__file__).parent / "peers"
 FEW_TOKENS, MANY_TOKENS = 256, 4096

@@ -4,20 +4,20 @@
 >>> llama.generate("Once upon a time", jaxllama.SamplingParams(max_tokens=32)).text
 """
 
-from jaxllama.checkpoint import Checkpoint
-from jaxllama.compilation import keep_weights_as_they_are as _keep_weights_as_they_are
-from jaxllama.config import LlamaConfig, RopeScaling
+from jaxllama.decode.sampling import SamplingParams
+from jaxllama.decode.scoring import PromptLogprob
+from jaxllama.engine.compilation import keep_weights_as_they_are as _keep_weights_as_they_are
 from jaxllama.engine.engine import Engine
 from jaxllama.engine.options import EngineOptions, EngineStats
 from jaxllama.engine.request import EngineRequest, TokenLogprob, TokenOutput
 from jaxllama.llama import Completion, CompletionDelta, Llama, load
-from jaxllama.mesh import make_mesh
-from jaxllama.sampling import SamplingParams
-from jaxllama.scoring import PromptLogprob
+from jaxllama.model.config import LlamaConfig, RopeScaling
+from jaxllama.model.mesh import make_mesh
 from jaxllama.text.chat import ChatTemplate
+from jaxllama.text.encoding.tokenizer import Tokenizer
 from jaxllama.text.output import OutputAssembler
 from jaxllama.text.structured import Structured
-from jaxllama.text.tokenizer import Tokenizer
+from jaxllama.weights.checkpoint import Checkpoint
 
 __version__ = "0.1.0"
 

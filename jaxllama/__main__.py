@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jaxllama
-from jaxllama.compilation import enable_compilation_cache
+from jaxllama.engine.compilation import enable_compilation_cache
 from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError, RequestError
 from jaxllama.plan import cli as plan_cli
 
@@ -64,7 +64,7 @@ def _add_application(commands: argparse._SubParsersAction, name: str, text: str)
     module = {
         "convert": "jaxllama_convert.cli",
         "serve": "jaxllama_serving.cli",
-        "batch": "jaxllama_serving.batch_cli",
+        "batch": "jaxllama_serving.batch.cli",
     }[name]
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     try:

@@ -11,35 +11,33 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import Any, Self, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxllama.checkpoint import Checkpoint
-from jaxllama.config import LlamaConfig
-from jaxllama.distributed import Group
+from jaxllama.decode.sampling import MAX_TOP_LOGPROBS, SamplingParams
+from jaxllama.decode.scoring import PromptLogprob, logits_of, prompt_logprobs
 from jaxllama.engine.engine import Engine
 from jaxllama.engine.options import EngineOptions
 from jaxllama.engine.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
+from jaxllama.engine.traffic import MemoryTraffic, memory_traffic
 from jaxllama.errors import ChatTemplateError, ConfigError, ContextLengthError, QueueFullError, RequestError
-from jaxllama.loading import load_params
-from jaxllama.mesh import make_mesh
-from jaxllama.params import Params
+from jaxllama.hosts.group import Group
+from jaxllama.model.config import LlamaConfig
+from jaxllama.model.mesh import make_mesh
+from jaxllama.model.params import Params
 from jaxllama.progress import Advance, show_progress
-from jaxllama.sampling import MAX_TOP_LOGPROBS, SamplingParams
-from jaxllama.saving import answer_saves, save_params
-from jaxllama.scoring import PromptLogprob, logits_of, prompt_logprobs
 from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
 from jaxllama.text.constraint import ConstraintMaker, OutputConstraint
+from jaxllama.text.encoding.tokenizer import Tokenizer, load_tokenizer
 from jaxllama.text.output import PROMPT_TAIL, OutputAssembler
 from jaxllama.text.structured import Grammar
-from jaxllama.text.tokenizer import Tokenizer, load_tokenizer
-
-if TYPE_CHECKING:
-    from jaxllama.plan.live import MemoryTraffic
+from jaxllama.weights.checkpoint import Checkpoint
+from jaxllama.weights.loading import load_params
+from jaxllama.weights.saving import answer_saves, save_params
 
 type Prompt = str | Sequence[int]
 
@@ -93,7 +91,7 @@ def load(
     `quantize` "int8" rounds the matrices on the way, layer by layer; those of an int8 checkpoint are int8 anyway. Norms
     and all computation have `dtype`.
 
-    `group` is that of many processes (`jaxllama.distributed.join`), each of which calls this alike and reads its own
+    `group` is that of many processes (`jaxllama.hosts.group.join`), each of which calls this alike and reads its own
     shards. Process 0 then uses the model, and the others call `llama.engine.follow()`.
 
     Raises: CheckpointError, TokenizerError, ChatTemplateError or ConfigError, saying what is wrong with which file.
@@ -168,9 +166,6 @@ class Llama:
 
     def memory_traffic(self) -> MemoryTraffic:
         """What decoding must read from memory, to compare with what it takes (`Engine.on_steps`)."""
-        # Here, for the planner behind it takes its time to import.
-        from jaxllama.plan.live import memory_traffic
-
         return memory_traffic(self.config, self.params, self.mesh, self.engine.kv_dtype)
 
     def save(self, path: str | os.PathLike[str]) -> Checkpoint:

@@ -17,7 +17,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 import tiny  # noqa: E402
 
 from jaxllama import Engine, Llama  # noqa: E402
-from jaxllama.compilation import enable_compilation_cache  # noqa: E402
+from jaxllama.engine.compilation import enable_compilation_cache  # noqa: E402
 
 _CACHE_BYTES = 2**30
 

@@ -23,7 +23,7 @@ import reference
 import jaxllama
 from jaxllama import Checkpoint, EngineOptions, Llama, SamplingParams, make_mesh
 from jaxllama.text.chat import load_chat_template
-from jaxllama.text.tokenizer import load_tokenizer
+from jaxllama.text.encoding.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.optimized
 
@@ -45,7 +45,11 @@ def float32_checkpoint() -> Path:
     from jaxllama_convert import convert
 
     digest = hashlib.sha256(f"{GGUF.stat().st_size}".encode())
-    sources = [ROOT / "jaxllama" / "checkpoint.py", ROOT / "jaxllama" / "params.py", *(ROOT / "convert").rglob("*.py")]
+    sources = [
+        ROOT / "jaxllama" / "weights" / "checkpoint.py",
+        ROOT / "jaxllama" / "model" / "params.py",
+        *(ROOT / "convert").rglob("*.py"),
+    ]
     for path in sorted(sources):
         digest.update(path.read_bytes())
     parent, name = ROOT / ".cache" / "tests", f"smollm2-float32-{digest.hexdigest()[:16]}"

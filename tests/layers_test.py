@@ -25,32 +25,33 @@ PACKAGES = {
 # DESIGN.md, "The tree": a module imports from layers above its own line and from its own package only.
 LAYERS = (
     ("jaxllama.errors",),
-    ("jaxllama.config",),
+    ("jaxllama.model.config",),
     (
-        "jaxllama.params",
-        "jaxllama.rope",
-        "jaxllama.mesh",
+        "jaxllama.model.params",
+        "jaxllama.model.rope",
+        "jaxllama.model.mesh",
         "jaxllama.text",
-        "jaxllama.compilation",
-        "jaxllama.distributed",
-        "jaxllama.native",
+        "jaxllama.engine.compilation",
+        "jaxllama.hosts.group",
+        "jaxllama.model.native",
         "jaxllama.progress",
-        "jaxllama.relay",
+        "jaxllama.hosts.relay",
+        "jaxllama.model.platforms.chips",
     ),
-    ("jaxllama.packing", "jaxllama.quant", "jaxllama.zarr"),
-    ("jaxllama.cache", "jaxllama.parts", "jaxllama.sampling"),
-    ("jaxllama.attention",),
-    ("jaxllama.model",),
-    ("jaxllama.decode", "jaxllama.checkpoint"),
-    ("jaxllama.engine", "jaxllama.loading", "jaxllama.saving", "jaxllama.scoring"),
+    ("jaxllama.model.packed", "jaxllama.model.int8", "jaxllama.weights.array_files"),
+    ("jaxllama.model.cache", "jaxllama.weights.parts", "jaxllama.decode.sampling"),
+    ("jaxllama.model.attention",),
+    ("jaxllama.model.forward",),
+    ("jaxllama.decode.steps", "jaxllama.weights.checkpoint", "jaxllama.weights.sources"),
+    ("jaxllama.engine", "jaxllama.weights.loading", "jaxllama.weights.saving", "jaxllama.decode.scoring"),
     ("jaxllama.plan",),
     ("jaxllama.llama", "jaxllama"),
     ("jaxllama_convert", "jaxllama_serving", "jaxllama.__main__"),
 )
 # Within the third layer mesh reads the table of parameters, and `num_params` of a config counts it.
 ALLOWED_UP_OR_ACROSS = {
-    ("jaxllama.mesh", "jaxllama.params"),
-    ("jaxllama.config", "jaxllama.params"),
+    ("jaxllama.model.mesh", "jaxllama.model.params"),
+    ("jaxllama.model.config", "jaxllama.model.params"),
     ("jaxllama", "jaxllama.llama"),
 }
 # Library to the modules that may import it.
@@ -59,19 +60,19 @@ CORNERS = {
     "uvloop": ("jaxllama_serving",),
     "pydantic": ("jaxllama_serving",),
     "prometheus_client": ("jaxllama_serving.metrics",),
-    "safetensors": ("jaxllama_convert",),
-    "gguf": ("jaxllama_convert",),
-    "orbax": ("jaxllama.checkpoint",),
+    "safetensors": (),
+    "gguf": ("jaxllama.weights.sources",),
+    "orbax": ("jaxllama.weights.checkpoint",),
     "tokenizers": ("jaxllama.text",),
     "sentencepiece": ("jaxllama.text",),
     "llguidance": ("jaxllama.text",),
     "jinja2": ("jaxllama.text",),
     "matplotlib": ("jaxllama.plan.plot",),
-    "flax": ("jaxllama.model", "jaxllama.quant"),
+    "flax": ("jaxllama.model.forward",),
 }
 WITHOUT_JAX = (
     "jaxllama.errors",
-    "jaxllama.config",
+    "jaxllama.model.config",
     "jaxllama.text",
     "jaxllama.engine.scheduler",
     "jaxllama.engine.pages",
@@ -84,17 +85,18 @@ PUBLIC_TO = {
         "jaxllama",
         "jaxllama.errors",
         "jaxllama.text",
-        "jaxllama.distributed",
+        "jaxllama.hosts.group",
         "jaxllama.progress",
     ),
     "jaxllama_convert": (
         "jaxllama",
         "jaxllama.errors",
         "jaxllama.text",
-        "jaxllama.config",
-        "jaxllama.params",
-        "jaxllama.quant",
-        "jaxllama.checkpoint",
+        "jaxllama.model.config",
+        "jaxllama.model.params",
+        "jaxllama.model.int8",
+        "jaxllama.weights.checkpoint",
+        "jaxllama.weights.sources",
     ),
 }
 
@@ -171,13 +173,14 @@ def layer_of(module: str) -> tuple[int, str]:
 def test_the_walk_sees_every_kind_of_import(tmp_path):
     path = tmp_path / "sample.py"
     path.write_text(
-        "import aiohttp\nfrom jaxllama import config, load\nif 1:\n    from jaxllama.engine import scheduler as s\n"
+        "import aiohttp\nfrom jaxllama.model import config\nfrom jaxllama import load\n"
+        "if 1:\n    from jaxllama.engine import scheduler as s\n"
         "def f():\n    import jax.numpy as jnp\n    from jaxllama.errors import ConfigError\n"
     )
     found = {(item.target, item.name) for item in imports_of("sample", path)}
     assert found == {
         ("aiohttp", None),
-        ("jaxllama.config", None),
+        ("jaxllama.model.config", None),
         ("jaxllama", "load"),
         ("jaxllama.engine.scheduler", None),
         ("jax.numpy", None),

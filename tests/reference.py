@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from jaxllama.config import LlamaConfig, RopeScaling
-    from jaxllama.sampling import SamplingParams
+    from jaxllama.decode.sampling import SamplingParams
+    from jaxllama.model.config import LlamaConfig, RopeScaling
 
 type Array = NDArray[np.float64]
 type Weights = Mapping[str, NDArray[Any]]

@@ -21,11 +21,11 @@ from oracle.tiny_models import TINY_MODELS, random_weights
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxllama import EngineOptions, Llama, LlamaConfig, make_mesh
-from jaxllama.checkpoint import MANIFEST, Manifest, ParamsWriter, hash_file
-from jaxllama.mesh import param_shardings
-from jaxllama.packing import pack_weights
-from jaxllama.params import Params, QuantizedWeight, build_params, get_param, param_specs, stored_specs
-from jaxllama.quant import quantize_rows
+from jaxllama.model.int8 import quantize_rows
+from jaxllama.model.mesh import param_shardings
+from jaxllama.model.packed import pack_weights
+from jaxllama.model.params import Params, QuantizedWeight, build_params, get_param, param_specs, stored_specs
+from jaxllama.weights.checkpoint import MANIFEST, Manifest, ParamsWriter, hash_file
 
 type Weights = Mapping[str, np.ndarray]
 
@@ -125,7 +125,7 @@ def make_llama(
 ) -> Llama:
     """A tiny `Llama` on the first `data` × `tp` fake devices. Close it, or use it in a `with`."""
     from jaxllama.text.chat import load_chat_template
-    from jaxllama.text.tokenizer import load_tokenizer
+    from jaxllama.text.encoding.tokenizer import load_tokenizer
 
     config = config_of(name, **changes)
     mesh = make_mesh(config, tp=tp, data=data)

@@ -20,8 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jaxllama.checkpoint import FORMAT, MANIFEST, FileRecord
 from jaxllama.errors import ConversionError
+from jaxllama.weights.checkpoint import FORMAT, MANIFEST, FileRecord
 
 _PARTIAL_FORMAT = "jaxllama-partial"
 

@@ -15,7 +15,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from jaxllama.checkpoint import (
+from jaxllama.errors import CheckpointError, ConversionError
+from jaxllama.model.config import LlamaConfig
+from jaxllama.model.int8 import quantize_rows
+from jaxllama.model.params import QUANTIZATIONS, ParamSpec, QuantizedWeight, stored_specs
+from jaxllama.weights.checkpoint import (
     DTYPES,
     Checkpoint,
     FileRecord,
@@ -24,15 +28,11 @@ from jaxllama.checkpoint import (
     versions,
     write_manifest,
 )
-from jaxllama.config import LlamaConfig
-from jaxllama.errors import CheckpointError, ConversionError
-from jaxllama.params import QUANTIZATIONS, ParamSpec, QuantizedWeight, stored_specs
-from jaxllama.quant import quantize_rows
-from jaxllama_convert.mapping import match_tensors
+from jaxllama.weights.sources.names import match_tensors
+from jaxllama.weights.sources.source import Source, SourceTensor, open_source
 from jaxllama_convert.memory import peak_ram_bytes
-from jaxllama_convert.source import Source, SourceTensor, open_source
 from jaxllama_convert.staging import OutputError, Staging, open_staging
-from jaxllama_convert.verify import check_chat_template, check_tokenizer
+from jaxllama_convert.text_checks import check_chat_template, check_tokenizer
 
 type Progress = Callable[[int, int, str], None]
 """Called with bytes written, bytes in all, and the tensor's name."""

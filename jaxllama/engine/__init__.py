@@ -1,0 +1,1 @@
+"""Continuous batching: who runs when (no JAX), and the thread that owns the devices."""

@@ -12,11 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Bool, Int, UInt32
 
-from jaxllama.attention import ShardedAttention
-from jaxllama.cache import KVPool
-from jaxllama.compilation import OnProgress, compile_all
-from jaxllama.config import LlamaConfig
-from jaxllama.decode import (
+from jaxllama.decode.steps import (
     DecodeState,
     RowState,
     StepOutput,
@@ -30,7 +26,11 @@ from jaxllama.decode import (
     prefill,
     state_shardings,
 )
-from jaxllama.params import Params
+from jaxllama.engine.compilation import OnProgress, compile_all
+from jaxllama.model.attention import ShardedAttention
+from jaxllama.model.cache import KVPool
+from jaxllama.model.config import LlamaConfig
+from jaxllama.model.params import Params
 
 PAGES_PER_COPY = 16
 

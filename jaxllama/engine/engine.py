@@ -16,12 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxllama.attention import choose_attention
-from jaxllama.compilation import OnProgress, num_compilations
-from jaxllama.config import LlamaConfig
-from jaxllama.decode import MAX_STEPS, NOT_FINITE, any_row, programs_agree, state_shapes
-from jaxllama.distributed import Group
+from jaxllama.decode.sampling import SamplingParams
+from jaxllama.decode.steps import MAX_STEPS, NOT_FINITE, any_row, programs_agree, state_shapes
 from jaxllama.engine.chunks import ChunkPlan
+from jaxllama.engine.compilation import OnProgress, num_compilations
 from jaxllama.engine.constraints import Constraint, Constraints, advance, attach, needs_new_row
 from jaxllama.engine.device import Device, Programs
 from jaxllama.engine.dispatch import Dispatch
@@ -39,8 +37,10 @@ from jaxllama.errors import (
     QueueFullError,
     RequestError,
 )
-from jaxllama.params import Params
-from jaxllama.sampling import SamplingParams
+from jaxllama.hosts.group import Group
+from jaxllama.model.attention import choose_attention
+from jaxllama.model.config import LlamaConfig
+from jaxllama.model.params import Params
 
 logger = logging.getLogger("jaxllama.engine")
 

@@ -17,12 +17,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int, UInt32
 
-from jaxllama.compilation import OnProgress
-from jaxllama.config import LlamaConfig
-from jaxllama.decode import RowState, StepOutput, any_row
-from jaxllama.distributed import Group
+from jaxllama.decode.steps import RowState, StepOutput, any_row
+from jaxllama.engine.compilation import OnProgress
 from jaxllama.engine.device import Device
 from jaxllama.errors import ConfigError, LockstepError
+from jaxllama.hosts.group import Group
+from jaxllama.model.config import LlamaConfig
 
 _LENGTH = struct.Struct("!I")
 _DTYPES = {name: np.dtype(name) for name in ("bool", "int32", "uint32", "float32")}
@@ -104,7 +104,7 @@ def check_processes(mesh: Mesh, group: Group | None) -> None:
     num_processes = len({device.process_index for device in mesh.devices.flat})
     if group is None and num_processes > 1:
         raise ConfigError(
-            f"the mesh spans {num_processes} processes. Give their group (jaxllama.distributed.join), or make the mesh "
+            f"the mesh spans {num_processes} processes. Give their group (jaxllama.hosts.group.join), or make the mesh "
             "of jax.local_devices()"
         )
     if group is not None and num_processes != group.num_processes:

@@ -7,11 +7,11 @@ import itertools
 import numpy as np
 from jaxtyping import Int
 
-from jaxllama.config import LlamaConfig
-from jaxllama.decode import row_state
+from jaxllama.decode.steps import row_state
 from jaxllama.engine.device import Programs
 from jaxllama.engine.request import EngineRequest
 from jaxllama.engine.scheduler import Chunk, Scheduler
+from jaxllama.model.config import LlamaConfig
 
 
 class Placement:

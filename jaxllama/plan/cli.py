@@ -9,15 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxllama.attention.tpu import TpuAttention
-from jaxllama.checkpoint import read_configs
-from jaxllama.config import LlamaConfig
 from jaxllama.errors import ConfigError, PlanError
+from jaxllama.model.attention.tpu import TpuAttention
+from jaxllama.model.config import LlamaConfig
+from jaxllama.model.platforms.chips import GENERATIONS
 from jaxllama.plan.planner import Plan, as_json, candidates, describe_mesh, plan, search
 from jaxllama.plan.plot import check_plotting, save_plot
 from jaxllama.plan.report import as_table, as_text
 from jaxllama.plan.setup import DTYPES, Setup
-from jaxllama.plan.topology import GENERATIONS, Topology
+from jaxllama.plan.topology import Topology
+from jaxllama.weights.checkpoint import read_configs
 
 _SHOWN = 12
 

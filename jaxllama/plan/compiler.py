@@ -25,16 +25,17 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from jaxllama.attention import ShardedAttention, choose_attention
-from jaxllama.attention.reference import BLOCK_TOKENS
-from jaxllama.config import LlamaConfig, RopeScaling
-from jaxllama.decode import decode_steps, prefill
+from jaxllama.decode.steps import decode_steps, prefill
 from jaxllama.errors import PlanError
-from jaxllama.mesh import make_mesh
+from jaxllama.model.attention import ShardedAttention, choose_attention
+from jaxllama.model.attention.reference import BLOCK_TOKENS
+from jaxllama.model.config import LlamaConfig, RopeScaling
+from jaxllama.model.mesh import make_mesh
+from jaxllama.model.platforms.chips import GIB
 from jaxllama.plan import roofline
 from jaxllama.plan.measure import KernelWork, LargeCopy, Measurement, measure
 from jaxllama.plan.setup import Setup
-from jaxllama.plan.topology import GIB, Topology
+from jaxllama.plan.topology import Topology
 
 PROGRAMS = ("decode", "prefill")
 MISSING = "libtpu, the TPU compiler, is not installed: pip install 'jaxllama[tpu]'"

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from jaxllama.model.platforms.chips import Generation
 from jaxllama.plan.hlo import Computation, Instruction, Program
-from jaxllama.plan.topology import Generation
 
 LARGE_COPY_BYTES = 4 * 2**20
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from jaxllama.config import LlamaConfig
-from jaxllama.params import param_specs
+from jaxllama.model.config import LlamaConfig
+from jaxllama.model.params import param_specs
 from jaxllama.plan.measure import KernelWork
 from jaxllama.plan.setup import PARTS, Setup, kv_bytes_per_token, weight_bytes
 

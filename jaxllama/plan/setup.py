@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from jaxllama import cache
-from jaxllama.attention.tpu import TpuAttention
-from jaxllama.config import LlamaConfig
-from jaxllama.decode import DecodeState, state_shapes, state_shardings
+from jaxllama.decode.steps import DecodeState, state_shapes, state_shardings
 from jaxllama.errors import PlanError
-from jaxllama.mesh import MESH_AXES, mesh_shape, num_page_shards, partition_spec
-from jaxllama.params import Params, ParamSpec, build_params, param_specs, stored_specs
-from jaxllama.parts import num_ffn_parts, split_ffn
+from jaxllama.model import cache
+from jaxllama.model.attention.tpu import TpuAttention
+from jaxllama.model.config import LlamaConfig
+from jaxllama.model.mesh import MESH_AXES, mesh_shape, num_page_shards, partition_spec
+from jaxllama.model.params import Params, ParamSpec, build_params, param_specs, stored_specs
 from jaxllama.plan.topology import Topology
+from jaxllama.weights.parts import num_ffn_parts, split_ffn
 
 DTYPES = ("bf16", "int8")
 

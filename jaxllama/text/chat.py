@@ -10,11 +10,11 @@ from types import MappingProxyType
 from typing import Any
 
 from jaxllama.errors import ChatTemplateError
-from jaxllama.text.backend import named_token, tokenizer_config
+from jaxllama.text.encoding.backend import named_token, tokenizer_config
+from jaxllama.text.encoding.specials import RenderedChat, Spellings, StandIns
+from jaxllama.text.encoding.tokenizer import special_spellings
 from jaxllama.text.reasoning import CLOSE_TAG, OPEN_TAG
 from jaxllama.text.sandbox import TemplateEnvironment
-from jaxllama.text.specials import RenderedChat, Spellings, StandIns
-from jaxllama.text.tokenizer import special_spellings
 
 __all__ = ["ChatTemplate", "RenderedChat", "has_chat_template", "load_chat_template"]
 

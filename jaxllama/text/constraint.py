@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import UInt32
 
 from jaxllama.errors import GrammarError
-from jaxllama.text.decoding import IncrementalDecoder
+from jaxllama.text.encoding.detokenize import IncrementalDecoder
+from jaxllama.text.encoding.tokenizer import Tokenizer
 from jaxllama.text.reasoning import CLOSE_TAG, OPEN_TAG, ReasoningSplitter
 from jaxllama.text.structured import Grammar, GrammarCompiler, GrammarSource, GrammarState, num_mask_words
-from jaxllama.text.tokenizer import Tokenizer
 
 FOREVER = 1 << 40
 _MAX_GRAMMARS_KEPT = 64

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxllama.text.encoding.tokenizer import Tokenizer
 from jaxllama.text.reasoning import CLOSE_TAG, OPEN_TAG, Part, ReasoningSplitter
 from jaxllama.text.stops import StopMatcher
-from jaxllama.text.tokenizer import Tokenizer
 from jaxllama.text.tool_parsing import ToolDelta, ToolParser
 
 PROMPT_TAIL = 16

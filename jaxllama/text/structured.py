@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import UInt32
 
 from jaxllama.errors import GrammarError
-from jaxllama.text.backend import guarded
-from jaxllama.text.specials import Splitter
-from jaxllama.text.tokenizer import Tokenizer
+from jaxllama.text.encoding.backend import guarded
+from jaxllama.text.encoding.specials import Splitter
+from jaxllama.text.encoding.tokenizer import Tokenizer
 
 MAX_SCHEMA_CHARS = 65_536
 MAX_SCHEMA_DEPTH = 64

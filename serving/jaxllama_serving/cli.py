@@ -25,7 +25,7 @@ from jaxllama_serving.config import REASONING_FIELDS, TOOL_PARSERS, ServerConfig
 
 if TYPE_CHECKING:
     from jaxllama import Llama
-    from jaxllama.distributed import Group
+    from jaxllama.hosts.group import Group
     from jaxllama_serving.hosts import Hosts
 
 KEYS_VARIABLE = "JAXLLAMA_API_KEYS"
@@ -184,7 +184,7 @@ def make_config(args: argparse.Namespace, environment: str | None) -> ServerConf
 
     Raises: ServerConfigError.
     """
-    from jaxllama_serving.auth import read_keys
+    from jaxllama_serving.http.auth import read_keys
 
     return ServerConfig(
         **behaviour(args),
@@ -254,7 +254,7 @@ def load_model(args: argparse.Namespace, *, max_queue: int, group: Group | None 
 
 
 def _load(args: argparse.Namespace, found: Hosts | None) -> Llama:
-    from jaxllama import distributed
+    from jaxllama.hosts import group as distributed
 
     group = None
     if found is not None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxllama.distributed import parse_address
 from jaxllama.errors import ConfigError
+from jaxllama.hosts.group import parse_address
 from jaxllama_serving.config import ServerConfigError
 
 POD_PORT = 8492

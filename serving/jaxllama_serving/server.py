@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from jaxllama_serving.app import make_app
 from jaxllama_serving.config import ServerConfig, ServerConfigError
-from jaxllama_serving.prepare import generation_config, generation_defaults
+from jaxllama_serving.http.app import make_app
+from jaxllama_serving.http.connection import Listener, bind
+from jaxllama_serving.requests.prepare import generation_config, generation_defaults
 from jaxllama_serving.service import SERVICE, Service
-from jaxllama_serving.wire import Listener, bind
 
 if TYPE_CHECKING:
     from jaxllama import Llama

@@ -16,10 +16,10 @@ from aiohttp import web
 
 from jaxllama.errors import QueueFullError
 from jaxllama_serving.config import ServerConfig
-from jaxllama_serving.context import RequestContext
-from jaxllama_serving.errors import unavailable
-from jaxllama_serving.generation import Generation
+from jaxllama_serving.http.context import RequestContext
 from jaxllama_serving.metrics import Metrics
+from jaxllama_serving.protocol.errors import unavailable
+from jaxllama_serving.requests.choices import Generation
 
 if TYPE_CHECKING:
     from jaxllama import Llama

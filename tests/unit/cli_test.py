@@ -16,7 +16,7 @@ import tiny
 import jaxllama
 from jaxllama.__main__ import main
 from jaxllama.errors import NonFiniteLogitsError
-from jaxllama.text.tokenizer import load_tokenizer
+from jaxllama.text.encoding.tokenizer import load_tokenizer
 
 TEXT = "bcdefghij"
 

@@ -34,7 +34,7 @@ from jaxllama.errors import (
     QueueFullError,
     RequestError,
 )
-from jaxllama.text.tokenizer import load_tokenizer
+from jaxllama.text.encoding.tokenizer import load_tokenizer
 
 NAME = "divisible"
 GREEDY = SamplingParams(temperature=0)

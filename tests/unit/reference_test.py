@@ -10,9 +10,9 @@ import pytest
 import reference
 from oracle.tiny_models import TINY_MODELS, checksum, random_weights
 
-from jaxllama.config import LlamaConfig, RopeScaling
-from jaxllama.params import param_specs
-from jaxllama.sampling import SamplingParams
+from jaxllama.decode.sampling import SamplingParams
+from jaxllama.model.config import LlamaConfig, RopeScaling
+from jaxllama.model.params import param_specs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = list(TINY_MODELS)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, Validat
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
-from jaxllama_serving.errors import ApiError, invalid, shorten
+from jaxllama_serving.protocol.errors import ApiError, invalid, shorten
 
 MAX_ID = 2**31 - 1
 

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from jaxllama_serving.protocol.base import Strict, boolean, disagreement, integer, parse, problem, refuse, with_example
-from jaxllama_serving.protocol.generation import MAX_TOKENS, MAX_TOP_LOGPROBS, GenerationRequest
-from jaxllama_serving.protocol.shape import (
+from jaxllama_serving.protocol.output_format import (
     EFFORTS,
     Effort,
     Reasoning,
@@ -17,6 +16,7 @@ from jaxllama_serving.protocol.shape import (
     StructuredOutputs,
     TemplateKwargs,
 )
+from jaxllama_serving.protocol.shared_fields import MAX_TOKENS, MAX_TOP_LOGPROBS, GenerationRequest
 from jaxllama_serving.protocol.tools import MAX_TOOLS, ToolCall, ToolChoiceField, ToolSpec
 
 # Refused by name; the values listed ask for nothing and are what clients send by default.

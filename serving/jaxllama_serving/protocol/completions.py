@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, PlainValidator, model_validator
 
 from jaxllama_serving.protocol.base import MAX_ID, boolean, disagreement, integer, parse, problem, refuse, with_example
-from jaxllama_serving.protocol.generation import MAX_TOKENS, MAX_TOP_LOGPROBS, GenerationRequest
+from jaxllama_serving.protocol.shared_fields import MAX_TOKENS, MAX_TOP_LOGPROBS, GenerationRequest
 
 MAX_PROMPTS = 128
 DEFAULT_MAX_TOKENS = 16

@@ -22,12 +22,12 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from jaxllama_convert import OutputError, cli, convert
 from jaxllama_convert.staging import Staging
-from unit.convert.sources import BF16, CONFIG, weights, write_gguf, write_hf
+from unit.weights.sources.sources import BF16, CONFIG, weights, write_gguf, write_hf
 
-import jaxllama.checkpoint
-from jaxllama.checkpoint import Checkpoint, restore_params
+import jaxllama.weights.checkpoint
 from jaxllama.errors import ConversionError
-from jaxllama.params import build_params, get_param, param_specs
+from jaxllama.model.params import build_params, get_param, param_specs
+from jaxllama.weights.checkpoint import Checkpoint, restore_params
 
 
 def restored(path: Path) -> dict[str, np.ndarray]:
@@ -179,7 +179,7 @@ def test_a_full_disk_says_so_and_resumes(tmp_path: Path, monkeypatch: pytest.Mon
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(jaxllama.checkpoint.os, "fsync", fsync)
+        patch.setattr(jaxllama.weights.checkpoint.os, "fsync", fsync)
         with pytest.raises(OutputError, match=r"tensors/.*No space left on device.*resume"):
             convert(tmp_path / "src", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -214,7 +214,7 @@ def test_another_source_does_not_resume(tmp_path: Path, monkeypatch: pytest.Monk
     write_hf(tmp_path / "first", tensors=weights(CONFIG, seed=1))
     want = write_hf(tmp_path / "second", tensors=weights(CONFIG, seed=2))
     with monkeypatch.context() as patch:
-        patch.setattr(jaxllama.checkpoint.ParamsWriter, "commit", lambda self: 1 / 0)
+        patch.setattr(jaxllama.weights.checkpoint.ParamsWriter, "commit", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert(tmp_path / "first", tmp_path / "out")
     assert convert(tmp_path / "second", tmp_path / "out").num_resumed == 0
@@ -224,7 +224,7 @@ def test_another_source_does_not_resume(tmp_path: Path, monkeypatch: pytest.Monk
 # The process kills itself at the hardest moments of a conversion: before a call for which a condition holds.
 KILLER = """
 import os, shutil, signal, sys
-import jaxllama.checkpoint, jaxllama_convert.write
+import jaxllama.weights.checkpoint, jaxllama_convert.write
 _, src, dst, owner, name, condition = sys.argv
 owner, calls = eval(owner), 0
 original = getattr(owner, name)
@@ -239,8 +239,8 @@ jaxllama_convert.write.convert(src, dst, force=True)
 """
 # The moment: the function, the condition, and which checkpoint is at DST afterwards.
 KILLS = {
-    "while a tensor is written": ("jaxllama.checkpoint", "_write_file", "calls == 20", "old"),
-    "before Orbax writes its metadata": ("jaxllama.checkpoint.ParamsWriter", "commit", "True", "old"),
+    "while a tensor is written": ("jaxllama.weights.checkpoint", "_write_file", "calls == 20", "old"),
+    "before Orbax writes its metadata": ("jaxllama.weights.checkpoint.ParamsWriter", "commit", "True", "old"),
     "while tensors are moved": ("os", "rename", "calls == 7", "old"),
     "before the manifest": ("jaxllama_convert.write._Job", "_write_manifest", "True", "old"),
     "between the renames": ("os", "rename", "str(args[1]) == dst", None),
@@ -299,7 +299,7 @@ def _memory_growth(tmp_path: Path, config: dict[str, Any]) -> tuple[int, int, in
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, np.ndarray]:
-    from jaxllama.config import LlamaConfig
+    from jaxllama.model.config import LlamaConfig
 
     # Without memory: broadcast zeros.
     specs = param_specs(LlamaConfig.from_hf(config))
@@ -374,7 +374,7 @@ def test_an_interrupt_is_no_traceback(tmp_path: Path, capsys: Any, monkeypatch: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(jaxllama.checkpoint.ParamsWriter, "commit", interrupt)
+        patch.setattr(jaxllama.weights.checkpoint.ParamsWriter, "commit", interrupt)
         assert run_cli(tmp_path / "src", tmp_path / "out") == 130
     assert "resume" in capsys.readouterr().err
     assert run_cli(tmp_path / "src", tmp_path / "out") == 0

@@ -13,8 +13,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from jaxllama_serving.app import make_app
 from jaxllama_serving.config import ServerConfig
+from jaxllama_serving.http.app import make_app
 from unit.deploy.files import DOCKERFILE, ROOT, command_of_dockerfile, instructions, parse
 from unit.serving.live import run
 

@@ -11,8 +11,8 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
-from jaxllama_serving.app import make_app
 from jaxllama_serving.config import ServerConfig
+from jaxllama_serving.http.app import make_app
 from jaxllama_serving.metrics import GAUGES
 from jaxllama_serving.server import CLOSE_TIMEOUT_S
 from unit.deploy.files import MANIFESTS, command_of_container, documents, parse, pod_templates

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxllama.model.platforms.chips import GENERATIONS
 from jaxllama.plan.measure import KernelWork, measure
-from jaxllama.plan.topology import GENERATIONS
 
 V6E = GENERATIONS["v6e"]
 GOLDEN = Path(__file__).parents[2] / "golden" / "tpu_v6e.hlo"

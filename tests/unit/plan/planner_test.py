@@ -12,12 +12,12 @@ import pytest
 
 from jaxllama import LlamaConfig
 from jaxllama.errors import PlanError
+from jaxllama.model.platforms.chips import GENERATIONS
 from jaxllama.plan import Plan, Setup, Topology, as_json, candidates, plan, planner, roofline, search
 from jaxllama.plan.compiler import Compiled, CompilerError, compile_program
 from jaxllama.plan.measure import LargeCopy, Measurement
 from jaxllama.plan.report import as_table, as_text
 from jaxllama.plan.setup import resident_bytes
-from jaxllama.plan.topology import GENERATIONS
 
 CONFIGS = Path(__file__).parents[3] / "bench" / "configs"
 LLAMA_70B, LLAMA_8B = (

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from jaxllama.decode.sampling import SamplingParams
 from jaxllama.engine.options import EngineStats
 from jaxllama.errors import ChatTemplateError, ContextLengthError, EngineStoppedError, QueueFullError
-from jaxllama.sampling import SamplingParams
-from jaxllama.text.decoding import ByteDecoder
+from jaxllama.text.encoding.detokenize import ByteDecoder
 
 EOS = 0
 THINK, END_THINK = 1, 2

@@ -12,10 +12,10 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
-from jaxllama_serving.app import make_app
 from jaxllama_serving.config import ServerConfig
+from jaxllama_serving.http.app import make_app
+from jaxllama_serving.http.connection import Listener, bind
 from jaxllama_serving.service import SERVICE, Service
-from jaxllama_serving.wire import Listener, bind
 
 CHAT = "/v1/chat/completions"
 

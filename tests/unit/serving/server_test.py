@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 from jaxllama_serving import cli
-from jaxllama_serving.auth import read_keys
 from jaxllama_serving.config import ServerConfig, ServerConfigError
+from jaxllama_serving.http.auth import read_keys
 
 TESTS = Path(__file__).parents[2]
 SERVER = f"""

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from jaxllama.errors import ChatTemplateError
 from jaxllama.text.chat import ChatTemplate, load_chat_template
-from jaxllama.text.specials import RenderedChat, Spellings, StandIns
-from jaxllama.text.tokenizer import Tokenizer, load_tokenizer
+from jaxllama.text.encoding.specials import RenderedChat, Spellings, StandIns
+from jaxllama.text.encoding.tokenizer import Tokenizer, load_tokenizer
 
 LAW = settings(deadline=None, max_examples=80)
 USER = {"role": "user", "content": "Hello"}

@@ -10,7 +10,7 @@ import pytest
 
 from jaxllama.errors import ChatTemplateError
 from jaxllama.text.chat import ChatTemplate, load_chat_template
-from jaxllama.text.tokenizer import Tokenizer, load_tokenizer
+from jaxllama.text.encoding.tokenizer import Tokenizer, load_tokenizer
 
 USER = {"role": "user", "content": "Hello"}
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxllama.text.encoding.tokenizer import Tokenizer, load_tokenizer
 from jaxllama.text.output import OutputAssembler, TextDelta
-from jaxllama.text.tokenizer import Tokenizer, load_tokenizer
 
 LAW = settings(deadline=None, max_examples=150)
 

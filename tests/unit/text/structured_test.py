@@ -17,8 +17,8 @@ from schemas import random_schema
 
 from jaxllama.errors import GrammarError
 from jaxllama.text.constraint import FOREVER, OutputConstraint, ReasoningTokens
+from jaxllama.text.encoding.tokenizer import Tokenizer, load_tokenizer
 from jaxllama.text.structured import GrammarCompiler, GrammarSource, Structured
-from jaxllama.text.tokenizer import Tokenizer, load_tokenizer
 from jaxllama.text.tool_parsing import LiveParser, ToolDelta
 from jaxllama.text.tools import HERMES, LLAMA3, TOOL_FORMATS, Tool, auto_grammar, calls_grammar
 

@@ -1,0 +1,1 @@
+"""Pure functions that generate: sampling, the state of rows, prefill, decode steps, scoring."""

@@ -1,0 +1,23 @@
+"""Paged attention by the kernels of `jaxllama.model.native`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Array
+
+from jaxllama.model import native
+from jaxllama.model.attention.reference import ReferenceAttention
+from jaxllama.model.cache import KVPool
+
+
+@dataclass(frozen=True)
+class CpuAttention(ReferenceAttention):
+    """`Attention` for one CPU: bfloat16 queries, a cache of bfloat16 and heads of a multiple of 64."""
+
+    def _attend(self, q: Array, pool: KVPool, page_table: Array, positions: Array) -> Array:
+        return native.attend(q, pool.pages, page_table, positions)
+
+    def _attend_once(self, q: Array, pool: KVPool, page_table: Array, positions: Array, active: Array) -> Array:
+        # A row that is not active has one key to attend to.
+        return self._attend(q[:, None], pool, page_table, positions[:, None])[:, 0]

@@ -1,0 +1,63 @@
+"""What an implementation of attention does."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxllama.model.cache import KVPool
+
+
+class Attention(Protocol):
+    """Writes new keys and values to the cache and attends to it, on one device, with its heads, rows and pages.
+
+    Hashable: it is static under `jax.jit`. `ShardedAttention` runs it on a mesh.
+
+    `kv` is interleaved by head (K0 V0 K1 V1 …). Page tables hold pages of the layer at hand (already offset).
+    `page_size` and `chunk_sizes`, in tokens, are what it works best with. If `needs_clean_pages`, pages that may
+    hold a failed row's NaN must be cleared before another row is given them: what lies past a row's end must be finite.
+
+    The model asks it in which form its devices want the layers. `keeps_float32`: between products values are float32,
+    else they are rounded to the weights' dtype. `layers_per_loop`: the layers run in groups of so many, each in a loop
+    of one round, because a compiler may plan its copies well for a few layers and badly for 80; None: in one piece.
+    """
+
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def chunk_sizes(self) -> tuple[int, ...]: ...
+    @property
+    def needs_clean_pages(self) -> bool: ...
+    @property
+    def keeps_float32(self) -> bool: ...
+    @property
+    def layers_per_loop(self) -> int | None: ...
+
+    def validate(self, *, page_size: int, num_rows: int, table_width: int) -> None:
+        """Raises: ConfigError if it cannot work with pages of `page_size` tokens or a page table of that size."""
+        ...
+
+    def decode(
+        self,
+        q: Float[Array, "rows heads head_dim"],
+        kv: Float[Array, "rows kv2 head_dim"],
+        pool: KVPool,
+        page_table: Int[Array, "rows max_pages"],
+        positions: Int[Array, " rows"],
+        active: Bool[Array, " rows"],
+    ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
+        """One token a row, at its position. Rows that are not active write nothing; what they return is not read."""
+        ...
+
+    def prefill(
+        self,
+        q: Float[Array, "tokens heads head_dim"],
+        kv: Float[Array, "tokens kv2 head_dim"],
+        pool: KVPool,
+        page_table: Int[Array, " max_pages"],
+        start: Int[Array, ""],
+        num_tokens: Int[Array, ""],
+    ) -> tuple[Float[Array, "tokens heads head_dim"], KVPool]:
+        """A chunk of one row from position `start`, of which `num_tokens` are real."""
+        ...

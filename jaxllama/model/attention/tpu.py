@@ -1,0 +1,121 @@
+"""Paged attention by flywheel-tpu's Pallas kernels: one call a layer writes the new keys and values and attends.
+
+The kernels take bfloat16, heads of a multiple of 128 and pages of a multiple of 128 tokens, and read the pool in the
+layout that all implementations share. bench/LOG.md has the TPU compiler's figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxllama.errors import ConfigError, MissingExtraError
+from jaxllama.model.cache import KVPool
+
+_MAX_TABLE_BYTES = 2**20
+_DECODE_VMEM_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class TpuAttention:
+    """`Attention` by those kernels. `interpret` runs them in Pallas's interpreter, on any backend."""
+
+    num_layers: int
+    interpret: bool = False
+
+    page_size = 128
+    chunk_sizes = (128, 512, 2048)
+    needs_clean_pages = True
+    keeps_float32 = False
+    layers_per_loop = 20
+
+    def validate(self, *, page_size: int, num_rows: int, table_width: int) -> None:
+        """As `Attention.validate`: the kernels read the page table from the scalar memory."""
+        if page_size % 128:
+            raise ConfigError(f"page_size must be a multiple of 128 on a TPU, got {page_size}")
+        if num_rows * table_width * 4 >= _MAX_TABLE_BYTES:
+            raise ConfigError(
+                f"a page table of {num_rows} rows × {table_width} pages is larger than a TPU core's scalar memory "
+                f"({_MAX_TABLE_BYTES} bytes). Lower max_rows or max_context, or raise page_size"
+            )
+
+    def decode(
+        self,
+        q: Float[Array, "rows heads head_dim"],
+        kv: Float[Array, "rows kv2 head_dim"],
+        pool: KVPool,
+        page_table: Int[Array, "rows max_pages"],
+        positions: Int[Array, " rows"],
+        active: Bool[Array, " rows"],
+    ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
+        """As `Attention.decode`. Rows that are not active write to page 0, which no row is given."""
+        page_table, positions = self.without_inactive(page_table, positions, active, pool)
+        kv = jnp.where(active[:, None, None], kv, 0)
+        out, pages = _kernel()(
+            q[:, None],
+            pool.pages,
+            None,
+            kv[:, None, 0::2],
+            kv[:, None, 1::2],
+            cache_seqlens=positions,
+            block_table=page_table,
+            causal=True,
+            interpret=self.interpret,
+        )
+        return out[:, 0], pool._replace(pages=pages)
+
+    def without_inactive(
+        self, page_table: Array, positions: Array, active: Array, pool: KVPool
+    ) -> tuple[Int[Array, "rows max_pages"], Int[Array, " rows"]]:
+        """Page table and positions with those rows at position 0 of page 0 that are not active."""
+        num_pages = pool.pages.shape[0] // self.num_layers
+        return jnp.where(active[:, None], page_table, page_table - page_table % num_pages), jnp.where(
+            active, positions, 0
+        )
+
+    def prefill(
+        self,
+        q: Float[Array, "tokens heads head_dim"],
+        kv: Float[Array, "tokens kv2 head_dim"],
+        pool: KVPool,
+        page_table: Int[Array, " max_pages"],
+        start: Int[Array, ""],
+        num_tokens: Int[Array, ""],
+    ) -> tuple[Float[Array, "tokens heads head_dim"], KVPool]:
+        """As `Attention.prefill`. Zeros for the padding."""
+        out, pages = self.prefill_pages(q, kv, pool.pages, page_table, start, num_tokens)
+        return out, pool._replace(pages=pages)
+
+    def prefill_pages(
+        self, q: Array, kv: Array, pages: Array, table: Array, start: Array, num_tokens: Array
+    ) -> tuple[Float[Array, "tokens heads head_dim"], Float[Array, "pages page_size kv2 head_dim"]]:
+        """`prefill` of a pool's pages."""
+        out, pages = _kernel()(
+            q,
+            pages,
+            None,
+            kv[:, 0::2],
+            kv[:, 1::2],
+            cache_seqlens=start[None],
+            block_table=table[None],
+            cu_seqlens_q=jnp.stack((jnp.zeros_like(num_tokens), num_tokens)),
+            causal=True,
+            interpret=self.interpret,
+        )
+        return out, pages
+
+
+def _kernel() -> Callable[..., tuple[Array, Array]]:
+    try:
+        from flywheel_tpu import flash_attn_with_kvcache
+        from flywheel_tpu.pallas import flash_fwd_kvcache
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("tpu", error.name or "flywheel_tpu") from error
+    # It asks for 100 MiB of VMEM and uses one, and XLA cannot prefetch weights into what it asks for: 1 ms in 17 for
+    # the 70B on v6e-8 (bench/LOG.md).
+    flash_fwd_kvcache.vmem_limit_bytes = lambda: _DECODE_VMEM_BYTES
+    kernel: Callable[..., tuple[Array, Array]] = flash_attn_with_kvcache
+    return kernel

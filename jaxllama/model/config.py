@@ -1,0 +1,214 @@
+"""The model's dimensions, read from a Hugging Face config.json. No JAX here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxllama.errors import ConfigError
+
+RopeType = Literal["default", "linear", "llama3"]
+_ROPE_TYPES: tuple[RopeType, ...] = ("default", "linear", "llama3")
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are derived. `default` ignores everything but `theta`; `linear` reads `factor` too."""
+
+    theta: float = 10_000.0
+    rope_type: RopeType = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> RopeScaling:
+        """Reads `rope_parameters` (transformers ≥ 5) or `rope_theta` and `rope_scaling` (before).
+
+        Raises: ConfigError for a rope type that is not implemented, or a missing or misplaced number.
+        """
+        scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        if not isinstance(scaling, Mapping):
+            raise ConfigError(f"config.json: rope_scaling must be an object or null, got {scaling!r}")
+        rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+        if rope_type not in _ROPE_TYPES:
+            raise ConfigError(
+                f"config.json: rope type {rope_type!r} is not supported; supported: {', '.join(_ROPE_TYPES)}"
+            )
+        theta = scaling.get("rope_theta", hf.get("rope_theta", 10_000.0))
+        if rope_type == "default":
+            return cls(theta=_positive("rope_theta", theta))
+        factor = _positive("rope_scaling.factor", scaling.get("factor"))
+        if rope_type == "linear":
+            return cls(theta=_positive("rope_theta", theta), rope_type="linear", factor=factor)
+        low, high = (_positive(f"rope_scaling.{k}", scaling.get(k)) for k in ("low_freq_factor", "high_freq_factor"))
+        if high <= low:
+            raise ConfigError(
+                f"config.json: rope_scaling.high_freq_factor must exceed low_freq_factor, got {high} and {low}"
+            )
+        original = scaling.get("original_max_position_embeddings")
+        return cls(
+            theta=_positive("rope_theta", theta),
+            rope_type="llama3",
+            factor=factor,
+            low_freq_factor=low,
+            high_freq_factor=high,
+            original_max_position_embeddings=_positive_int("rope_scaling.original_max_position_embeddings", original),
+        )
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """A Llama-architecture model. Hashable, so it can be static under `jax.jit`.
+
+    `eos_token_ids` are the ids that end a reply; a checkpoint's generation_config.json overrides config.json's.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: RopeScaling = RopeScaling()
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"config.json: num_attention_heads ({self.num_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_kv_heads})"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"config.json: head_dim must be even for rotary embeddings, got {self.head_dim}")
+
+    @property
+    def q_per_kv(self) -> int:
+        """G, the number of query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def num_params(self) -> int:
+        """The number of stored weights (a tied head counts once)."""
+        from jaxllama.model.params import param_specs
+
+        return sum(spec.size for spec in param_specs(self))
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> LlamaConfig:
+        """Reads a parsed config.json.
+
+        Raises: ConfigError naming what is missing, unsupported or inconsistent.
+        """
+        _check_architecture(hf)
+        missing = [key for key in _REQUIRED if hf.get(key) is None]
+        if missing:
+            raise ConfigError(f"config.json: missing {', '.join(missing)}")
+        size = {key: _positive_int(key, hf[key]) for key in _REQUIRED if key != "rms_norm_eps"}
+        num_heads = size["num_attention_heads"]
+        head_dim = hf.get("head_dim")
+        if head_dim is None and size["hidden_size"] % num_heads:
+            raise ConfigError(
+                f"config.json: hidden_size ({size['hidden_size']}) is not a multiple of num_attention_heads "
+                f"({num_heads}) and head_dim is not given"
+            )
+        num_kv_heads = hf.get("num_key_value_heads")
+        return cls(
+            vocab_size=size["vocab_size"],
+            hidden_size=size["hidden_size"],
+            intermediate_size=size["intermediate_size"],
+            num_layers=size["num_hidden_layers"],
+            num_heads=num_heads,
+            num_kv_heads=num_heads if num_kv_heads is None else _positive_int("num_key_value_heads", num_kv_heads),
+            head_dim=size["hidden_size"] // num_heads if head_dim is None else _positive_int("head_dim", head_dim),
+            rms_norm_eps=_positive("rms_norm_eps", hf["rms_norm_eps"]),
+            max_position_embeddings=size["max_position_embeddings"],
+            rope=RopeScaling.from_hf(hf),
+            tie_word_embeddings=_boolean(hf, "tie_word_embeddings"),
+            attention_bias=_boolean(hf, "attention_bias"),
+            mlp_bias=_boolean(hf, "mlp_bias"),
+            bos_token_id=_bos_token_id(hf, size["vocab_size"]),
+            eos_token_ids=_token_ids(hf, "eos_token_id", size["vocab_size"]),
+        )
+
+
+def _check_architecture(hf: Mapping[str, Any]) -> None:
+    architectures = hf.get("architectures") or []
+    model_type = hf.get("model_type")
+    if not isinstance(architectures, list):
+        raise ConfigError(f"config.json: architectures must be a list of names, got {architectures!r}")
+    if model_type not in (None, "llama") or any(name != "LlamaForCausalLM" for name in architectures):
+        named = ", ".join(map(str, architectures)) or model_type
+        raise ConfigError(
+            f"config.json: architecture {named} is not supported; expected LlamaForCausalLM (model_type 'llama')"
+        )
+    if model_type is None and not architectures:
+        raise ConfigError("config.json: neither model_type nor architectures is given; expected model_type 'llama'")
+    if hf.get("auto_map"):
+        raise ConfigError("config.json: auto_map asks to run code from the model; that is never done")
+    if hf.get("quantization_config"):
+        quantization = hf["quantization_config"]
+        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, Mapping) else quantization
+        raise ConfigError(
+            f"config.json: quantization {method!r} is not supported; convert from the unquantised weights"
+        )
+    activation = hf.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ConfigError(f"config.json: hidden_act {activation!r} is not supported; expected 'silu'")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _positive(name: str, value: Any) -> float:
+    if not _is_number(value) or not 0 < value < float("inf"):
+        raise ConfigError(f"config.json: {name} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def _positive_int(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise ConfigError(f"config.json: {name} must be a positive integer, got {value!r}")
+    return value
+
+
+def _boolean(hf: Mapping[str, Any], name: str) -> bool:
+    value = hf.get(name)
+    if value not in (None, True, False):
+        raise ConfigError(f"config.json: {name} must be true or false, got {value!r}")
+    return bool(value)
+
+
+def _bos_token_id(hf: Mapping[str, Any], vocab_size: int) -> int | None:
+    ids = _token_ids(hf, "bos_token_id", vocab_size)
+    if isinstance(hf.get("bos_token_id"), list) and len(ids) != 1:
+        raise ConfigError(f"config.json: bos_token_id must be one id, got {hf['bos_token_id']!r}")
+    return ids[0] if ids else None
+
+
+def _token_ids(hf: Mapping[str, Any], name: str, vocab_size: int) -> tuple[int, ...]:
+    value = hf.get(name)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+            raise ConfigError(f"config.json: {name} must be below vocab_size ({vocab_size}), got {token_id!r}")
+    return tuple(ids)

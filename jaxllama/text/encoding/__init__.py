@@ -1,0 +1,1 @@
+"""Tokenizers: one front, a backend for each kind of file, and decoding token by token."""

@@ -1,0 +1,160 @@
+"""From weights on a mesh to a checkpoint: every process writes its own shards, process 0 all the rest.
+
+.NAME.saving/        beside the destination, for as long as the save takes; what a killed one leaves, the next removes
+    lock             held by process 0
+    checkpoint/      becomes the destination by one rename, when its manifest is written
+    checkpoint/TOKEN the other processes look for it: do they see process 0's folder?
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jaxllama.errors import CheckpointError, LockstepError
+from jaxllama.hosts.group import Group
+from jaxllama.model.config import LlamaConfig
+from jaxllama.model.params import Params, ParamSpec, QuantizedWeight, param_specs, stored_specs
+from jaxllama.weights.checkpoint import (
+    MANIFEST,
+    PARAMS,
+    Checkpoint,
+    FileRecord,
+    ParamsWriter,
+    hash_file,
+    write_manifest,
+)
+from jaxllama.weights.parts import get_whole
+
+# What a process has in flight: as many shards in memory, as many files that wait for the disk.
+_NUM_WRITERS = 4
+
+
+def save_params(
+    source: Checkpoint | None, params: Params, path: str | os.PathLike[str], group: Group | None
+) -> Checkpoint:
+    """Writes `params`, of `source`'s config, as a checkpoint of its own at `path`, with the other files of `source`.
+
+    Of a group, process 0 calls this, and the others `answer_saves`. Nothing is at `path` before all is complete.
+
+    Raises: CheckpointError when there is something at `path`, when it cannot be written, or when another process does
+    not see the same folder; LockstepError.
+    """
+    if source is None:
+        raise CheckpointError(f"{path}: this model is of no checkpoint, whose config and tokenizer could be saved")
+    if group is not None and not group.is_leader:
+        raise LockstepError(f"process {group.process_id} follows process 0, which alone saves")
+    destination = Path(os.path.realpath(Path(path).expanduser()))
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise CheckpointError(f"{destination}: exists. Choose another folder, or remove it first")
+    try:
+        with _staging(destination) as folder:
+            files = _write_all(source.config, params, folder, group)
+            for name in source.manifest.files:
+                if not name.startswith(f"{PARAMS}/"):
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(source.path / name, folder / name)
+            _writer(source.config, params, folder).commit()
+            origin = {MANIFEST: asdict(hash_file(source.path / MANIFEST))}
+            provenance = {"kind": "jaxllama", "name": source.path.name, "files": origin}
+            write_manifest(folder, _dtype(params), _quantize(params), provenance, files)
+            Checkpoint.open(folder)
+            os.rename(folder, destination)
+    except OSError as error:
+        raise CheckpointError(f"{destination}: cannot be saved ({_describe(error)})") from error
+    return Checkpoint.open(destination)
+
+
+def answer_saves(config: LlamaConfig, params: Params, group: Group) -> None:
+    """What every process but 0 does: writes its shards whenever process 0 saves, beside whatever else it does."""
+
+    def answer(question: bytes) -> bytes:
+        folder, token = json.loads(question)
+        return json.dumps(_try_write(config, params, Path(folder), token)).encode()
+
+    group.answer_with(answer)
+
+
+def _write_all(config: LlamaConfig, params: Params, folder: Path, group: Group | None) -> dict[str, FileRecord]:
+    """All processes write their shards. Returns the files of all arrays."""
+    token = secrets.token_hex(16)
+    (folder / token).touch()
+    writer = _writer(config, params, folder)
+    files: dict[str, FileRecord] = {}
+    for part in _parts(config, params):
+        files |= writer.begin(part, get_whole(params, part))
+    with ThreadPoolExecutor(1) as asker:
+        question = json.dumps([str(folder), token]).encode()
+        others = asker.submit(lambda: [] if group is None else group.ask(question))
+        results = [_try_write(config, params, folder, token), *map(json.loads, others.result())]
+    errors = [f"process {i}: {result['error']}" for i, result in enumerate(results) if "error" in result]
+    if errors:
+        text = "; ".join(errors) if group is not None else results[0]["error"]
+        raise CheckpointError(f"{folder.parent}: the checkpoint cannot be saved ({text})")
+    (folder / token).unlink()
+    for result in results:
+        files |= {name: FileRecord(*record) for name, record in result["files"].items()}
+    return files
+
+
+def _try_write(config: LlamaConfig, params: Params, folder: Path, token: str) -> dict[str, Any]:
+    """Writes this process's shards. Returns `files`, each name with its size and hash, or the `error`."""
+    try:
+        if not (folder / token).exists():
+            return {"error": f"{folder} is not the folder that process 0 writes; it must be shared by all processes"}
+        writer = _writer(config, params, folder)
+        with ThreadPoolExecutor(_NUM_WRITERS) as pool:
+            written = pool.map(lambda part: writer.write_shards(part, get_whole(params, part)), _parts(config, params))
+            return {"files": {name: [r.size, r.sha256] for files in written for name, r in files.items()}}
+    except Exception as error:
+        return {"error": _describe(error)}
+
+
+def _writer(config: LlamaConfig, params: Params, folder: Path) -> ParamsWriter:
+    return ParamsWriter(folder, config, _dtype(params), _quantize(params))
+
+
+def _parts(config: LlamaConfig, params: Params) -> list[ParamSpec]:
+    return [part for spec in param_specs(config) for part in stored_specs(spec, _quantize(params))]
+
+
+def _dtype(params: Params) -> str:
+    name: str = params["norm"].dtype.name
+    return name
+
+
+def _quantize(params: Params) -> str | None:
+    return "int8" if isinstance(params["embed_tokens"], QuantizedWeight) else None
+
+
+@contextlib.contextmanager
+def _staging(destination: Path) -> Iterator[Path]:
+    """An empty folder beside `destination`, removed at the end with what is still in it."""
+    root = destination.parent / f".{destination.name}.saving"
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{destination}: is being saved by another process") from None
+        try:
+            shutil.rmtree(root / "checkpoint", ignore_errors=True)
+            (root / "checkpoint").mkdir()
+            yield root / "checkpoint"
+        finally:
+            shutil.rmtree(root, ignore_errors=True)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return f"{type(error).__name__}: {error}"

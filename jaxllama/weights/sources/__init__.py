@@ -1,0 +1,1 @@
+"""The formats that people publish, read tensor by tensor: safetensors and GGUF."""

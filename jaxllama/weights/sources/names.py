@@ -1,0 +1,78 @@
+"""Which source tensor becomes which parameter: every one exactly once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from jaxllama.errors import ConversionError
+from jaxllama.model.config import LlamaConfig
+from jaxllama.model.params import ParamSpec, param_specs
+from jaxllama.weights.sources.source import SourceTensor
+
+LM_HEAD = "lm_head.weight"
+EMBED = "model.embed_tokens.weight"
+# Old checkpoints store the rotary frequencies, which follow from config.json.
+_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1")
+READABLE = ("F32", "F16", "BF16", *_BLOCK_TYPES)
+_MAX_LISTED = 40
+_COMPARED_BYTES = 16 * 2**20
+
+
+def match_tensors(
+    config: LlamaConfig, tensors: Mapping[str, SourceTensor], where: str
+) -> tuple[tuple[ParamSpec, SourceTensor], ...]:
+    """Pairs every parameter with its source tensor, in the order of the bytes in the source.
+
+    Rotary buffers are ignored. A tied model may ship an lm_head.weight if it equals the embedding.
+
+    Raises: ConversionError listing every missing, unexpected, misshapen or unreadable tensor.
+    """
+    # Before the names of a billion layers are made up.
+    if config.num_layers > len(tensors):
+        raise ConversionError(
+            f"{where}: config.json says {config.num_layers} layers, but there are {len(tensors)} tensors"
+        )
+    specs = {spec.hf_name: spec for spec in param_specs(config)}
+    problems = [f"missing {name}" for name in specs if name not in tensors]
+    for name, tensor in tensors.items():
+        if name in specs:
+            problems += _problems(specs[name], tensor)
+        elif name == LM_HEAD and config.tie_word_embeddings:
+            problems += _tied_head_problems(tensor, tensors.get(EMBED))
+        elif not _IGNORED.fullmatch(name):
+            problems.append(f"unexpected {name}")
+    if problems:
+        listed = "; ".join(problems[:_MAX_LISTED])
+        more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+        raise ConversionError(
+            f"{where}: {len(problems)} tensor(s) do not fit config.json: {listed}{more}. "
+            "Is config.json from this model?"
+        )
+    pairs = [(spec, tensors[name]) for name, spec in specs.items()]
+    return tuple(sorted(pairs, key=lambda pair: (pair[1].file.name, pair[1].offset)))
+
+
+def _problems(spec: ParamSpec, tensor: SourceTensor) -> list[str]:
+    if tensor.dtype not in READABLE:
+        return [f"{tensor.name} has dtype {tensor.dtype}, expected one of {', '.join(READABLE)}"]
+    if tensor.shape != spec.shape:
+        return [f"{tensor.name} has shape {list(tensor.shape)}, expected {list(spec.shape)}"]
+    return []
+
+
+def _tied_head_problems(head: SourceTensor, embed: SourceTensor | None) -> list[str]:
+    if embed is None:
+        return []
+    if (head.shape, head.dtype) != (embed.shape, embed.dtype) or not _same_bytes(head, embed):
+        return [f"{LM_HEAD} differs from {EMBED} although tie_word_embeddings is true"]
+    return []
+
+
+def _same_bytes(a: SourceTensor, b: SourceTensor) -> bool:
+    for start in range(0, a.num_bytes, _COMPARED_BYTES):
+        num_bytes = min(_COMPARED_BYTES, a.num_bytes - start)
+        if a.file.read(a.offset + start, num_bytes).tobytes() != b.file.read(b.offset + start, num_bytes).tobytes():
+            return False
+    return True

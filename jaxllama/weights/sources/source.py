@@ -1,0 +1,224 @@
+"""What a source checkpoint is to the rest of the converter, and how its bytes are read.
+
+Two readers make a `Source`: `safetensors_source` and `gguf_source`. Both check everything that can be checked before
+a weight is read, and neither runs or unpickles anything from the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxllama.errors import ConversionError, MissingExtraError
+
+MAX_JSON_BYTES = 256 * 2**20
+_GAP_BLOCK_BYTES = 8 * 2**20
+_FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class SourceFile:
+    """A source file, read by position and hashed on the way.
+
+    `read_hashed` at rising offsets hashes the file as a whole (gaps are read for the hash alone), so that a model of
+    141 GB is read once.
+    """
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.path = path
+        self.name = name or path.name
+        try:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise ConversionError(f"{path}: not a regular file")
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise ConversionError(f"{path}: cannot be read ({error.strerror})") from None
+        self.size = status.st_size
+        self.mtime_ns = status.st_mtime_ns
+        self._hash = hashlib.sha256()
+        self._hashed = 0
+
+    def read(self, offset: int, num_bytes: int) -> np.ndarray:
+        """`num_bytes` bytes from `offset` as uint8 `[num_bytes]`.
+
+        Raises: ConversionError when the file ends before.
+        """
+        buffer = np.empty(num_bytes, np.uint8)
+        view, done = memoryview(buffer), 0
+        try:
+            while done < num_bytes:
+                got = os.preadv(self._file.fileno(), [view[done : done + 2**30]], offset + done)
+                if got == 0:
+                    raise ConversionError(
+                        f"{self.path}: ends at byte {offset + done}, expected {self.size} "
+                        "bytes. Did it change meanwhile?"
+                    )
+                done += got
+        except OSError as error:
+            raise ConversionError(f"{self.path}: cannot be read at byte {offset + done} ({error.strerror})") from None
+        return buffer
+
+    def read_hashed(self, offset: int, num_bytes: int) -> np.ndarray:
+        """`read`, adding the bytes to the file's hash. Offsets must not fall."""
+        self._hash_gap(offset)
+        data = self.read(offset, num_bytes)
+        self._hash.update(data)
+        self._hashed = offset + num_bytes
+        return data
+
+    def sha256(self) -> str:
+        """The hash of the whole file; reads what `read_hashed` has not."""
+        self._hash_gap(self.size)
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        """Closes the file; reads fail afterwards."""
+        self._file.close()
+
+    def _hash_gap(self, end: int) -> None:
+        assert end >= self._hashed, f"{self.name} is read backwards"
+        while self._hashed < end:
+            block = self.read(self._hashed, min(_GAP_BLOCK_BYTES, end - self._hashed))
+            self._hash.update(block)
+            self._hashed += len(block)
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One stored tensor: `num_bytes` at `offset` of `file`, `[rows, …]` in C order.
+
+    `dtype` is F32, F16, BF16 or a GGML block type. `heads` is not None for the q and k projections of a GGUF, whose
+    rows are interleaved per head and put back on reading.
+    """
+
+    name: str
+    file: SourceFile
+    offset: int
+    num_bytes: int
+    shape: tuple[int, ...]
+    dtype: str
+    heads: int | None = None
+
+    @property
+    def row_multiple(self) -> int:
+        """Slices start and end at multiples of this many rows."""
+        return 1 if self.heads is None else self.shape[0] // self.heads
+
+    def read_rows(self, start: int, stop: int, *, hashed: bool = True) -> np.ndarray:
+        """Rows `[start, stop)` as bfloat16, float16 or float32; block types are dequantised to float32.
+
+        Slices must be read in order when `hashed`.
+        """
+        row_bytes = self.num_bytes // self.shape[0]
+        read = self.file.read_hashed if hashed else self.file.read
+        data = read(self.offset + start * row_bytes, (stop - start) * row_bytes)
+        shape = (stop - start, *self.shape[1:])
+        if self.dtype in _FLOATS:
+            rows = data.view(_FLOATS[self.dtype]).reshape(shape)
+        else:
+            rows = _dequantize(data.reshape(stop - start, row_bytes), self.dtype).reshape(shape)
+        return rows if self.heads is None else _undo_permutation(rows, self.row_multiple)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source checkpoint.
+
+    `config` is Hugging Face's config.json as a dict; `sidecars` are the files that go into the checkpoint beside the
+    weights, by name; `warnings` are told to the user.
+    """
+
+    kind: str
+    name: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, SourceTensor]
+    files: tuple[SourceFile, ...]
+    sidecars: Mapping[str, bytes]
+    warnings: tuple[str, ...] = field(default=())
+
+    def close(self) -> None:
+        """Closes every file."""
+        for file in self.files:
+            file.close()
+
+
+def open_source(path: Path) -> Source:
+    """Opens a folder of safetensors or a GGUF file and checks its headers.
+
+    A folder with one GGUF file and no safetensors is that GGUF file.
+
+    Raises: ConversionError naming the file, the tensor and the reason; ConfigError for an unsupported model.
+    """
+    from jaxllama.weights.sources.safetensors import open_safetensors
+
+    if not path.exists():
+        raise ConversionError(f"{path}: does not exist; expected a folder of safetensors or a GGUF file")
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1 and not any(path.glob("*.safetensors")):
+            return _open_gguf(ggufs[0])
+        return open_safetensors(path)
+    if path.suffix == ".gguf":
+        return _open_gguf(path)
+    if path.suffix == ".safetensors":
+        raise ConversionError(f"{path}: give the folder that holds it and config.json: {path.parent}")
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        raise ConversionError(
+            f"{path}: pickled weights can run code and are never opened; convert them to safetensors first"
+        )
+    raise ConversionError(f"{path}: expected a folder of safetensors or a .gguf file")
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """Parses JSON strictly: UTF-8, no duplicate keys, no NaN.
+
+    Raises: ConversionError.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+        return value
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError:
+        raise ConversionError(f"{where}: nested too deeply") from None
+    except ValueError as error:
+        raise ConversionError(f"{where}: not valid JSON ({error})") from None
+
+
+def _open_gguf(path: Path) -> Source:
+    try:
+        from jaxllama.weights.sources.gguf import open_gguf
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise MissingExtraError("convert", "gguf") from None
+    return open_gguf(path)
+
+
+def _dequantize(rows: np.ndarray, dtype: str) -> np.ndarray:
+    import gguf
+
+    return gguf.dequantize(rows, gguf.GGMLQuantizationType[dtype])
+
+
+def _undo_permutation(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Puts each head's rows from llama.cpp's interleaved rotary order into Hugging Face's half-split order."""
+    split = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+    return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(rows.shape)

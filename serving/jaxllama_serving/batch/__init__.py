@@ -1,0 +1,1 @@
+"""Files of requests: read, answered and written so that a killed run resumes."""

@@ -1,0 +1,109 @@
+"""`jaxllama batch`: a file of requests to a file of answers. Imports no HTTP library until it runs."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError
+from jaxllama_serving.cli import add_behaviour, add_model, behaviour, load_model
+from jaxllama_serving.config import ServerConfig
+
+if TYPE_CHECKING:
+    from jaxllama import Llama
+    from jaxllama_serving.batch.files import InputFile, OutputFile
+    from jaxllama_serving.batch.run import Counts
+
+DESCRIPTION = """\
+Answers every line of IN and appends the answers to OUT, in any order. Lines are those of OpenAI's batch files,
+{"custom_id": …, "method": "POST", "url": "/v1/chat/completions" or "/v1/completions", "body": {…}}, and a body gets
+what `jaxllama serve` would answer. A line that is no request gets an answer that says so. Stopped at any moment, the
+same command goes on where it was: no line is answered twice, none is lost. Exit code 0 when every line has its answer,
+1 on a failure, 2 on bad input."""
+MAX_QUEUE = 1_000_000
+MAX_PENDING_TOKENS = 2**40
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `batch`, in groups."""
+    parser.description = DESCRIPTION
+    parser.add_argument("input", metavar="IN", type=Path, help="requests, one JSON object a line")
+    parser.add_argument("output", metavar="OUT", type=Path, help="answers; made, or gone on with")
+    parser.add_argument(
+        "--checkpoint", metavar="CKPT", type=Path, required=True, help="folder written by `jaxllama convert`"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_model(parser.add_argument_group("model and engine"))
+    add_behaviour(parser.add_argument_group("API behaviour"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answers the batch. Returns 0, 1 on a failure and 2 on bad input; the last two say why."""
+    try:
+        return _run(args)
+    except (EngineError, OSError) as error:
+        return _fail(error, 1)
+    except JaxLlamaError as error:
+        return _fail(error, 2)
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        from jaxllama_serving.batch.files import BatchError, InputFile, OutputFile
+        from jaxllama_serving.server import check_model
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("serve", error.name or "aiohttp") from None
+    # The lines at work are bounded, so nothing in the server needs a bound that a batch could meet.
+    config = ServerConfig(
+        **behaviour(args), max_connections=max(1, 4 * args.max_rows), max_pending_tokens=MAX_PENDING_TOKENS
+    )
+    started = time.perf_counter()
+    source = InputFile(args.input, config.max_body_bytes)
+    try:
+        if args.output.exists() and source.is_same(args.output.stat()):
+            raise BatchError(f"{args.output} is the input itself; give another file for the answers")
+        with OutputFile(args.output, source.lines) as output:
+            if len(output.done) == len(source.lines):
+                print(f"{args.output}: all {len(source.lines)} lines had their answers already", file=sys.stderr)
+                return 0
+            with _load(args) as llama:
+                check_model(llama, config)
+                counts = _answer(args, llama, config, source, output)
+    finally:
+        source.close()
+    before = f"{len(output.done)} lines had their answers already, " if output.done else ""
+    print(
+        f"{args.output}: {before}{counts.lines} answered in {time.perf_counter() - started:.0f} s, "
+        f"{counts.errors} of them with an error",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _load(args: argparse.Namespace) -> Llama:
+    llama = load_model(args, max_queue=MAX_QUEUE)
+    llama.engine.warm_up(lambda done, total, names: None if args.quiet else _say(f"compiling {done}/{total}: {names}"))
+    return llama
+
+
+def _answer(
+    args: argparse.Namespace, llama: Llama, config: ServerConfig, source: InputFile, output: OutputFile
+) -> Counts:
+    from jaxllama.progress import show_progress
+    from jaxllama_serving.batch.run import answer_batch
+
+    with show_progress("batch", len(source.lines), show=not args.quiet, done=len(output.done)) as advance:
+        return asyncio.run(answer_batch(llama, config, source, output, 2 * args.max_rows, advance))
+
+
+def _say(text: str) -> None:
+    print(f"jaxllama batch: {text}", file=sys.stderr, flush=True)
+
+
+def _fail(error: Exception, code: int) -> int:
+    _say(str(error))
+    return code

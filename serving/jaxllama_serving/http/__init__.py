@@ -1,0 +1,1 @@
+"""From the connection to the routes: limits, keys, errors, events, the chat page."""

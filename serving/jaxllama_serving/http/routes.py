@@ -1,0 +1,73 @@
+"""The table of the API's routes: the application serves it and OpenAPI describes it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from aiohttp import web
+from pydantic import BaseModel
+
+from jaxllama_serving.http import status
+from jaxllama_serving.protocol import responses as replies
+from jaxllama_serving.protocol.chat import ChatRequest
+from jaxllama_serving.protocol.completions import CompletionRequest
+from jaxllama_serving.protocol.tokens import DetokenizeRequest, TokenizeRequest
+from jaxllama_serving.requests import tokens
+from jaxllama_serving.requests.chat import chat_completions
+from jaxllama_serving.requests.completions import completions
+
+PREFIXES = ("/v1", "/v1/openai")
+EVERYWHERE = ("", *PREFIXES)
+
+type Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True)
+class Route:
+    """One route under each of `prefixes`.
+
+    `body` and `reply` are models of JSON, `chunk` that of a stream's events. An `is_open` route needs no key where it
+    has no prefix.
+    """
+
+    method: str
+    path: str
+    handler: Handler
+    prefixes: tuple[str, ...] = EVERYWHERE
+    body: type[BaseModel] | None = None
+    reply: type[BaseModel] | None = None
+    chunk: type[BaseModel] | None = None
+    media_type: str = "application/json"
+    is_open: bool = False
+
+
+ROUTES = (
+    Route(
+        "POST",
+        "/chat/completions",
+        chat_completions,
+        PREFIXES,
+        body=ChatRequest,
+        reply=replies.ChatCompletion,
+        chunk=replies.ChatCompletionChunk,
+    ),
+    Route(
+        "POST",
+        "/completions",
+        completions,
+        PREFIXES,
+        body=CompletionRequest,
+        reply=replies.Completion,
+        chunk=replies.Completion,
+    ),
+    Route("GET", "/models", status.models, PREFIXES, reply=replies.ModelList),
+    Route("GET", "/models/{id:.+}", status.model, PREFIXES, reply=replies.Model),
+    Route("POST", "/tokenize", tokens.tokenize, body=TokenizeRequest, reply=replies.Tokens),
+    Route("POST", "/detokenize", tokens.detokenize, body=DetokenizeRequest, reply=replies.Text),
+    Route("GET", "/health", status.health, reply=replies.Status, is_open=True),
+    Route("GET", "/ready", status.ready, reply=replies.Status, is_open=True),
+    Route("GET", "/metrics", status.metrics, media_type="text/plain"),
+    Route("GET", "/version", status.version, reply=replies.Version),
+    Route("GET", "/openapi.json", status.openapi),
+)

@@ -1,0 +1,110 @@
+"""The fields that every route which generates has: limits, sampling, stops, and what the answer tells."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from jaxllama_serving.protocol.base import MAX_ID, Strict, boolean, disagreement, integer, number, problem
+from jaxllama_serving.protocol.errors import shorten
+
+MAX_TOKENS = 1_000_000
+MAX_STOP_STRINGS = 16
+MAX_STOP_BYTES = 1024
+MAX_STOP_TOKEN_IDS = 64
+MAX_LOGIT_BIAS = 1024
+MAX_TOP_LOGPROBS = 20
+
+
+class StreamOptions(Strict):
+    """What a stream carries besides text."""
+
+    include_usage: bool = boolean(False)
+    continuous_usage_stats: bool = boolean(False)
+
+
+def _as_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+type StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_BYTES)]
+
+
+class GenerationRequest(Strict):
+    """What chat and text completions share. None means "not given" where it is allowed."""
+
+    model: str = Field(min_length=1, max_length=256, description="a model name of 1 to 256 characters")
+    stream: bool = boolean(False)
+    stream_options: StreamOptions | None = Field(None, description="an object, and only with stream: true")
+    temperature: float | None = number(None, 0, 2)
+    top_p: float | None = number(None, 0, 1, above=True)
+    min_p: float | None = number(None, 0, 1)
+    top_k: int | None = Field(None, ge=-1, lt=1000, description="an integer from 0 to 999, or -1 (0 and -1 are off)")
+    max_tokens: int | None = integer(None, 0, MAX_TOKENS)
+    min_tokens: int = integer(0, 0, MAX_TOKENS)
+    presence_penalty: float = number(0.0, -2, 2)
+    frequency_penalty: float = number(0.0, -2, 2)
+    repetition_penalty: float | None = number(None, 0.01, 5)
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1)]],
+        BeforeValidator(
+            _as_list,
+            json_schema_input_type=StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)],
+        ),
+    ] = Field(
+        default_factory=list,
+        max_length=MAX_STOP_STRINGS,
+        description=f"a string or at most {MAX_STOP_STRINGS} strings, each of 1 to {MAX_STOP_BYTES} bytes",
+    )
+    include_stop_str_in_output: bool = boolean(False)
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=MAX_ID)]] = Field(
+        default_factory=list,
+        max_length=MAX_STOP_TOKEN_IDS,
+        description=f"a list of at most {MAX_STOP_TOKEN_IDS} token ids",
+    )
+    ignore_eos: bool = boolean(False)
+    n: int = integer(1, 1, 16)
+    seed: int | None = integer(None, 0, 2**63 - 1)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(
+        default_factory=dict,
+        max_length=MAX_LOGIT_BIAS,
+        description=f"an object of at most {MAX_LOGIT_BIAS} token ids, each with a number from -100 to 100",
+        json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"}},
+    )
+    prompt_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_TOP_LOGPROBS,
+        description=f"an integer from 0 to {MAX_TOP_LOGPROBS}, and not with stream: true",
+    )
+    return_token_ids: bool = boolean(False)
+    return_seed: bool = boolean(False)
+    priority: int = Field(0, ge=-10, le=10, description="an integer from -10 (first) to 10 (last)")
+    cache_salt: str | None = Field(None, min_length=1, max_length=256, description="a string of 1 to 256 characters")
+    user: str | None = Field(None, max_length=1024, description="a string of at most 1024 characters")
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_bytes(cls, stop: list[str]) -> list[str]:
+        for i, text in enumerate(stop):
+            if len(text.encode()) > MAX_STOP_BYTES:
+                raise problem(f"string {i} is longer than {MAX_STOP_BYTES} bytes")
+        return stop
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_ids(cls, bias: dict[str, float]) -> dict[str, float]:
+        for key in bias:
+            # str(int(key)) == key also refuses "01" and "+1", which would be doubles of "1".
+            if not (key.isascii() and key.isdigit() and len(key) <= 10 and str(int(key)) == key and int(key) <= MAX_ID):
+                raise problem(f"the key {shorten(key)} is not a token id")
+        return bias
+
+    @model_validator(mode="after")
+    def _stream_fields_agree(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise disagreement("stream_options", "stream_options is only allowed with stream: true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise disagreement("prompt_logprobs", "prompt_logprobs is not allowed with stream: true")
+        return self

@@ -1,0 +1,1 @@
+"""The steps of a request in order: prepare, prompt, choices, run, response."""

@@ -1,0 +1,171 @@
+"""One generating request from its body to its last byte; what the answer looks like is its `Reply`'s business."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from jaxllama_serving.config import ServerConfig
+from jaxllama_serving.http.context import CONTEXT
+from jaxllama_serving.http.events import EventStream, abort, to_json
+from jaxllama_serving.http.limits import read_json_body
+from jaxllama_serving.protocol.errors import ApiError, from_exception, timed_out
+from jaxllama_serving.requests.choices import Generation
+from jaxllama_serving.requests.logprobs import score_prompts
+from jaxllama_serving.requests.prepare import Prepared
+from jaxllama_serving.requests.response import Reply
+from jaxllama_serving.service import SERVICE, Service
+
+if TYPE_CHECKING:
+    from jaxllama import Llama
+
+logger = logging.getLogger("jaxllama.serving")
+
+
+async def answer[P: Prepared](
+    request: web.Request, prepare: Callable[[Llama, ServerConfig, bytes], P], reply_type: type[Reply]
+) -> web.StreamResponse:
+    """Answers a request that `prepare` reads from its body with what `reply_type` makes of the choices.
+
+    Raises: ApiError for what fails before the first byte of the answer.
+    """
+    service = request.app[SERVICE]
+    service.ready_llama()
+    with service.running():
+        body = await read_json_body(request, service.config)
+        return await _answer(request, service, body, prepare, reply_type)
+
+
+async def _answer(
+    request: web.Request,
+    service: Service,
+    body: bytes,
+    prepare: Callable[[Llama, ServerConfig, bytes], Prepared],
+    reply_type: type[Reply],
+) -> web.StreamResponse:
+    config, context = service.config, request[CONTEXT]
+    llama = service.ready_llama()
+    generation: Generation | None = None
+    events: EventStream | None = None
+    timeout = asyncio.timeout(config.request_timeout_s)
+    try:
+        async with timeout:
+            prepared = await service.in_worker(prepare, llama, config, body)
+            context.num_prompt_tokens = prepared.num_prompt_tokens
+            headers = headers_of(request, prepared.dropped)
+            if prepared.request.stream:
+                events = EventStream(request, headers, config.write_timeout_s)
+            reply = await _begin(service, llama, prepared, reply_type, events)
+            generation = Generation(
+                llama.engine,
+                reply.choices(),
+                priority=prepared.request.priority,
+                # A digest has one length, so a key and a salt cannot be taken for another pair.
+                cache_scope=(context.key or b"") + (prepared.request.cache_salt or "").encode(),
+                max_tokens=config.max_stream_tokens if events is not None else None,
+                on_overflow=lambda: abort(request),
+            )
+            with service.generating(generation, context):
+                if events is not None:
+                    return await _stream(reply, generation, events, config)
+                return await _complete(reply, generation, service, headers)
+    except ConnectionError:
+        raise
+    except Exception as exc:
+        error = _as_error(exc, request[CONTEXT].id, config, expired=timeout.expired())
+        if events is not None and events.started:
+            context.failed = True
+            return await events.fail(error)
+        raise error from None
+    finally:
+        context.num_completion_tokens = generation.num_tokens if generation is not None else 0
+
+
+async def _begin(
+    service: Service, llama: Llama, prepared: Prepared, reply_type: type[Reply], events: EventStream | None
+) -> Reply:
+    assert llama.tokenizer is not None  # the server does not start without one
+    num_top, param = prepared.scored
+    scores = None
+    if num_top is not None:
+        scoring = asyncio.ensure_future(score_prompts(service, llama, prepared.prompts, num_top, param))
+        try:
+            while not (await asyncio.wait([scoring], timeout=service.config.sse_keepalive_s))[0]:
+                if events is not None:
+                    await events.keep_alive()
+            scores = await scoring
+        finally:
+            scoring.cancel()
+    return reply_type(
+        id=f"{reply_type.id_prefix}-{secrets.token_hex(12)}",
+        created=int(time.time()),
+        fingerprint=service.fingerprint,
+        prepared=prepared,
+        config=service.config,
+        tokenizer=llama.tokenizer,
+        scores=scores,
+    )
+
+
+def _as_error(exc: Exception, request_id: str, config: ServerConfig, *, expired: bool) -> ApiError:
+    if isinstance(exc, TimeoutError) and expired:
+        return timed_out(config.request_timeout_s)
+    error = from_exception(exc, request_id)
+    if error.status >= 500 and not isinstance(exc, ApiError):
+        log_failure(request_id, exc)
+    return error
+
+
+def log_failure(request_id: str, exc: BaseException) -> None:
+    """Logs where `exc` was raised. Its message is left out: it may quote a prompt."""
+    frames = "".join(traceback.format_tb(exc.__traceback__))
+    logger.error("%s failed with %s\n%s", request_id, type(exc).__name__, frames)
+
+
+def headers_of(request: web.Request, dropped: Sequence[str]) -> dict[str, str]:
+    """Returns the headers of an answer; a warning among them if `--lenient` dropped fields."""
+    headers: dict[str, str] = dict(request[CONTEXT].headers)
+    if dropped:
+        names = ", ".join(name if name.isidentifier() and name.isascii() else "?" for name in dropped[:8])
+        headers["X-Jaxllama-Warning"] = f"ignored unknown parameters: {names[:200]}"
+    return headers
+
+
+async def _complete(reply: Reply, generation: Generation, service: Service, headers: dict[str, str]) -> web.Response:
+    while not generation.finished:
+        await generation.updates(3600.0)
+    if reply.scores is None:
+        body = to_json(reply.body(generation))
+    else:
+        # Megabytes: not on the event loop.
+        body = await service.in_worker(lambda: to_json(reply.body(generation)))
+    return web.Response(body=body, content_type="application/json", headers=headers)
+
+
+async def _stream(
+    reply: Reply, generation: Generation, events: EventStream, config: ServerConfig
+) -> web.StreamResponse:
+    options = reply.prepared.request.stream_options
+    while not generation.finished:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        updates = await generation.updates(config.sse_keepalive_s)
+        if not updates:
+            # Either silence, or tokens that show nothing yet; only the first is worth a comment.
+            if loop.time() - started >= config.sse_keepalive_s * 0.99:
+                await events.keep_alive()
+            continue
+        chunks: list[dict[str, Any]] = []
+        for update in updates:
+            chunks += reply.chunks(generation, update)
+        await events.send(*chunks)
+    if options is not None and options.include_usage:
+        await events.send(reply.usage_chunk(generation))
+    return await events.done()

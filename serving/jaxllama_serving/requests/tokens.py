@@ -1,0 +1,70 @@
+"""`POST …/tokenize` and `POST …/detokenize`: text or messages to ids, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from jaxllama_serving.config import ServerConfig
+from jaxllama_serving.http.events import to_json
+from jaxllama_serving.http.limits import read_json_body
+from jaxllama_serving.protocol.base import parse
+from jaxllama_serving.protocol.strict_json import decode
+from jaxllama_serving.protocol.tokens import DetokenizeRequest, TokenizeRequest
+from jaxllama_serving.requests.chat_prompt import render_chat
+from jaxllama_serving.requests.logprobs import token_text
+from jaxllama_serving.requests.prepare import check_ids, check_model
+from jaxllama_serving.requests.run import headers_of
+from jaxllama_serving.service import SERVICE
+
+if TYPE_CHECKING:
+    from jaxllama import Llama
+
+
+async def tokenize(request: web.Request) -> web.Response:
+    """The ids of a text, as the completions route would encode it, or of messages, as the chat route would."""
+    return await _answer(request, _tokenize)
+
+
+async def detokenize(request: web.Request) -> web.Response:
+    """The text of ids."""
+    return await _answer(request, _detokenize)
+
+
+async def _answer(
+    request: web.Request, work: Callable[[Llama, ServerConfig, bytes], tuple[dict[str, Any], tuple[str, ...]]]
+) -> web.Response:
+    service = request.app[SERVICE]
+    llama = service.ready_llama()
+    with service.running():
+        body = await read_json_body(request, service.config)
+        answer, dropped = await service.in_worker(work, llama, service.config, body)
+    headers = headers_of(request, dropped)
+    return web.Response(body=to_json(answer), content_type="application/json", headers=headers)
+
+
+def _tokenize(llama: Llama, config: ServerConfig, body: bytes) -> tuple[dict[str, Any], tuple[str, ...]]:
+    request, dropped = parse(TokenizeRequest, decode(body), lenient=config.lenient)
+    if request.model is not None:
+        check_model(request.model, config)
+    assert llama.tokenizer is not None  # the server does not start without one
+    if request.messages is not None:
+        ids, _ = render_chat(llama, config, request.messages, add_generation_prompt=request.add_generation_prompt)
+    else:
+        ids = llama.tokenizer.encode(request.prompt or "", add_bos=None if request.add_special_tokens else False)
+    answer: dict[str, Any] = {"count": len(ids), "max_model_len": llama.max_context, "tokens": ids}
+    if request.return_token_strs:
+        answer["token_strs"] = [token_text(llama.tokenizer.token_bytes(token_id)) for token_id in ids]
+    return answer, dropped
+
+
+def _detokenize(llama: Llama, config: ServerConfig, body: bytes) -> tuple[dict[str, Any], tuple[str, ...]]:
+    request, dropped = parse(DetokenizeRequest, decode(body), lenient=config.lenient)
+    if request.model is not None:
+        check_model(request.model, config)
+    assert llama.tokenizer is not None  # the server does not start without one
+    check_ids(request.tokens, llama, "tokens")
+    text = llama.tokenizer.decode(request.tokens, skip_special=request.skip_special_tokens)
+    return {"prompt": text, "count": len(request.tokens)}, dropped

@@ -1,0 +1,238 @@
+"""Compilations happen once: nothing that a request may ask for makes another, and a later process reuses them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from collector import run
+
+from jaxllama import Llama, SamplingParams
+from jaxllama.engine.compilation import (
+    compile_all,
+    enable_compilation_cache,
+    keep_weights_as_they_are,
+    num_compilations,
+)
+
+CONTEXT = tiny.SMALL.max_context or 0
+GREEDY = SamplingParams(temperature=0, ignore_eos=True, max_tokens=8)
+NAMES = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return tiny.prompt_of("divisible", length, seed)
+
+
+class CompileCount:
+    """How many programs JAX has compiled since it was made."""
+
+    def __init__(self) -> None:
+        self._start = num_compilations()
+
+    @property
+    def num(self) -> int:
+        return num_compilations() - self._start
+
+
+def test_compilations_are_counted():
+    count = CompileCount()
+    jax.jit(lambda x: x * 3 + 1)(np.float32(2))
+    assert count.num == 1
+    jnp.zeros((3, 17, 5)) + 2  # an operation outside jit is a program of its own
+    assert count.num >= 2
+
+
+# ---- Several at a time ----
+
+
+class Program:
+    """What `compile_all` is given: `compile` meets the others at the barrier, or fails."""
+
+    def __init__(self, barrier: threading.Barrier | None) -> None:
+        self.barrier = barrier
+
+    def compile(self) -> None:
+        if self.barrier is None:
+            raise ValueError("it does not compile")
+        self.barrier.wait(10)
+
+
+def test_programs_compile_side_by_side(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    steps: list[tuple[int, int, str]] = []
+    barrier = threading.Barrier(2)
+    programs = {name: lambda: Program(barrier) for name in "abcd"}
+    compile_all(programs, lambda *step: steps.append(step))
+    assert [step[:2] for step in steps] == [(n, 4) for n in range(5)]
+    assert steps[0][2] == "a, b"
+    assert steps[-1][2] == "ready"
+
+
+def test_a_program_that_does_not_compile_ends_the_others():
+    with pytest.raises(ValueError, match="it does not compile"):
+        compile_all({"bad": lambda: Program(None), "good": lambda: Program(threading.Barrier(1))}, lambda *_: None)
+
+
+# ---- Nothing compiles after warm-up ----
+
+
+def random_params(rng: random.Random) -> SamplingParams:
+    return SamplingParams(
+        temperature=rng.choice([0, 0, 0.3, 1.0, 2.0]),
+        top_p=rng.choice([1, 0.5, 0.9]),
+        min_p=rng.choice([0, 0.1]),
+        top_k=rng.choice([-1, 0, 5, 300]),
+        max_tokens=rng.choice([1, 3, 20, 40]),
+        min_tokens=rng.choice([0, 4]),
+        presence_penalty=rng.choice([0, 1.0]),
+        frequency_penalty=rng.choice([0, -0.5]),
+        repetition_penalty=rng.choice([1, 1.3]),
+        stop_token_ids=tuple(rng.sample(range(280), rng.randrange(5))),
+        ignore_eos=rng.random() < 0.5,
+        seed=rng.choice([None, 0, rng.getrandbits(63)]),
+        logit_bias={rng.randrange(280): rng.uniform(-5, 5) for _ in range(rng.randrange(4))},
+        logprobs=rng.choice([None, 0, 5, 20]),
+        stop=tuple(rng.sample(["a", "Q", "the", "\n"], rng.choice([0, 0, 2]))),
+        include_stop_str_in_output=rng.random() < 0.5,
+    )
+
+
+@pytest.mark.parametrize(("tp", "data"), [(1, 1), (2, 1), (2, 2)])
+def test_nothing_compiles_after_warm_up(tp, data, tokenizer_folder):
+    """Of a model and sizes that no other test has compiled for, or the programs would be there already."""
+    rng = random.Random(1)
+    steps: list[tuple[int, int, str]] = []
+    options = dataclasses.replace(tiny.SMALL, num_pages=31)  # few: rows are set aside and come back
+    sizes = {"max_position_embeddings": 1000 + 10 * tp + data}
+    with tiny.make_llama(tp=tp, data=data, options=options, tokenizer_folder=tokenizer_folder, **sizes) as llama:
+        before = CompileCount()
+        llama.engine.warm_up(lambda *step: steps.append(step))
+        assert before.num >= 4
+        assert llama.engine.stats().ready
+        count, in_stats = CompileCount(), llama.engine.stats().num_compilations
+        for num in (1, 2, 3, 194 if tp == data == 1 else 20):
+            # One prompt in four asks for several choices of it.
+            prompts = [prompt(rng.randrange(1, CONTEXT), rng.getrandbits(32)) for _ in range(num)]
+            prompts = [p for p in prompts for _ in range(rng.choice([1, 1, 1, 3]))]
+            done = llama.generate(prompts, [random_params(rng) for _ in prompts])
+            assert all(completion.finish_reason in ("stop", "length") for completion in done)
+        llama.chat([{"role": "user", "content": "Hi"}], SamplingParams(max_tokens=5))
+        next(llama.stream("An early end", SamplingParams(max_tokens=30, ignore_eos=True)))
+        assert count.num == 0
+        assert llama.engine.stats().num_compilations == in_stats
+    done_steps, totals, names = zip(*steps, strict=True)
+    assert list(done_steps) == list(range(totals[0] + 1))
+    assert set(totals) == {len(steps) - 1}
+    assert all(names)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 0.4},
+        {"temperature": 1.9, "top_k": 7},
+        {"top_p": 0.3},
+        {"min_p": 0.2},
+        {"repetition_penalty": 1.2, "presence_penalty": 1, "frequency_penalty": -1},
+        {"seed": 2**63 - 1},
+        {"logit_bias": {1: 2.0, 3: -1}},
+        {"min_tokens": 3, "stop_token_ids": (1, 2, 3)},
+        {"logprobs": 20},
+        {"max_tokens": 17},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_a_new_value_does_not_recompile(llama: Llama, values):
+    run(llama.engine, prompt(3), GREEDY)
+    run(llama.engine, prompt(20), GREEDY)
+    count = CompileCount()
+    run(llama.engine, prompt(6), dataclasses.replace(GREEDY, **values))
+    assert count.num == 0
+
+
+# ---- The cache on disk ----
+
+
+@pytest.fixture
+def _restored_config() -> Iterator[None]:
+    before = {name: getattr(jax.config, name) for name in NAMES}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.usefixtures("_restored_config")
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        (None, "--xla_tpu_impure_use_large_2nd_minor_layout_for_x16=false"),
+        ("--other=1", "--other=1 --xla_tpu_impure_use_large_2nd_minor_layout_for_x16=false"),
+        ("--xla_tpu_impure_use_large_2nd_minor_layout_for_x16=true",) * 2,
+    ],
+)
+def test_libtpu_is_told_to_keep_tiles_unless_the_user_says_otherwise(monkeypatch, given, want):
+    monkeypatch.delenv("LIBTPU_INIT_ARGS")  # `import jaxllama` has set it
+    if given is not None:
+        monkeypatch.setenv("LIBTPU_INIT_ARGS", given)
+    for _ in range(2):
+        keep_weights_as_they_are()
+        assert os.environ["LIBTPU_INIT_ARGS"] == want
+
+
+def test_the_folder_is_made_and_used(tmp_path):
+    folder = tmp_path / "a" / "b"
+    assert enable_compilation_cache(folder) == folder
+    assert folder.is_dir()
+    assert jax.config.jax_compilation_cache_dir == str(folder)
+
+
+@pytest.mark.usefixtures("_restored_config")
+def test_the_default_folder_is_the_user_s(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert enable_compilation_cache() == tmp_path / ".cache" / "jaxllama" / "xla"
+
+
+@pytest.mark.usefixtures("_restored_config")
+def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        enable_compilation_cache(tmp_path / "file" / "cache")
+
+
+PROGRAM = """
+import sys
+import jax
+from jaxllama.engine.compilation import enable_compilation_cache
+
+enable_compilation_cache(sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if "cache_hit" in event else None)
+jax.jit(lambda x: x * 3 + 1)(2.0)
+print(len(hits))
+"""
+
+
+def test_a_second_process_reuses_what_the_first_compiled(tmp_path):
+    def num_hits() -> int:
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    assert num_hits() == 0
+    assert any(tmp_path.iterdir())
+    assert num_hits() > 0
