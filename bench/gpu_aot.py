@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxllama.decode.steps import decode_steps, prefill, state_shapes, state_shardings
+from jaxllama.decode.state import state_shapes, state_shardings
+from jaxllama.decode.steps import decode_steps, prefill
 from jaxllama.model.attention import choose_attention
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.mesh import make_mesh, num_page_shards, param_shardings

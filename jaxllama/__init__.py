@@ -4,7 +4,7 @@
 >>> llama.generate("Once upon a time", jaxllama.SamplingParams(max_tokens=32)).text
 """
 
-from jaxllama.decode.sampling import SamplingParams
+from jaxllama.decode.params import SamplingParams
 from jaxllama.decode.scoring import PromptLogprob
 from jaxllama.engine.compilation import keep_weights_as_they_are as _keep_weights_as_they_are
 from jaxllama.engine.engine import Engine

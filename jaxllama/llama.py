@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxllama.decode.sampling import MAX_TOP_LOGPROBS, SamplingParams
+from jaxllama.decode.params import MAX_TOP_LOGPROBS, SamplingParams
 from jaxllama.decode.scoring import PromptLogprob, logits_of, prompt_logprobs
 from jaxllama.engine.engine import Engine
 from jaxllama.engine.options import EngineOptions

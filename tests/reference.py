@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from jaxllama.decode.sampling import SamplingParams
+    from jaxllama.decode.params import SamplingParams
     from jaxllama.model.config import LlamaConfig, RopeScaling
 
 type Array = NDArray[np.float64]

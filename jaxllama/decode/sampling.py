@@ -1,136 +1,31 @@
-"""Sampling: `SamplingParams` (host, one request), `SamplingArrays` (device, one row each), the filters and the draw."""
+"""The filters and the draw, on the device: what `SamplingParams` asks of each row."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+import functools
+from collections import namedtuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxllama.errors import GrammarError, RequestError
-from jaxllama.text.structured import Structured
+from jaxllama.decode.params import CONTROLS, MAX_TOP_LOGPROBS
 
-MAX_STOP_STRINGS = 16
-MAX_STOP_BYTES = 1024
-MAX_STOP_TOKEN_IDS = 64
-MAX_LOGIT_BIAS = 1024
-MAX_TOP_K = 1000
-MAX_TOP_LOGPROBS = 20
-MAX_TOKENS = 1_000_000
 _DRAW_BLOCK = 128
 _INFINITY_BITS = 0x7F800000
 
+if TYPE_CHECKING:
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one request is sampled. Validated when made; `validate_vocab` checks the token ids against a model.
+    class ControlArrays(tuple[Array, ...]):
+        """What it is below, to a type checker: the names are not written twice."""
 
-    `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 are off. `repetition_penalty` divides
-    positive and multiplies negative logits of tokens in the prompt or the output (Keskar et al. 2019,
-    arXiv:1909.05858); `presence_penalty` and `frequency_penalty` are OpenAI's, over the output alone.
-    `max_tokens` None means to the end of the context. `seed` None draws one. `stop` strings end the text before
-    them; `stop_token_ids` end it as the end-of-sequence ids do, which `ignore_eos` switches off. No stop id is sampled
-    before `min_tokens` tokens. `logprobs` k asks for the log-probability of each token and of the k likeliest.
-    `structured` says what the text must look like, after any reasoning; `thinking_budget` how many tokens of reasoning
-    may come before its end is forced. Both need the model's tokenizer, so `Llama` and the server look after them.
+        def __getattr__(self, name: str) -> Array: ...
 
-    Raises: RequestError naming the field, its range and the value.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    top_k: int = 0
-    max_tokens: int | None = None
-    min_tokens: int = 0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
-    include_stop_str_in_output: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    seed: int | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    logprobs: int | None = None
-    structured: Structured | None = None
-    thinking_budget: int | None = None
-
-    def __post_init__(self) -> None:
-        _number("temperature", self.temperature, 0, 2)
-        _number("top_p", self.top_p, 0, 1, open_low=True)
-        _number("min_p", self.min_p, 0, 1)
-        _number("presence_penalty", self.presence_penalty, -2, 2)
-        _number("frequency_penalty", self.frequency_penalty, -2, 2)
-        _number("repetition_penalty", self.repetition_penalty, 0.01, 5)
-        _integer("top_k", self.top_k, -1, MAX_TOP_K - 1)
-        _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS)
-        bounds = {"max_tokens": MAX_TOKENS, "seed": 2**63 - 1, "logprobs": MAX_TOP_LOGPROBS}
-        for name, high in (bounds | {"thinking_budget": MAX_TOKENS}).items():
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, high)
-        object.__setattr__(self, "stop", _stop_strings(self.stop))
-        object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
-        object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
-        if self.structured is not None and not isinstance(self.structured, Structured):
-            raise GrammarError(f"structured must be a Structured, got {type(self.structured).__name__}", "structured")
-        if self.structured is not None and self.ignore_eos:
-            raise RequestError(
-                "ignore_eos cannot be combined with structured output, which ends by itself", "ignore_eos"
-            )
-
-    def validate_vocab(self, vocab_size: int) -> None:
-        """Raises: RequestError for a stop or bias id outside the vocabulary (JAX would drop it in silence)."""
-        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
-            for token_id in ids:
-                if not 0 <= token_id < vocab_size:
-                    raise RequestError(
-                        f"{name}: token id {token_id} is outside the vocabulary (0 to {vocab_size - 1})", name
-                    )
-
-
-def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not (low < value if open_low else low <= value) or not value <= high:
-        raise RequestError(
-            f"{name} must be a number {'above' if open_low else 'from'} {low} to {high}, got {value!r}", name
-        )
-
-
-def _integer(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise RequestError(f"{name} must be an integer from {low} to {high}, got {value!r}", name)
-
-
-def _stop_strings(stop: Any) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    if len(strings) > MAX_STOP_STRINGS:
-        raise RequestError(f"stop: at most {MAX_STOP_STRINGS} strings, got {len(strings)}", "stop")
-    for text in strings:
-        if not isinstance(text, str) or not 1 <= len(text.encode("utf-8", "surrogatepass")) <= MAX_STOP_BYTES:
-            raise RequestError(f"stop: each must be a string of 1 to {MAX_STOP_BYTES} bytes, got {text!r:.80}", "stop")
-    return strings
-
-
-def _token_ids(ids: Any) -> tuple[int, ...]:
-    ids = tuple(ids)
-    if len(ids) > MAX_STOP_TOKEN_IDS:
-        raise RequestError(f"stop_token_ids: at most {MAX_STOP_TOKEN_IDS}, got {len(ids)}", "stop_token_ids")
-    for token_id in ids:
-        _integer("stop_token_ids", token_id, 0, 2**31 - 1)
-    return ids
-
-
-def _logit_bias(bias: Any) -> dict[int, float]:
-    if len(bias) > MAX_LOGIT_BIAS:
-        raise RequestError(f"logit_bias: at most {MAX_LOGIT_BIAS} entries, got {len(bias)}", "logit_bias")
-    for token_id, value in bias.items():
-        _integer("logit_bias", token_id, 0, 2**31 - 1)
-        _number(f"logit_bias[{token_id}]", value, -100, 100)
-    return dict(bias)
+else:
+    ControlArrays = namedtuple("ControlArrays", [name for name, control in CONTROLS.items() if control.dtype])
+    ControlArrays.__doc__ = "The controls that are a number of every row, `[rows]` each."
 
 
 class SamplingArrays(NamedTuple):
@@ -141,13 +36,7 @@ class SamplingArrays(NamedTuple):
     the tokens whose bits are set in `token_mask` (bit i % 32 of word i // 32 for token i) may come.
     """
 
-    temperature: Float[Array, " rows"]
-    top_p: Float[Array, " rows"]
-    min_p: Float[Array, " rows"]
-    top_k: Int[Array, " rows"]
-    presence_penalty: Float[Array, " rows"]
-    frequency_penalty: Float[Array, " rows"]
-    repetition_penalty: Float[Array, " rows"]
+    controls: ControlArrays
     seed: UInt32[Array, "rows 2"]
     stop_ids: Int[Array, "rows max_stop_ids"]
     logit_bias: Float[Array, "rows vocab"]
@@ -159,7 +48,7 @@ class SamplingArrays(NamedTuple):
 
 def apply_penalties(
     logits: Float[Array, "rows vocab"],
-    sampling: SamplingArrays,
+    controls: ControlArrays,
     generated_counts: Int[Array, "rows vocab"],
     prompt_mask: Bool[Array, "rows vocab"],
 ) -> Float[Array, "rows vocab"]:
@@ -170,10 +59,13 @@ def apply_penalties(
     Source: Keskar et al. 2019, arXiv:1909.05858; OpenAI's API reference for the other two.
     """
     generated = generated_counts > 0
-    repetition = jnp.where(prompt_mask | generated, sampling.repetition_penalty[:, None], 1.0)
+    repetition = jnp.where(prompt_mask | generated, controls.repetition_penalty[:, None], 1.0)
     logits = jnp.where(logits > 0, logits / repetition, logits * repetition)
-    logits = logits - sampling.frequency_penalty[:, None] * generated_counts.astype(logits.dtype)
-    return logits - sampling.presence_penalty[:, None] * generated.astype(logits.dtype)
+    logits = logits - controls.frequency_penalty[:, None] * generated_counts.astype(logits.dtype)
+    return logits - controls.presence_penalty[:, None] * generated.astype(logits.dtype)
+
+
+PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 def suppress_stop_ids(
@@ -225,6 +117,14 @@ def keep_min_p(logits: Float[Array, "rows vocab"], min_p: Float[Array, " rows"])
     # At min_p = 1 rounding must not cost the likeliest token its place.
     threshold = jnp.minimum(threshold, logits.max(axis=1))
     return jnp.where(logits >= threshold[:, None], logits, -jnp.inf)
+
+
+FILTERS: dict[str, Callable[[Array, Array], Array]] = {
+    "top_k": keep_top_k,
+    "top_p": keep_top_p,
+    "min_p": keep_min_p,
+}
+"""By the control that asks for it, in their order: what keeps some tokens' logits and masks the others."""
 
 
 def _largest_threshold(logits: Float[Array, "rows vocab"], is_enough: Any) -> Float[Array, "rows 1"]:
@@ -316,22 +216,22 @@ def sample(
     # As integers, because the largest of floats may pass over NaN; and one reduction is one exchange between devices.
     magnitudes = jax.lax.bitcast_convert_type(logits, jnp.int32) & 0x7FFFFFFF
     is_finite = magnitudes.max(axis=1) < _INFINITY_BITS
-    s = sampling
-    penalised = active & ((s.presence_penalty != 0) | (s.frequency_penalty != 0) | (s.repetition_penalty != 1))
+    s, controls = sampling, sampling.controls
+    penalised = active & functools.reduce(jnp.logical_or, [_is_on(controls, name) for name in PENALTIES])
     biased = active & s.is_biased
     # Whoever makes a mask has thought of min_tokens.
     suppressed = active & suppress_stops & ~s.is_masked
     masked = active & s.is_masked
-    drawn = active & (s.temperature > 0)
+    drawn = active & (controls.temperature > 0)
 
     def choose(logits: jax.Array) -> jax.Array:
         logits = _when(biased, lambda x: x + s.logit_bias, logits)
-        logits = _when(penalised, lambda x: apply_penalties(x, s, generated_counts, prompt_mask), logits)
+        logits = _when(penalised, lambda x: apply_penalties(x, controls, generated_counts, prompt_mask), logits)
         logits = _when(suppressed, lambda x: suppress_stop_ids(x, s.stop_ids, suppressed), logits)
         logits = _when(masked, lambda x: apply_token_mask(x, s.token_mask, masked), logits)
         return jax.lax.cond(
             jnp.any(drawn),
-            lambda x: jnp.where(s.temperature > 0, _filter_and_draw(x, s, positions, drawn), argmax(x)),
+            lambda x: jnp.where(controls.temperature > 0, _filter_and_draw(x, s, positions, drawn), argmax(x)),
             argmax,
             logits,
         )
@@ -346,15 +246,24 @@ def _filter_and_draw(
     logits: Float[Array, "rows vocab"], s: SamplingArrays, positions: Int[Array, " rows"], rows: Bool[Array, " rows"]
 ) -> Int[Array, " rows"]:
     # Relative to the largest, so that no temperature makes infinities of two logits.
-    logits = (logits - logits.max(axis=1, keepdims=True)) / jnp.where(s.temperature > 0, s.temperature, 1.0)[:, None]
-    logits = _when(rows & (s.top_k > 0), lambda x: keep_top_k(x, s.top_k), logits)
-    logits = _when(rows & (s.top_p < 1), lambda x: keep_top_p(x, s.top_p), logits)
-    logits = _when(rows & (s.min_p > 0), lambda x: keep_min_p(x, s.min_p), logits)
+    temperature = s.controls.temperature
+    logits = (logits - logits.max(axis=1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+    for name, keep in FILTERS.items():
+        logits = _when(rows & _is_on(s.controls, name), keep, logits, getattr(s.controls, name))
     return draw(logits, s.seed, positions)
 
 
-def _when(rows: Bool[Array, " rows"], apply: Any, logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
-    return jax.lax.cond(jnp.any(rows), apply, lambda x: x, logits)
+def _is_on(controls: ControlArrays, name: str) -> Bool[Array, " rows"]:
+    is_on: Array = getattr(controls, name) != CONTROLS[name].off[0]
+    return is_on
+
+
+def _when(
+    rows: Bool[Array, " rows"], apply: Callable[..., Array], logits: Float[Array, "rows vocab"], *rest: Array
+) -> Float[Array, "rows vocab"]:
+    """`apply(logits, *rest)` if it is for any row."""
+    changed: Array = jax.lax.cond(jnp.any(rows), apply, lambda x, *_: x, logits, *rest)
+    return changed
 
 
 class TopLogprobs(NamedTuple):

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxllama.decode.sampling import top_logprobs
-from jaxllama.decode.steps import make_pool, prefill_logits
+from jaxllama.decode.state import make_pool
+from jaxllama.decode.steps import prefill_logits
 from jaxllama.errors import NonFiniteLogitsError
 from jaxllama.model.attention import ShardedAttention
 from jaxllama.model.config import LlamaConfig

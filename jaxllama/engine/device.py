@@ -12,20 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Bool, Int, UInt32
 
-from jaxllama.decode.steps import (
-    DecodeState,
-    RowState,
-    StepOutput,
-    any_row,
-    clear,
-    copy_in,
-    copy_out,
-    decode_steps,
-    insert,
-    make_state,
-    prefill,
-    state_shardings,
-)
+from jaxllama.decode.state import DecodeState, RowState, StepOutput, any_row, insert, make_state, state_shardings
+from jaxllama.decode.steps import clear, copy_in, copy_out, decode_steps, prefill
 from jaxllama.engine.compilation import OnProgress, compile_all
 from jaxllama.model.attention import ShardedAttention
 from jaxllama.model.cache import KVPool
@@ -206,11 +194,11 @@ class Device:
 
     def set_masks(self, masks: UInt32[np.ndarray, "rows words"], is_masked: Bool[np.ndarray, " rows"]) -> None:
         """Replaces every row's mask."""
-        state, shardings = self._get_state(), self._shardings.sampling
-        sampling = state.sampling._replace(
+        state, shardings = self._get_state(), self._shardings.rows.sampling
+        sampling = state.rows.sampling._replace(
             token_mask=_put(masks, shardings.token_mask), is_masked=_put(is_masked, shardings.is_masked)
         )
-        self._state = state._replace(sampling=sampling)
+        self._state = state._replace(rows=state.rows._replace(sampling=sampling))
 
     def decode(self, max_steps: np.int32, keep: Bool[np.ndarray, " rows"], num_rows: int) -> StepOutput:
         """Runs up to `max_steps` steps."""

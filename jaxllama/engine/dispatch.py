@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from jaxllama.decode.steps import StepOutput
+from jaxllama.decode.state import StepOutput
 from jaxllama.engine.options import StepReport
 from jaxllama.engine.request import EngineRequest, TokenLogprob
 

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxllama.decode.sampling import SamplingParams
-from jaxllama.decode.steps import MAX_STEPS, NOT_FINITE, any_row, programs_agree, state_shapes
+from jaxllama.decode.params import SamplingParams
+from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, any_row, state_shapes
+from jaxllama.decode.steps import programs_agree
 from jaxllama.engine.chunks import ChunkPlan
 from jaxllama.engine.compilation import OnProgress, num_compilations
 from jaxllama.engine.constraints import Constraint, Constraints, advance, attach, needs_new_row

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int, UInt32
 
-from jaxllama.decode.steps import RowState, StepOutput, any_row
+from jaxllama.decode.state import RowState, StepOutput, any_row
 from jaxllama.engine.compilation import OnProgress
 from jaxllama.engine.device import Device
 from jaxllama.errors import ConfigError, LockstepError

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 from jaxtyping import Int
 
-from jaxllama.decode.steps import row_state
+from jaxllama.decode.state import row_state
 from jaxllama.engine.device import Programs
 from jaxllama.engine.request import EngineRequest
 from jaxllama.engine.scheduler import Chunk, Scheduler

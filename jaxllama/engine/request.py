@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from jaxllama.decode.sampling import SamplingParams
+from jaxllama.decode.params import SamplingParams
 
 if TYPE_CHECKING:
     from jaxllama.engine.constraints import Constraint

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from jaxllama.decode.steps import DecodeState, state_shapes, state_shardings
+from jaxllama.decode.state import DecodeState, state_shapes, state_shardings
 from jaxllama.errors import PlanError
 from jaxllama.model import cache
 from jaxllama.model.attention.tpu import TpuAttention

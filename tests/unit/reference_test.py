@@ -10,7 +10,7 @@ import pytest
 import reference
 from oracle.tiny_models import TINY_MODELS, checksum, random_weights
 
-from jaxllama.decode.sampling import SamplingParams
+from jaxllama.decode.params import SamplingParams
 from jaxllama.model.config import LlamaConfig, RopeScaling
 from jaxllama.model.params import param_specs
 

@@ -19,7 +19,7 @@ import tiny
 
 from jaxllama import SamplingParams
 from jaxllama.decode.sampling import argmax, keep_min_p, keep_top_k, keep_top_p, sample, top_logprobs
-from jaxllama.decode.steps import row_state
+from jaxllama.decode.state import row_state
 
 pytestmark = pytest.mark.optimized
 

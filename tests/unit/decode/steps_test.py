@@ -13,16 +13,8 @@ import tiny
 from collector import Collector, held
 
 from jaxllama import EngineOptions, Llama, SamplingParams
-from jaxllama.decode.steps import (
-    MAX_STEPS,
-    decode_steps,
-    insert,
-    make_state,
-    prefill,
-    row_state,
-    state_shapes,
-    state_shardings,
-)
+from jaxllama.decode.state import MAX_STEPS, insert, make_state, row_state, state_shapes, state_shardings
+from jaxllama.decode.steps import decode_steps, prefill
 from jaxllama.model.attention.reference import ReferenceAttention
 from jaxllama.model.cache import kv_pool_shapes
 from jaxllama.model.mesh import make_mesh
@@ -240,8 +232,11 @@ def test_the_state_is_made_of_arrays_of_one_shape(llama: Llama):
     shapes = state_shapes(llama.config, num_rows=3, num_pages=5, page_size=4, max_context=10, dtype=jnp.bfloat16)
     assert shapes.pool == kv_pool_shapes(llama.config, 5, 4, jnp.bfloat16)
     assert shapes.page_table.shape == (3, 3)
-    assert all(leaf.shape[0] == 3 for name, leaf in shapes._asdict().items() if name not in ("pool", "sampling"))
-    assert all(leaf.shape[0] == 3 for leaf in shapes.sampling)
+    assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(shapes.rows))
+    # One row as the host makes it is the same tree, without the rows.
+    one = row_state(llama.config, SamplingParams(), prompt=[1], generated=[], remaining=1, seed=0)
+    for leaf, row in zip(jax.tree.leaves(shapes.rows), jax.tree.leaves(one), strict=True):
+        assert (leaf.shape[1:], leaf.dtype) == (row.shape, row.dtype)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, 2**63 - 1])

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from jaxllama.decode.sampling import SamplingParams
-from jaxllama.decode.steps import MAX_STEPS
+from jaxllama.decode.params import SamplingParams
+from jaxllama.decode.state import MAX_STEPS
 from jaxllama.engine.chunks import ChunkPlan
 from jaxllama.engine.pages import PagePool
 from jaxllama.engine.placement import Placement

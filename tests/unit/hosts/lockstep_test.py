@@ -26,7 +26,7 @@ from collector import Collector, held
 from processes import START_TIMEOUT_S, Process, free_port
 
 from jaxllama import Engine, SamplingParams
-from jaxllama.decode.steps import row_state
+from jaxllama.decode.state import row_state
 from jaxllama.engine.device import Device
 from jaxllama.engine.lockstep import check_processes, decode, encode, follow
 from jaxllama.errors import ConfigError, LockstepError

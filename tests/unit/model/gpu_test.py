@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from jaxllama.decode.steps import decode_steps, prefill, prefill_logits, state_shapes
+from jaxllama.decode.state import state_shapes
+from jaxllama.decode.steps import decode_steps, prefill, prefill_logits
 from jaxllama.model.params import build_params
 
 ROOT = Path(__file__).parents[3]

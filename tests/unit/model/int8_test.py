@@ -19,7 +19,8 @@ from unit.weights.sources.sources import CONFIG, weights, write_hf
 
 import jaxllama
 from jaxllama import SamplingParams
-from jaxllama.decode.steps import REFERENCE, decode_steps, state_shapes
+from jaxllama.decode.state import state_shapes
+from jaxllama.decode.steps import REFERENCE, decode_steps
 from jaxllama.errors import CheckpointError, ConfigError, ConversionError
 from jaxllama.model.forward import DecoderLayer
 from jaxllama.model.forward import Llama as Model

@@ -14,7 +14,7 @@ import tiny
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxllama import EngineOptions, SamplingParams
-from jaxllama.decode.steps import make_state, state_shapes, state_shardings
+from jaxllama.decode.state import make_state, state_shapes, state_shardings
 from jaxllama.errors import ConfigError
 from jaxllama.model.mesh import MESH_AXES, RULES, make_mesh, param_shardings, partition_spec
 from jaxllama.model.params import get_param, param_specs

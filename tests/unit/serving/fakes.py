@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from jaxllama.decode.sampling import SamplingParams
+from jaxllama.decode.params import SamplingParams
 from jaxllama.engine.options import EngineStats
 from jaxllama.errors import ChatTemplateError, ContextLengthError, EngineStoppedError, QueueFullError
 from jaxllama.text.encoding.detokenize import ByteDecoder

@@ -14,8 +14,8 @@ from jaxllama_serving.protocol.errors import ApiError
 from jaxllama_serving.protocol.strict_json import MAX_DEPTH, decode
 from unit.serving.live import body
 
-from jaxllama.decode import sampling
-from jaxllama.decode.sampling import SamplingParams
+from jaxllama.decode import params as sampling
+from jaxllama.decode.params import SamplingParams
 
 
 def parse(**fields):

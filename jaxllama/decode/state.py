@@ -1,0 +1,220 @@
+"""The state of the rows that decode together: what it is made of, where it lies, and how a row gets into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxllama.decode.params import CONTROLS, MAX_STOP_TOKEN_IDS, SamplingParams
+from jaxllama.decode.sampling import ControlArrays, SamplingArrays
+from jaxllama.model.cache import KVPool, kv_pool_axes, kv_pool_shapes
+from jaxllama.model.config import LlamaConfig
+from jaxllama.model.mesh import num_page_shards, partition_spec
+from jaxllama.text.structured import num_mask_words
+
+MAX_STEPS = 32
+NOT_FINITE = -2
+"""Stands in `StepOutput.tokens` for a row whose logits were not finite."""
+
+
+class RowState(NamedTuple):
+    """What decoding changes of every row, `[rows, …]`; or one row as the host makes it: NumPy, without that dimension.
+
+    `length` counts the tokens of a row whose keys and values are written; `last_token` is the next to go in.
+    `remaining` is the budget, `min_remaining` how many more tokens must come before a stop id may.
+    """
+
+    length: Int[Array, "*rows"]
+    last_token: Int[Array, "*rows"]
+    remaining: Int[Array, "*rows"]
+    min_remaining: Int[Array, "*rows"]
+    active: Bool[Array, "*rows"]
+    generated_counts: Int[Array, "*rows vocab"]
+    prompt_mask: Bool[Array, "*rows vocab"]
+    sampling: SamplingArrays
+
+
+class DecodeState(NamedTuple):
+    """Everything that decoding changes, for a fixed number of rows. Every leaf is always an array of one shape."""
+
+    pool: KVPool
+    page_table: Int[Array, "rows max_pages"]
+    rows: RowState
+
+
+class StepOutput(NamedTuple):
+    """The first `num_steps` of it count. A token is -1 where the row was inactive, `NOT_FINITE` where it failed."""
+
+    tokens: Int[Array, "steps rows"]
+    num_steps: Int[Array, ""]
+    logprobs: Float[Array, "steps rows"]
+    top_ids: Int[Array, "steps rows 20"]
+    top_logprobs: Float[Array, "steps rows 20"]
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """One array of a `RowState`: its dtype, and the dimensions after the rows (`_dimensions` has their sizes)."""
+
+    dtype: str
+    dims: tuple[str, ...] = ()
+
+
+# Trees of the same form that hold something else than arrays: leaves, shapes, axes, one row's NumPy values.
+_row_of: Any = RowState
+_sampling_of: Any = SamplingArrays
+_controls_of: Any = ControlArrays
+
+_ROW: RowState = _row_of(
+    length=_Leaf("int32"),
+    last_token=_Leaf("int32"),
+    remaining=_Leaf("int32"),
+    min_remaining=_Leaf("int32"),
+    active=_Leaf("bool"),
+    generated_counts=_Leaf("int32", ("vocab",)),
+    prompt_mask=_Leaf("bool", ("vocab",)),
+    sampling=_sampling_of(
+        controls=_controls_of(*(_Leaf(control.dtype) for control in CONTROLS.values() if control.dtype)),
+        seed=_Leaf("uint32", ("seed_words",)),
+        stop_ids=_Leaf("int32", ("stop_ids",)),
+        logit_bias=_Leaf("float32", ("vocab",)),
+        is_biased=_Leaf("bool"),
+        num_logprobs=_Leaf("int32"),
+        is_masked=_Leaf("bool"),
+        token_mask=_Leaf("uint32", ("mask_words",)),
+    ),
+)
+_SPLIT = ("vocab",)
+"""The dimensions that a mesh may split."""
+
+
+def _dimensions(config: LlamaConfig) -> dict[str, int]:
+    return {
+        "vocab": config.vocab_size,
+        "seed_words": 2,
+        "stop_ids": MAX_STOP_TOKEN_IDS + len(config.eos_token_ids) + 1,
+        "mask_words": num_mask_words(config.vocab_size),
+    }
+
+
+def state_shapes(
+    config: LlamaConfig,
+    *,
+    num_rows: int,
+    num_pages: int,
+    page_size: int,
+    max_context: int,
+    dtype: Any,
+    num_shards: int = 1,
+) -> DecodeState:
+    """The shapes and dtypes of a `DecodeState` with a pool of `dtype`.
+
+    `num_pages` are those of each shard (see `ShardedAttention`) and count page 0, given to no row.
+    """
+    sizes = _dimensions(config)
+    shapes: Any = DecodeState(
+        pool=kv_pool_shapes(config, num_pages, page_size, dtype, num_shards),
+        page_table=jax.ShapeDtypeStruct((num_rows, -(-max_context // page_size)), jnp.int32),  # type: ignore[arg-type]
+        rows=jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((num_rows, *(sizes[dim] for dim in leaf.dims)), leaf.dtype), _ROW
+        ),
+    )
+    return shapes
+
+
+def state_shardings(config: LlamaConfig, mesh: Mesh, shapes: DecodeState) -> DecodeState:
+    """Rows over `data`, pages over `data` and `rep`, KV heads over `kv`, vocabulary over `kv` and `rep`."""
+    axes = DecodeState(
+        pool=kv_pool_axes(shapes.pool.pages.dtype),
+        page_table=("rows", None),  # type: ignore[arg-type]
+        rows=jax.tree.map(lambda leaf: ("rows", *(dim if dim in _SPLIT else None for dim in leaf.dims)), _ROW),
+    )
+    shardings: DecodeState = _shardings(axes, config, mesh, num_rows=shapes.page_table.shape[0])
+    return shardings
+
+
+def _shardings(axes: Any, config: LlamaConfig, mesh: Mesh, num_rows: int | None = None) -> Any:
+    return jax.tree.map(
+        lambda names: NamedSharding(mesh, partition_spec(names, config, mesh, num_rows=num_rows)),
+        axes,
+        is_leaf=lambda x: type(x) is tuple,
+    )
+
+
+def make_pool(config: LlamaConfig, mesh: Mesh, *, num_pages: int, page_size: int, dtype: Any) -> KVPool:
+    """An empty pool by itself, for `prefill_logits`."""
+    shapes = kv_pool_shapes(config, num_pages, page_size, dtype, num_page_shards(mesh))
+    shardings = _shardings(kv_pool_axes(dtype), config, mesh)
+    pool: KVPool = jax.tree.map(lambda s, where: jnp.zeros(s.shape, s.dtype, device=where), shapes, shardings)
+    return pool
+
+
+def make_state(shapes: DecodeState, shardings: DecodeState) -> DecodeState:
+    """An empty state, made on the devices that hold it."""
+    zeros = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), out_shardings=shardings)
+    return zeros()
+
+
+def row_state(
+    config: LlamaConfig,
+    params: SamplingParams,
+    *,
+    prompt: list[int],
+    generated: list[int],
+    remaining: int,
+    seed: int,
+    halt_id: int | None = None,
+) -> RowState:
+    """The row that continues `prompt + generated` (`generated` is not empty after a preemption).
+
+    `remaining` is the number of tokens still to come at most. Its last token is the row's next input. `halt_id` makes
+    the row inactive as stop ids do. It begins without a mask.
+    """
+    sizes, ids = _dimensions(config), prompt + generated
+    prompt_mask = np.zeros(sizes["vocab"], np.bool_)
+    prompt_mask[prompt] = True
+    bias = np.zeros(sizes["vocab"], np.float32)
+    bias[list(params.logit_bias)] = list(params.logit_bias.values())
+    stops = [*params.stop_token_ids, *(() if params.ignore_eos else config.eos_token_ids)]
+    stops += [] if halt_id is None else [halt_id]
+    row = _row_of(
+        length=len(ids) - 1,
+        last_token=ids[-1],
+        remaining=remaining,
+        min_remaining=max(0, params.min_tokens - len(generated)),
+        active=True,
+        generated_counts=np.bincount(np.asarray(generated, np.int64), minlength=sizes["vocab"]),
+        prompt_mask=prompt_mask,
+        sampling=_sampling_of(
+            controls=_controls_of(
+                *(control.on_device(getattr(params, name)) for name, control in CONTROLS.items() if control.dtype)
+            ),
+            seed=np.array([seed >> 32, seed & 0xFFFFFFFF]),
+            stop_ids=np.pad(np.array(stops, np.int32), (0, sizes["stop_ids"] - len(stops)), constant_values=-1),
+            logit_bias=bias,
+            is_biased=bias.any(),
+            num_logprobs=-1 if params.logprobs is None else params.logprobs,
+            is_masked=False,
+            token_mask=np.full(sizes["mask_words"], 0xFFFFFFFF, np.uint32),
+        ),
+    )
+    new: RowState = jax.tree.map(lambda leaf, value: np.asarray(value, leaf.dtype), _ROW, row)
+    return new
+
+
+def any_row(config: LlamaConfig) -> RowState:
+    """A row of no request, for its shapes and dtypes."""
+    return row_state(config, SamplingParams(), prompt=[0], generated=[], remaining=1, seed=0)
+
+
+@partial(jax.jit, donate_argnames="state")
+def insert(state: DecodeState, row: Int[Array, ""], new: RowState) -> DecodeState:
+    """Puts a row in place. Its pages must be written (`prefill`) before the next `decode_steps`."""
+    return state._replace(rows=jax.tree.map(lambda array, value: array.at[row].set(value), state.rows, new))
