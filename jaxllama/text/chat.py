@@ -20,6 +20,7 @@ __all__ = ["ChatTemplate", "RenderedChat", "has_chat_template", "load_chat_templ
 
 _MAX_TEMPLATE_CHARS = 1_000_000
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+_OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -51,6 +52,10 @@ class ChatTemplate:
             raise ChatTemplateError(f"The chat template does not compile: {_message(error)}") from None
         self.variables = self._environment.variables_of(source)
         """The names that the template asks for, of what `render` may give it: `tools`, `enable_thinking` and others."""
+        self.own_variables = frozenset(
+            {*_OWN_VARIABLES, *_NAMED_TOKENS, *self._named_tokens, *self._environment.globals}
+        )
+        """The names that are not for callers to set: `render` gives them itself, or Jinja's environment has them."""
         self.has_reasoning = CLOSE_TAG in source or CLOSE_TAG in self._spellings.all
         """Whether replies may hold `<think>` … `</think>`: the template or the tokenizer knows the tags."""
 

@@ -92,7 +92,11 @@ def add_behaviour(group: argparse._ArgumentGroup) -> None:
         help="auto: sampling defaults from the checkpoint's generation_config.json (default: %(default)s)",
     )
     group.add_argument("--strict-length", action="store_true", help="refuse prompt + max_tokens beyond the context")
-    group.add_argument("--lenient", action="store_true", help="ignore unknown parameters, with a warning header")
+    group.add_argument(
+        "--strict-fields",
+        action="store_true",
+        help="refuse unknown fields (default: ignore them, named in the header x-jaxllama-ignored)",
+    )
     group.add_argument("--stop-in-reasoning", action="store_true", help="let stop strings end the reasoning too")
     group.add_argument(
         "--reasoning-field",
@@ -115,7 +119,7 @@ def behaviour(args: argparse.Namespace) -> dict[str, Any]:
     fields = (
         "generation_config",
         "strict_length",
-        "lenient",
+        "strict_fields",
         "stop_in_reasoning",
         "reasoning_field",
         "tool_parser",

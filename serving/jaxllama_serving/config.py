@@ -39,7 +39,7 @@ class ServerConfig:
     exit_on_engine_failure: bool = False
     generation_config: str = "none"
     strict_length: bool = False
-    lenient: bool = False
+    strict_fields: bool = False
     stop_in_reasoning: bool = False
     reasoning_field: str = "reasoning_content"
     tool_parser: str | None = None

@@ -49,6 +49,12 @@ class Metrics:
             ("route", "status", "outcome"),
             registry=self._registry,
         )
+        self._ignored_fields = Counter(
+            "jaxllama_ignored_fields",
+            "Fields of requests that are unknown here and were ignored, by route.",
+            ("route",),
+            registry=self._registry,
+        )
         self._tokens = Counter(
             "jaxllama_tokens",
             "Tokens of prompts, of those what was found in the cache, and completions.",
@@ -75,7 +81,7 @@ class Metrics:
         """Returns all of it. Source: Prometheus, "Exposition formats", text format 0.0.4."""
         return generate_latest(self._registry)
 
-    def count_request(self, route: str, status: int | None, *, failed: bool) -> None:
+    def count_request(self, route: str, status: int | None, *, failed: bool, num_ignored_fields: int = 0) -> None:
         """Counts a request at its end. `status` None: the client has gone; `failed`: its stream ended with an error."""
         if status is None:
             outcome = "gone"
@@ -84,6 +90,8 @@ class Metrics:
         else:
             outcome = "refused" if status >= 400 else "finished"
         self._requests.labels(route, "gone" if status is None else str(status), outcome).inc()
+        if num_ignored_fields:
+            self._ignored_fields.labels(route).inc(num_ignored_fields)
 
     def count_generation(self, num_prompt_tokens: int, generation: Generation, started: float) -> None:
         """Counts what a request of `started` (of `time.monotonic`) took from the engine, at its end."""

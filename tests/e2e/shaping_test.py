@@ -255,11 +255,19 @@ def test_logprobs_are_those_before_the_grammar(wild):
 
 def test_what_cannot_be_is_a_400_that_names_it(wild):
     cases = [
-        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
-        ({"structured_outputs": {"choice": []}}, "choice"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "response_format"),
-        ({"structured_outputs": {"json": {"type": "array", "uniqueItems": True}}}, "structured_outputs"),
-        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "string"}}}]}, "tools"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"structured_outputs": {"json": {"type": "array", "uniqueItems": True}}}, "structured_outputs.json"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
+        ({"guided_choice": ["a", ""]}, "guided_choice"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "string"}}}]},
+            "tools[0].function.parameters",
+        ),
         ({"structured_outputs": {"choice": ["a"]}, "ignore_eos": True}, "ignore_eos"),
     ]
 

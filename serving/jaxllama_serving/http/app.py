@@ -14,7 +14,7 @@ from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.http.auth import KeyRing
 from jaxllama_serving.http.chat_page import add_page
 from jaxllama_serving.http.connection import SECURITY_HEADERS, error_response, new_request_id
-from jaxllama_serving.http.context import CONTEXT, RequestContext
+from jaxllama_serving.http.context import CONTEXT, IGNORED_HEADER, RequestContext
 from jaxllama_serving.http.events import to_json
 from jaxllama_serving.http.openapi import make_openapi
 from jaxllama_serving.http.routes import ROUTES, Handler
@@ -46,7 +46,10 @@ def make_app(llama: Llama | None, config: ServerConfig) -> web.Application:
     service = Service(llama, config)
     app[SERVICE] = service
     app.on_cleanup.append(service.close)
-    app[OPENAPI] = to_json(make_openapi(ROUTES, config.model_names, needs_key=bool(config.api_keys)))
+    document = make_openapi(
+        ROUTES, config.model_names, needs_key=bool(config.api_keys), strict_fields=config.strict_fields
+    )
+    app[OPENAPI] = to_json(document)
     for route in ROUTES:
         for prefix in route.prefixes:
             add = app.router.add_get if route.method == "GET" else app.router.add_post
@@ -116,7 +119,7 @@ def _cors_headers(request: web.Request, config: ServerConfig) -> dict[str, str]:
     origin = request.headers.get("Origin")
     if origin in config.cors_origins:
         headers["Access-Control-Allow-Origin"] = origin
-        headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
+        headers["Access-Control-Expose-Headers"] = f"X-Request-Id, Retry-After, {IGNORED_HEADER}"
         headers["Cross-Origin-Resource-Policy"] = "cross-origin"
         if request.method == "OPTIONS":
             headers["Access-Control-Allow-Methods"] = "GET, POST"
@@ -141,7 +144,9 @@ def _log(request: web.Request, status: int | None) -> None:
     route = resource.canonical if resource is not None else "unmatched"
     method = request.method if request.method in ("GET", "HEAD", "POST", "OPTIONS") else "OTHER"
     context = request[CONTEXT]
-    request.app[SERVICE].metrics.count_request(route, status, failed=context.failed)
+    request.app[SERVICE].metrics.count_request(
+        route, status, failed=context.failed, num_ignored_fields=context.num_ignored_fields
+    )
     level = logging.DEBUG if route in ("/health", "/ready", "/metrics") else logging.INFO
     logger.log(
         level,

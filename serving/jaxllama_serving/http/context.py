@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from aiohttp import web
+
+from jaxllama_serving.protocol.base import name_fields
+
+IGNORED_HEADER = "X-Jaxllama-Ignored"
 
 
 @dataclass
@@ -21,8 +26,15 @@ class RequestContext:
     started: float = field(default_factory=time.monotonic)
     failed: bool = False
     key: bytes | None = None
+    num_ignored_fields: int = 0
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
+
+    def ignore(self, fields: Sequence[str]) -> None:
+        """Has the answer name the paths of fields that mean nothing here."""
+        self.num_ignored_fields = len(fields)
+        if fields:
+            self.headers[IGNORED_HEADER] = name_fields(fields)
 
 
 CONTEXT = web.RequestKey("context", RequestContext)

@@ -35,7 +35,9 @@ _GENERATING = (429, 504)
 
 
 @cache
-def make_openapi(routes: tuple[Route, ...], model_names: tuple[str, ...], *, needs_key: bool) -> dict[str, Any]:
+def make_openapi(
+    routes: tuple[Route, ...], model_names: tuple[str, ...], *, needs_key: bool, strict_fields: bool = False
+) -> dict[str, Any]:
     """Returns the document of `routes`, whose requests may ask for one of `model_names`."""
     models: list[type[BaseModel]] = [
         Error,
@@ -45,6 +47,10 @@ def make_openapi(routes: tuple[Route, ...], model_names: tuple[str, ...], *, nee
     _, schemas = models_json_schema(modes, ref_template="#/components/schemas/{model}")
     for body in {route.body.__name__ for route in routes if route.body is not None}:
         schemas["$defs"][body]["properties"]["model"]["enum"] = model_names
+    if strict_fields:
+        for schema in schemas["$defs"].values():
+            if "properties" in schema:
+                schema["additionalProperties"] = False
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         for prefix in route.prefixes:

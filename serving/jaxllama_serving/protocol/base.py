@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, get_args
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, ValidationError, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
 from jaxllama_serving.protocol.errors import ApiError, invalid, shorten
+from jaxllama_serving.protocol.refused import Refusals, refusals_in
 
 MAX_ID = 2**31 - 1
+HARMLESS_ANYWHERE = frozenset({"cache_control"})
+"""Fields that mean nothing here and are accepted at any depth."""
+MAX_NAMED_FIELDS = 16
+MAX_NAMED_CHARS = 96
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]$-]")
 
 
 def with_example(**fields: Any) -> ConfigDict:
@@ -20,16 +27,25 @@ def with_example(**fields: Any) -> ConfigDict:
 
 
 class Strict(BaseModel):
-    """An object of exactly these fields, without conversions: "1" is not a number. `null` is "not given"."""
+    """An object of these fields, without conversions: "1" is not a number. `null` is "not given", whatever the field.
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, hide_input_in_errors=True)
+    What is in none of its fields is kept apart (`unknown_fields`), but for what `refused` refuses by name.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, hide_input_in_errors=True)
+    refused: ClassVar[Refusals] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _nulls_are_defaults(cls, data: Any) -> Any:
+    def _only_what_is_given(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
+        given = {key: value for key, value in data.items() if value is not None and key not in HARMLESS_ANYWHERE}
+        for name, refused in refusals_in(given, cls.refused):
+            instead = refused.instead or "give the value that turns it off"
+            message = f"is not supported here. Leave it out, or {instead}."
+            raise PydanticCustomError("unsupported", "{message}", {"name": name, "message": message})
+        return {key: value for key, value in given.items() if key not in cls.refused}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -77,41 +93,53 @@ def disagreement(param: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("disagreement", "{message}", {"message": message, "param": param})
 
 
-def parse[M: Strict](model: type[M], data: Mapping[str, Any], *, lenient: bool = False) -> tuple[M, tuple[str, ...]]:
-    """Returns the request that `data` holds, and the unknown fields that `lenient` dropped (else none).
+def unsupported(message: str) -> PydanticCustomError:
+    """What a field's validator raises for a value that means something, but nothing that this server can do."""
+    return PydanticCustomError("unsupported", "{message}", {"message": f": {message}"})
+
+
+def parse[M: Strict](model: type[M], data: Mapping[str, Any], *, strict_fields: bool = False) -> M:
+    """Returns the request that `data` holds. Unknown fields are a fault only with `strict_fields`.
 
     Raises: ApiError, status 400, whose param is the path of the first field at fault.
     """
-    dropped: tuple[str, ...] = ()
-    if lenient:
-        dropped = tuple(key for key in data if key not in model.model_fields)
-        data = {key: value for key, value in data.items() if key in model.model_fields}
     try:
-        return model.model_validate(data), dropped
+        request = model.model_validate(data)
     except ValidationError as error:
         raise _as_api_error(model, error.errors(include_url=False)) from None
+    if strict_fields:
+        refuse_unknown(unknown_fields(request))
+    return request
 
 
-def refuse(
-    data: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]], prefix: str = "", *, reason: str = "not supported"
-) -> dict[str, Any]:
-    """Returns `data` without the fields of `table`, each of which may only be null or one of the values beside it.
+def refuse_unknown(fields: Sequence[str]) -> None:
+    """Raises: ApiError, status 400, if there are any."""
+    if fields:
+        more = f" (and {len(fields) - 3} more)" if len(fields) > 3 else ""
+        message = "; ".join(f"{path} is not a parameter of this route" for path in fields[:3]) + more
+        raise invalid(message, fields[0], "unknown_parameter")
 
-    Raises: ApiError, status 400.
-    """
-    kept = dict(data)
-    for name, harmless in table.items():
-        if name not in kept:
-            continue
-        value = kept.pop(name)
-        # By type too: False == 0 and True == 1 in Python, not in JSON.
-        if value is not None and not any(type(value) is type(ok) and value == ok for ok in harmless):
-            raise invalid(
-                f"{prefix}{name} is {reason}. Leave it out, or give its default.",
-                prefix + name,
-                "unsupported_parameter",
-            )
-    return kept
+
+def unknown_fields(request: Strict) -> tuple[str, ...]:
+    """Returns the paths of the fields that no model knows, those of outer objects first."""
+    found: list[str] = []
+    level: list[tuple[tuple[int | str, ...], Any]] = [((), request)]
+    while level:
+        inner: list[tuple[tuple[int | str, ...], Any]] = []
+        for loc, value in level:
+            if isinstance(value, Strict):
+                found += [_path((*loc, name)) for name in value.model_extra or ()]
+                fields = type(value).model_fields.items()
+                inner += [((*loc, field.alias or name), getattr(value, name)) for name, field in fields]
+            elif isinstance(value, list) and value and isinstance(value[0], Strict):
+                inner += [((*loc, i), item) for i, item in enumerate(value)]
+        level = inner
+    return tuple(found)
+
+
+def name_fields(paths: Sequence[str]) -> str:
+    """Returns the first of `paths` for a header: only characters that are safe in one, and a bounded length."""
+    return ", ".join(_UNSAFE.sub("?", path)[:MAX_NAMED_CHARS] for path in paths[:MAX_NAMED_FIELDS])
 
 
 def _as_api_error(model: type[BaseModel], errors: list[ErrorDetails]) -> ApiError:
@@ -123,8 +151,11 @@ def _as_api_error(model: type[BaseModel], errors: list[ErrorDetails]) -> ApiErro
 
 def _describe(model: type[BaseModel], error: ErrorDetails) -> tuple[str | None, str, str | None]:
     path, kind = _path(error["loc"]), error["type"]
-    if kind == "extra_forbidden":
-        return path, f"{path} is not a parameter of this route", "unknown_parameter"
+    if kind == "unsupported":
+        name = error["ctx"].get("name")
+        path = _path((*error["loc"], name)) if name is not None else path
+        joint = " " if name is not None else ""
+        return path, f"{path}{joint}{error['msg']}", "unsupported_parameter"
     if kind == "missing":
         return path, f"{path} is required: {_wanted(model, error['loc'])}", "missing_required_parameter"
     if kind == "problem":

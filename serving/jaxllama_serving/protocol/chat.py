@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from jaxllama_serving.protocol.base import Strict, boolean, disagreement, integer, parse, problem, refuse, with_example
+from jaxllama_serving.protocol.base import (
+    Strict,
+    boolean,
+    disagreement,
+    integer,
+    parse,
+    problem,
+    unsupported,
+    with_example,
+)
 from jaxllama_serving.protocol.output_format import (
     EFFORTS,
     Effort,
+    Form,
+    GuidedFields,
+    Prediction,
     Reasoning,
     ResponseFormat,
     StructuredOutputs,
     TemplateKwargs,
 )
+from jaxllama_serving.protocol.refused import CHAT, MESSAGE, Refusals
 from jaxllama_serving.protocol.shared_fields import MAX_TOKENS, MAX_TOP_LOGPROBS, GenerationRequest
 from jaxllama_serving.protocol.tools import MAX_TOOLS, ToolCall, ToolChoiceField, ToolSpec
 
-# Refused by name; the values listed ask for nothing and are what clients send by default.
-REFUSED: Mapping[str, tuple[Any, ...]] = {"chat_template": ()}
-REFUSED_IN_MESSAGES: Mapping[str, tuple[Any, ...]] = {
-    "function_call": (),
-    "audio": (),
-    "annotations": ([],),
-    "refusal": (),
-    "name": (),
-}
+
+def _only_text(kind: Any) -> Any:
+    if isinstance(kind, str) and kind != "text":
+        raise unsupported(f'a part of type {kind!r:.40} is not supported, only "text": this model reads text alone')
+    return kind
 
 
 class TextPart(Strict):
     """One part of a message's content."""
 
-    type: Literal["text"] = Field(description='"text" (this model reads no other kind of part)')
+    type: Annotated[Literal["text"], BeforeValidator(_only_text, json_schema_input_type=Literal["text"])] = Field(
+        description='"text" (this model reads no other kind of part)'
+    )
     text: str = Field(description="a string")
 
 
@@ -42,15 +53,24 @@ def _as_parts(content: Any) -> Any:
 
 
 class ChatMessage(Strict):
-    """One message; `reasoning_content` of an earlier answer is accepted and dropped."""
+    """One message. What an answer of ours holds is accepted back."""
+
+    refused: ClassVar[Refusals] = MESSAGE
 
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description='one of "system", "developer", "user", "assistant" and "tool"'
     )
-    content: Annotated[list[TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart])] = Field(
-        description="a string or a list of text parts; null beside tool_calls"
+    content: Annotated[
+        list[TextPart],
+        BeforeValidator(_as_parts, json_schema_input_type=str | Annotated[list[TextPart], Field(min_length=1)]),
+    ] = Field(
+        min_length=1,
+        description="a string or a list of at least one text part; null beside tool_calls or reasoning",
     )
+    name: str | None = Field(None, max_length=256, description="a string of at most 256 characters, for the template")
     reasoning_content: str | None = Field(None, description="a string, in assistant messages only")
+    reasoning: str | None = Field(None, description="as reasoning_content")
+    annotations: Any = Field(None, description="anything: as some answers have it; no effect")
     tool_call_id: str | None = Field(None, description="a string, in tool messages only")
     tool_calls: list[ToolCall] = Field(
         default_factory=list, max_length=MAX_TOOLS, description="a list of calls, in assistant messages only"
@@ -59,10 +79,11 @@ class ChatMessage(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _calls_need_no_content(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("tool_calls") and data.get("content") is None:
-            return {**data, "content": []}
-        return data
+    def _content_may_be_missing(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("content") is not None or data.get("role") != "assistant":
+            return data
+        has_more = any(data.get(name) for name in ("tool_calls", "reasoning_content", "reasoning"))
+        return {**data, "content": ""} if has_more else data
 
     @model_validator(mode="after")
     def _fields_fit_the_role(self) -> ChatMessage:
@@ -70,13 +91,20 @@ class ChatMessage(Strict):
             raise problem("a tool message needs tool_call_id")
         if self.role != "tool" and self.tool_call_id is not None:
             raise problem("tool_call_id belongs in tool messages only")
-        if self.role != "assistant" and self.reasoning_content is not None:
-            raise problem("reasoning_content belongs in assistant messages only")
+        if self.role != "assistant" and self.reasoning_text is not None:
+            raise problem("reasoning_content and reasoning belong in assistant messages only")
         if self.role != "assistant" and self.tool_calls:
             raise problem("tool_calls belong in assistant messages only")
         if self.role != "assistant" and self.prefix:
             raise problem("prefix belongs in assistant messages only")
+        if len({self.reasoning_content, self.reasoning} - {None}) > 1:
+            raise problem("reasoning_content and reasoning differ")
         return self
+
+    @property
+    def reasoning_text(self) -> str | None:
+        """The reasoning under either of its names."""
+        return self.reasoning_content if self.reasoning_content is not None else self.reasoning
 
     @property
     def text(self) -> str:
@@ -84,15 +112,15 @@ class ChatMessage(Strict):
         return "".join(part.text for part in self.content)
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(GuidedFields, GenerationRequest):
     """The body of a chat completion request, within its bounds. None means "not given" where it is allowed."""
 
     model_config = with_example(
         model="default", messages=[{"role": "user", "content": "What is the capital of France?"}], max_tokens=16
     )
+    refused: ClassVar[Refusals] = CHAT
 
     messages: list[ChatMessage] = Field(min_length=1, description="a list of at least one message")
-    max_completion_tokens: int | None = integer(None, 0, MAX_TOKENS)
     logprobs: bool = boolean(False)
     top_logprobs: int | None = Field(
         None,
@@ -104,7 +132,7 @@ class ChatRequest(GenerationRequest):
         default_factory=list, max_length=MAX_TOOLS, description=f"a list of at most {MAX_TOOLS} functions"
     )
     tool_choice: ToolChoiceField | None = Field(
-        None, description='"none", "auto", "required" or an object that names a function'
+        None, description='"none", "auto", "required" or an object that names functions'
     )
     parallel_tool_calls: bool = boolean(True)
     response_format: ResponseFormat | None = Field(None, description="an object with a type")
@@ -115,27 +143,22 @@ class ChatRequest(GenerationRequest):
     include_reasoning: bool = boolean(True)
     continue_final_message: bool = boolean(False)
     add_generation_prompt: bool | None = Field(None, description="a boolean")
-    chat_template_kwargs: TemplateKwargs | None = Field(None, description="an object with enable_thinking or thinking")
-    metadata: dict[str, str] | None = Field(None, max_length=64, description="an object of at most 64 strings")
-    store: Literal[False] = Field(False, description="false (this server stores nothing)")
-    service_tier: Literal["auto"] = Field("auto", description='"auto" (this server has one tier)')
+    chat_template_kwargs: TemplateKwargs = Field(
+        default_factory=dict, description="an object of strings, numbers and booleans"
+    )
+    prediction: Prediction | None = Field(None, description='an object with type "content" and content')
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
-        given = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(given) > 1:
-            raise disagreement(
-                "max_tokens",
-                f"max_tokens ({self.max_tokens}) and max_completion_tokens ({self.max_completion_tokens}) differ",
-            )
         if self.top_logprobs and not self.logprobs:
             raise disagreement("top_logprobs", "top_logprobs is only allowed with logprobs: true")
         self._check_tools()
         self._check_messages()
-        has_format = self.response_format is not None and self.response_format.type != "text"
-        if has_format and self.structured_outputs is not None:
-            raise disagreement("structured_outputs", "structured_outputs and response_format exclude each other")
-        if self.ignore_eos and (has_format or self.structured_outputs is not None or self.forces_tools):
+        forms = self._forms()
+        if len(forms) > 1:
+            params = [form.param.split(".")[0] for form in forms]
+            raise disagreement(params[-1], f"{' and '.join(params)} exclude each other")
+        if self.ignore_eos and (forms or self.forces_tools):
             raise disagreement("ignore_eos", "ignore_eos is not allowed with an answer that ends by itself")
         efforts = {self.reasoning_effort, self.reasoning.effort if self.reasoning is not None else None} - {None}
         if len(efforts) > 1:
@@ -149,10 +172,11 @@ class ChatRequest(GenerationRequest):
             raise disagreement("tools", f"tools: {doubled} is there twice")
         if self.tool_choice is None:
             return
-        if self.tool_choice.type in ("required", "function") and not self.tools:
+        if self.tool_choice.must_call and not self.tools:
             raise disagreement("tool_choice", "tool_choice needs tools")
-        if self.tool_choice.function is not None and self.tool_choice.function.name not in names:
-            raise disagreement("tool_choice", "tool_choice names a function that is not in tools")
+        unknown = next((name for name in self.tool_choice.names or () if name not in names), None)
+        if unknown is not None:
+            raise disagreement("tool_choice", f"tool_choice names {unknown}, a function that is not in tools")
 
     def _check_messages(self) -> None:
         for i, message in enumerate(self.messages[:-1]):
@@ -173,10 +197,23 @@ class ChatRequest(GenerationRequest):
         """Whether the answer continues the last message."""
         return self.continue_final_message or self.messages[-1].prefix
 
+    def _forms(self) -> list[Form]:
+        found = [
+            self.response_format.form if self.response_format is not None else None,
+            self.structured_outputs.form if self.structured_outputs is not None else None,
+            *self.guided_forms(),
+        ]
+        return [form for form in found if form is not None]
+
+    @property
+    def form(self) -> Form | None:
+        """What the content must look like."""
+        return next(iter(self._forms()), None)
+
     @property
     def forces_tools(self) -> bool:
         """Whether the answer must be a call."""
-        return self.tool_choice is not None and self.tool_choice.type in ("required", "function")
+        return self.tool_choice is not None and self.tool_choice.must_call
 
     @property
     def allows_many_calls(self) -> bool:
@@ -186,33 +223,13 @@ class ChatRequest(GenerationRequest):
     @property
     def offered_tools(self) -> list[ToolSpec]:
         """The tools that the model may call."""
-        if self.tool_choice is not None and self.tool_choice.type == "none":
-            return []
-        if self.tool_choice is not None and self.tool_choice.function is not None:
-            return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
-        return self.tools
-
-    @property
-    def max_new_tokens(self) -> int | None:
-        """The bound on the completion under either of its names; None means to the end of the context."""
-        return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """How many of the likeliest tokens to tell beside each token's log-probability; None for neither."""
-        return (self.top_logprobs or 0) if self.logprobs else None
+        names = self.tool_choice.names if self.tool_choice is not None else None
+        return self.tools if names is None else [tool for tool in self.tools if tool.function.name in names]
 
 
-def parse_chat_request(data: Mapping[str, Any], *, lenient: bool = False) -> tuple[ChatRequest, tuple[str, ...]]:
-    """Returns the request that `data` holds, and the unknown fields that `lenient` dropped (else none).
+def parse_chat_request(data: Mapping[str, Any], *, strict_fields: bool = False) -> ChatRequest:
+    """Returns the request that `data` holds.
 
     Raises: ApiError, status 400, whose param is the path of the first field at fault.
     """
-    data = refuse(data, REFUSED, reason="not accepted: the server uses the model's own")
-    messages = data.get("messages")
-    if isinstance(messages, list):
-        data["messages"] = [
-            refuse(message, REFUSED_IN_MESSAGES, f"messages[{i}].") if isinstance(message, dict) else message
-            for i, message in enumerate(messages)
-        ]
-    return parse(ChatRequest, data, lenient=lenient)
+    return parse(ChatRequest, data, strict_fields=strict_fields)

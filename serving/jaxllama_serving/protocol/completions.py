@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, PlainValidator, model_validator
 
-from jaxllama_serving.protocol.base import MAX_ID, boolean, disagreement, integer, parse, problem, refuse, with_example
+from jaxllama_serving.protocol.base import MAX_ID, boolean, disagreement, integer, parse, problem, with_example
+from jaxllama_serving.protocol.refused import COMPLETIONS, Refusals
 from jaxllama_serving.protocol.shared_fields import MAX_TOKENS, MAX_TOP_LOGPROBS, GenerationRequest
 
 MAX_PROMPTS = 128
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's, for this route only."""
-
-REFUSED: Mapping[str, tuple[Any, ...]] = {"suffix": ()}
 
 type Prompt = str | list[int]
 type TokenId = Annotated[int, Field(ge=0, le=MAX_ID)]
@@ -40,6 +39,7 @@ class CompletionRequest(GenerationRequest):
     """The body of a text completion request, within its bounds. None means "not given" where it is allowed."""
 
     model_config = with_example(model="default", prompt="Once upon a time", max_tokens=8, temperature=0)
+    refused: ClassVar[Refusals] = COMPLETIONS
 
     prompt: Annotated[
         list[Prompt],
@@ -51,7 +51,12 @@ class CompletionRequest(GenerationRequest):
             | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)],
         ),
     ] = Field(description="a string, a list of strings, a list of token ids, or a list of such lists")
-    max_tokens: int = integer(DEFAULT_MAX_TOKENS, 0, MAX_TOKENS)
+    max_tokens: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_TOKENS,
+        description=f"an integer from 0 to {MAX_TOKENS}; {DEFAULT_MAX_TOKENS} if not given",
+    )
     echo: bool = boolean(False)
     logprobs: int | None = integer(None, 0, MAX_TOP_LOGPROBS)
     best_of: int | None = Field(None, ge=1, le=16, description="an integer from n to 16")
@@ -70,16 +75,20 @@ class CompletionRequest(GenerationRequest):
         return self
 
     @property
+    def max_new_tokens(self) -> int:
+        """The bound on a completion under either of its names."""
+        given = super().max_new_tokens
+        return DEFAULT_MAX_TOKENS if given is None else given
+
+    @property
     def num_drawn(self) -> int:
         """Completions drawn of each prompt; the `n` best are returned."""
         return self.n if self.best_of is None else self.best_of
 
 
-def parse_completion_request(
-    data: Mapping[str, Any], *, lenient: bool = False
-) -> tuple[CompletionRequest, tuple[str, ...]]:
-    """Returns the request that `data` holds, and the unknown fields that `lenient` dropped (else none).
+def parse_completion_request(data: Mapping[str, Any], *, strict_fields: bool = False) -> CompletionRequest:
+    """Returns the request that `data` holds.
 
     Raises: ApiError, status 400, whose param is the path of the first field at fault.
     """
-    return parse(CompletionRequest, refuse(data, REFUSED), lenient=lenient)
+    return parse(CompletionRequest, data, strict_fields=strict_fields)

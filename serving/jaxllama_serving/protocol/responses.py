@@ -167,6 +167,7 @@ class _Head(_Reply):
     model: str
     system_fingerprint: str
     seed: int
+    service_tier: Literal["default"] = "default"
 
 
 class ChatCompletion(_Head):

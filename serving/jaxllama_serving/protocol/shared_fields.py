@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from jaxllama_serving.protocol.base import MAX_ID, Strict, boolean, disagreement, integer, number, problem
 from jaxllama_serving.protocol.errors import shorten
+from jaxllama_serving.protocol.harmless import HarmlessFields
 
 MAX_TOKENS = 1_000_000
 MAX_STOP_STRINGS = 16
@@ -25,13 +26,16 @@ class StreamOptions(Strict):
 
 
 def _as_list(stop: Any) -> Any:
+    if stop == "":
+        # Here, where the path is still the one that the client wrote.
+        raise problem(f"must be a string or at most {MAX_STOP_STRINGS} strings, each of 1 to {MAX_STOP_BYTES} bytes")
     return [stop] if isinstance(stop, str) else stop
 
 
 type StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_BYTES)]
 
 
-class GenerationRequest(Strict):
+class GenerationRequest(HarmlessFields):
     """What chat and text completions share. None means "not given" where it is allowed."""
 
     model: str = Field(min_length=1, max_length=256, description="a model name of 1 to 256 characters")
@@ -42,6 +46,7 @@ class GenerationRequest(Strict):
     min_p: float | None = number(None, 0, 1)
     top_k: int | None = Field(None, ge=-1, lt=1000, description="an integer from 0 to 999, or -1 (0 and -1 are off)")
     max_tokens: int | None = integer(None, 0, MAX_TOKENS)
+    max_completion_tokens: int | None = integer(None, 0, MAX_TOKENS)
     min_tokens: int = integer(0, 0, MAX_TOKENS)
     presence_penalty: float = number(0.0, -2, 2)
     frequency_penalty: float = number(0.0, -2, 2)
@@ -82,7 +87,6 @@ class GenerationRequest(Strict):
     return_seed: bool = boolean(False)
     priority: int = Field(0, ge=-10, le=10, description="an integer from -10 (first) to 10 (last)")
     cache_salt: str | None = Field(None, min_length=1, max_length=256, description="a string of 1 to 256 characters")
-    user: str | None = Field(None, max_length=1024, description="a string of at most 1024 characters")
 
     @field_validator("stop")
     @classmethod
@@ -107,4 +111,14 @@ class GenerationRequest(Strict):
             raise disagreement("stream_options", "stream_options is only allowed with stream: true")
         if self.prompt_logprobs is not None and self.stream:
             raise disagreement("prompt_logprobs", "prompt_logprobs is not allowed with stream: true")
+        if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
+            raise disagreement(
+                "max_tokens",
+                f"max_tokens ({self.max_tokens}) and max_completion_tokens ({self.max_completion_tokens}) differ",
+            )
         return self
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """The bound on a completion under either of its names; None means to the end of the context."""
+        return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens

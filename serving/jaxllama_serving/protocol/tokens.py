@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
 from jaxllama_serving.protocol.base import MAX_ID, Strict, boolean, disagreement, with_example
 from jaxllama_serving.protocol.chat import ChatMessage
+from jaxllama_serving.protocol.refused import TOKENIZE, Refusals
 
 
 class TokenizeRequest(Strict):
@@ -22,6 +23,8 @@ class TokenizeRequest(Strict):
             ],
         }
     )
+
+    refused: ClassVar[Refusals] = TOKENIZE
 
     model: str | None = Field(None, min_length=1, max_length=256, description="a model name of 1 to 256 characters")
     prompt: str | None = Field(None, description="a string, unless messages are given")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jaxllama import Structured
+from jaxllama.errors import GrammarError, RequestError
 from jaxllama.text.constraint import OutputConstraint
 from jaxllama.text.structured import GrammarSource
 from jaxllama.text.tool_parsing import LiveParser, LooseParser, ToolParser
@@ -21,14 +22,18 @@ from jaxllama.text.tools import (
     write_out,
 )
 from jaxllama_serving.config import ServerConfig
+from jaxllama_serving.protocol.base import refuse_unknown
 from jaxllama_serving.protocol.chat import ChatMessage, ChatRequest
-from jaxllama_serving.protocol.errors import invalid
+from jaxllama_serving.protocol.errors import invalid, shorten
+from jaxllama_serving.protocol.output_format import Form
 
 if TYPE_CHECKING:
     from jaxllama import ChatTemplate, Llama
 
-EFFORT_BUDGETS: Mapping[str, int | None] = {"low": 1024, "medium": 8192, "high": None}
+EFFORT_BUDGETS: Mapping[str, int | None] = {"minimal": 256, "low": 1024, "medium": 8192, "high": None, "xhigh": None}
 """Tokens of reasoning for models whose template knows no efforts."""
+THINKING_SWITCHES = ("enable_thinking", "thinking")
+"""What templates call the variable that turns reasoning on and off."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,17 @@ class Tools:
 
 @dataclass(frozen=True)
 class Shape:
-    """`starts_in_reasoning` is None when the output is not to be split; it may continue the prompt's last message."""
+    """`starts_in_reasoning` is None when the output is not to be split; it may continue the prompt's last message.
+
+    `ignored` are the paths of fields that the model's template does not ask for.
+    """
 
     prompt_ids: list[int]
     starts_in_reasoning: bool | None
     continues: bool
     tools: Tools | None
     constraints: tuple[OutputConstraint | None, ...]
+    ignored: tuple[str, ...] = ()
 
 
 def shape_chat(llama: Llama, config: ServerConfig, request: ChatRequest, num_choices: int) -> Shape:
@@ -66,8 +75,13 @@ def shape_chat(llama: Llama, config: ServerConfig, request: ChatRequest, num_cho
     """
     template = template_of(llama)
     effort = _effort(request, template)
-    offered = tuple(map(_tool, request.offered_tools))
-    content = _content(request)
+    ignored = _check_kwargs(request, template)
+    if config.strict_fields:
+        refuse_unknown(ignored)
+    shown = _tools(request)
+    names = {spec.function.name for spec in request.offered_tools}
+    offered = tuple(tool for tool in shown if tool.name in names)
+    content = _content(request.form) if request.form is not None else None
     tools = None
     if offered:
         is_held = _holds_calls(request, offered) or content is not None
@@ -78,7 +92,7 @@ def shape_chat(llama: Llama, config: ServerConfig, request: ChatRequest, num_cho
         llama,
         config,
         request.messages,
-        shown_tools=[_tool(spec) for spec in request.tools] if tools is not None else [],
+        shown_tools=shown if tools is not None else [],
         continue_last=request.continues,
         add_generation_prompt=request.add_generation_prompt is not False,
         close_reasoning=close,
@@ -87,7 +101,7 @@ def shape_chat(llama: Llama, config: ServerConfig, request: ChatRequest, num_cho
     starts, source = rendered.starts_in_reasoning, tools_source or content
     grammar = llama.constraints.compile(source, name, starts) if source is not None else None
     budget = request.thinking_budget
-    if budget is None and effort is not None and "reasoning_effort" not in template.variables:
+    if budget is None and starts is not None and effort is not None and "reasoning_effort" not in template.variables:
         budget = EFFORT_BUDGETS.get(effort)
     continues = request.continues and bool(rendered.continued)
     constraints: tuple[OutputConstraint | None, ...] = (None,) * num_choices
@@ -103,7 +117,7 @@ def shape_chat(llama: Llama, config: ServerConfig, request: ChatRequest, num_cho
             )
             for _ in range(num_choices)
         )
-    return Shape(prompt_ids, starts, continues, tools, constraints)
+    return Shape(prompt_ids, starts, continues, tools, constraints, ignored)
 
 
 def template_of(llama: Llama) -> ChatTemplate:
@@ -147,18 +161,19 @@ def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     system: list[dict[str, Any]] = []
     rest: list[dict[str, Any]] = []
     for i, message in enumerate(messages):
+        named = {"name": message.name} if message.name is not None else {}
         if message.role in ("system", "developer"):
             if system:
                 raise invalid(
                     f"messages[{i}] is a second system message, at most one is allowed", f"messages[{i}].role"
                 )
-            system.append({"role": "system", "content": message.text})
+            system.append({"role": "system", "content": message.text, **named})
         elif message.role == "tool":
-            rest.append({"role": "tool", "content": message.text, "tool_call_id": message.tool_call_id})
+            rest.append({"role": "tool", "content": message.text, "tool_call_id": message.tool_call_id, **named})
         else:
-            plain: dict[str, Any] = {"role": message.role, "content": message.text}
-            if message.reasoning_content and message is messages[-1]:
-                plain["reasoning_content"] = message.reasoning_content
+            plain: dict[str, Any] = {"role": message.role, "content": message.text, **named}
+            if message.reasoning_text:
+                plain["reasoning_content"] = message.reasoning_text
             if message.tool_calls:
                 calls = [call.model_dump(exclude={"index"}) for call in message.tool_calls]
                 plain |= {"content": message.text or None, "tool_calls": calls}
@@ -166,27 +181,46 @@ def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     return system + rest
 
 
-def _effort(request: ChatRequest, template: ChatTemplate) -> str | None:
-    """The effort that the request asks for under any of its names: "none", "low", "medium", "high" or None.
+def _check_kwargs(request: ChatRequest, template: ChatTemplate) -> tuple[str, ...]:
+    """Returns the paths of the template's variables that the request sets and the template does not ask for.
 
-    Raises: ApiError for names that disagree, and for one that this model cannot follow.
+    Raises: ApiError for a name that only the server sets.
+    """
+    ignored = []
+    for name in request.chat_template_kwargs:
+        path = f"chat_template_kwargs.{name}"
+        if name in template.own_variables:
+            raise invalid(
+                f"{shorten(path)} is not supported: the server sets it itself.", path[:100], "unsupported_parameter"
+            )
+        if name not in template.variables and not (name in THINKING_SWITCHES and template.has_reasoning):
+            ignored.append(path)
+    return tuple(ignored)
+
+
+def _effort(request: ChatRequest, template: ChatTemplate) -> str | None:
+    """The effort that the request asks for under any of its names, one of `Effort` or None.
+
+    A model that does not reason follows every effort.
+
+    Raises: ApiError for names that disagree, and for reasoning asked of a model that has none.
     """
     kwargs, reasoning = request.chat_template_kwargs, request.reasoning
-    flags = {
-        "chat_template_kwargs.enable_thinking": kwargs.enable_thinking if kwargs is not None else None,
-        "chat_template_kwargs.thinking": kwargs.thinking if kwargs is not None else None,
-        "reasoning.enabled": reasoning.enabled if reasoning is not None else None,
-    }
+    flags: dict[str, bool | None] = {}
+    for name in THINKING_SWITCHES:
+        if isinstance(flag := kwargs.get(name), bool):
+            flags[f"chat_template_kwargs.{name}"] = flag
+    flags["reasoning.enabled"] = reasoning.enabled if reasoning is not None else None
     effort = request.reasoning_effort or (reasoning.effort if reasoning is not None else None)
     if effort is not None:
         flags["reasoning_effort"] = effort != "none"
     given = {name: flag for name, flag in flags.items() if flag is not None}
     if len(set(given.values())) > 1:
         raise invalid(f"{' and '.join(given)} disagree on whether to reason.", next(iter(given)))
-    wanted = next((name for name, flag in given.items() if flag), None)
+    wanted = "reasoning.enabled" if flags["reasoning.enabled"] else None
     wanted = "thinking_budget" if request.thinking_budget is not None else wanted
     if wanted is not None and not template.has_reasoning:
-        raise invalid(f"{wanted}: this model does not reason.", wanted)
+        raise invalid(f"{wanted}: this model does not reason.", wanted, "unsupported_parameter")
     return "none" if given and not any(given.values()) else effort
 
 
@@ -194,12 +228,15 @@ def _reasoning_variables(
     request: ChatRequest, template: ChatTemplate, effort: str | None
 ) -> tuple[bool, dict[str, Any]]:
     """Whether to close the reasoning in the prompt, and the template's own variables where it has some."""
-    known = [name for name in ("enable_thinking", "thinking") if name in template.variables]
+    known = [name for name in THINKING_SWITCHES if name in template.variables]
+    kwargs = request.chat_template_kwargs
     is_on = effort is not None or (request.reasoning is not None and request.reasoning.enabled is True)
-    is_on = is_on or request.chat_template_kwargs is not None
+    is_on = is_on or any(isinstance(kwargs.get(name), bool) for name in THINKING_SWITCHES)
     variables: dict[str, Any] = {name: effort != "none" for name in known if is_on}
-    if effort not in (None, "none") and "reasoning_effort" in template.variables:
-        variables["reasoning_effort"] = effort
+    variables |= {name: value for name, value in kwargs.items() if name in template.variables}
+    knows_efforts = effort not in (None, "none") and "reasoning_effort" in template.variables
+    if knows_efforts and variables.setdefault("reasoning_effort", effort) != effort:
+        raise invalid("reasoning_effort and chat_template_kwargs.reasoning_effort differ.", "reasoning_effort")
     return effort == "none" and not known and not request.continues, variables
 
 
@@ -207,35 +244,44 @@ def _format(config: ServerConfig, template: ChatTemplate) -> ToolFormat:
     return choose_format(template.source) if config.tool_parser is None else TOOL_FORMATS[config.tool_parser]
 
 
-def _tool(spec: Any) -> Tool:
-    function = spec.function
-    return Tool(function.name, function.description, function.parameters, function.strict)
+def _tools(request: ChatRequest) -> list[Tool]:
+    """Raises: RequestError, whose param is the path of the schema at fault."""
+    tools = []
+    for i, spec in enumerate(request.tools):
+        function = spec.function
+        try:
+            tools.append(Tool(function.name, function.description, function.parameters, spec.is_strict))
+        except RequestError as error:
+            raise RequestError(f"tools[{i}].function.{error}", f"tools[{i}].function.parameters") from None
+    return tools
 
 
 def _holds_calls(request: ChatRequest, tools: Sequence[Tool]) -> bool:
-    return request.forces_tools or any(tool.strict for tool in tools) or not request.parallel_tool_calls
+    # Where only some tools may be called, a call of another would otherwise come out as text.
+    is_held = request.forces_tools or not request.parallel_tool_calls or len(tools) < len(request.tools)
+    return is_held or any(tool.strict for tool in tools)
 
 
-def _content(request: ChatRequest) -> GrammarSource | None:
-    """The grammar of an answer that is no call."""
-    if request.structured_outputs is not None:
-        given = request.structured_outputs
-        return Structured(given.json_, given.regex, given.choice, given.grammar).source()
-    if request.response_format is None or request.response_format.type == "text":
-        return None
-    if request.response_format.json_schema is None:
-        return Structured(json={"type": "object"}).source()
-    return Structured(json=request.response_format.json_schema.schema_).source()
+def _content(form: Form) -> GrammarSource:
+    """The grammar of an answer that is no call.
+
+    Raises: GrammarError, whose param is the path of the field that asks for it.
+    """
+    try:
+        return Structured(**{form.kind: form.value}).source()
+    except GrammarError as error:
+        raise GrammarError(f"{form.param}{str(error).removeprefix(form.kind)}", form.param) from None
 
 
 def _tools_source(
     llama: Llama, request: ChatRequest, tools: Tools | None, content: GrammarSource | None
 ) -> tuple[GrammarSource | None, str]:
     """The grammar of calls if they need one, and the parameter to blame if the whole grammar does not compile."""
+    of_content = request.form.param if request.form is not None else ""
     if tools is None or not tools.is_held:
-        return None, "structured_outputs" if request.structured_outputs is not None else "response_format"
+        return None, of_content
     compiler, parallel = llama.constraints.compiler, request.allows_many_calls
     if tools.must_call:
         return calls_grammar(tools.tools, tools.format, compiler, parallel=parallel), "tools"
     source = auto_grammar(tools.tools, tools.format, compiler, parallel=parallel, content=content)
-    return source, "tools" if content is None else "response_format"
+    return source, of_content or "tools"

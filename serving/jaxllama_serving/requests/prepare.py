@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxllama import SamplingParams
 from jaxllama_serving.config import ServerConfig, ServerConfigError
+from jaxllama_serving.protocol.base import unknown_fields
 from jaxllama_serving.protocol.chat import ChatRequest, parse_chat_request
 from jaxllama_serving.protocol.completions import CompletionRequest, parse_completion_request
 from jaxllama_serving.protocol.errors import invalid, model_not_found
@@ -23,10 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request ready for the engine: one `SamplingParams` per choice; the choices of one prompt follow each other."""
+    """A request ready for the engine: one `SamplingParams` per choice; the choices of one prompt follow each other.
+
+    `ignored` are the paths of its fields that mean nothing here.
+    """
 
     request: GenerationRequest
-    dropped: tuple[str, ...]
+    ignored: tuple[str, ...]
     prompts: tuple[list[int], ...]
     params: tuple[SamplingParams, ...]
     seed: int
@@ -74,7 +78,7 @@ def prepare_chat(llama: Llama, config: ServerConfig, body: bytes) -> PreparedCha
 
     Raises: ApiError (400, 404), RequestError, ChatTemplateError.
     """
-    request, dropped = parse_chat_request(decode(body), lenient=config.lenient)
+    request = parse_chat_request(decode(body), strict_fields=config.strict_fields)
     check_model(request.model, config)
     # Sampling parameters first: rendering and encoding are what costs.
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
@@ -82,7 +86,8 @@ def prepare_chat(llama: Llama, config: ServerConfig, body: bytes) -> PreparedCha
     shape = shape_chat(llama, config, request, request.n)
     num_prompt = len(shape.prompt_ids)
     _check_length(num_prompt, request.max_new_tokens, llama.max_context, "messages", strict=config.strict_length)
-    return PreparedChat(request, dropped, (shape.prompt_ids,), params, seed, shape)
+    ignored = (*unknown_fields(request), *shape.ignored)
+    return PreparedChat(request, ignored, (shape.prompt_ids,), params, seed, shape)
 
 
 def prepare_completion(llama: Llama, config: ServerConfig, body: bytes) -> PreparedCompletion:
@@ -90,14 +95,14 @@ def prepare_completion(llama: Llama, config: ServerConfig, body: bytes) -> Prepa
 
     Raises: ApiError (400, 404), RequestError.
     """
-    request, dropped = parse_completion_request(decode(body), lenient=config.lenient)
+    request = parse_completion_request(decode(body), strict_fields=config.strict_fields)
     check_model(request.model, config)
     if request.best_of is not None and request.best_of > config.max_n:
         raise invalid(f"best_of must be an integer from n to {config.max_n}, got {request.best_of}", "best_of")
     num_choices = len(request.prompt) * request.num_drawn
     # The best are those with the likeliest tokens.
     logprobs = 0 if request.logprobs is None and request.num_drawn > request.n else request.logprobs
-    seed, params = _params_of_choices(llama, config, request, num_choices, request.max_tokens, logprobs)
+    seed, params = _params_of_choices(llama, config, request, num_choices, request.max_new_tokens, logprobs)
     assert llama.tokenizer is not None  # the server does not start without one
     prompts, texts = [], []
     for prompt in request.prompt:
@@ -105,10 +110,10 @@ def prepare_completion(llama: Llama, config: ServerConfig, body: bytes) -> Prepa
         if not ids:
             raise invalid("The prompt has no tokens; it needs at least one.", "prompt")
         check_ids(ids, llama, "prompt")
-        _check_length(len(ids), request.max_tokens, llama.max_context, "prompt", strict=config.strict_length)
+        _check_length(len(ids), request.max_new_tokens, llama.max_context, "prompt", strict=config.strict_length)
         prompts.append(ids)
         texts.append(prompt if isinstance(prompt, str) else llama.tokenizer.decode(ids))
-    return PreparedCompletion(request, dropped, tuple(prompts), params, seed, tuple(texts))
+    return PreparedCompletion(request, unknown_fields(request), tuple(prompts), params, seed, tuple(texts))
 
 
 def check_model(name: str, config: ServerConfig) -> None:

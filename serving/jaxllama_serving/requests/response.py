@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxllama_serving.config import ServerConfig
+from jaxllama_serving.protocol.harmless import SERVICE_TIER
 from jaxllama_serving.requests.choices import Choice, Generation, Update
 from jaxllama_serving.requests.prepare import Prepared
 
@@ -104,6 +105,7 @@ class Reply(ABC):
         return extras
 
     def _head(self, kind: str) -> dict[str, Any]:
+        tier = {"service_tier": SERVICE_TIER} if self.prepared.request.service_tier is not None else {}
         return {
             "id": self.id,
             "object": kind,
@@ -111,4 +113,5 @@ class Reply(ABC):
             "model": self.prepared.request.model,
             "system_fingerprint": self.fingerprint,
             "seed": self.prepared.seed,
+            **tier,
         }

@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -59,9 +59,9 @@ async def _answer(
         async with timeout:
             prepared = await service.in_worker(prepare, llama, config, body)
             context.num_prompt_tokens = prepared.num_prompt_tokens
-            headers = headers_of(request, prepared.dropped)
+            context.ignore(prepared.ignored)
             if prepared.request.stream:
-                events = EventStream(request, headers, config.write_timeout_s)
+                events = EventStream(request, context.headers, config.write_timeout_s)
             reply = await _begin(service, llama, prepared, reply_type, events)
             generation = Generation(
                 llama.engine,
@@ -75,7 +75,7 @@ async def _answer(
             with service.generating(generation, context):
                 if events is not None:
                     return await _stream(reply, generation, events, config)
-                return await _complete(reply, generation, service, headers)
+                return await _complete(reply, generation, service)
     except ConnectionError:
         raise
     except Exception as exc:
@@ -129,16 +129,7 @@ def log_failure(request_id: str, exc: BaseException) -> None:
     logger.error("%s failed with %s\n%s", request_id, type(exc).__name__, frames)
 
 
-def headers_of(request: web.Request, dropped: Sequence[str]) -> dict[str, str]:
-    """Returns the headers of an answer; a warning among them if `--lenient` dropped fields."""
-    headers: dict[str, str] = dict(request[CONTEXT].headers)
-    if dropped:
-        names = ", ".join(name if name.isidentifier() and name.isascii() else "?" for name in dropped[:8])
-        headers["X-Jaxllama-Warning"] = f"ignored unknown parameters: {names[:200]}"
-    return headers
-
-
-async def _complete(reply: Reply, generation: Generation, service: Service, headers: dict[str, str]) -> web.Response:
+async def _complete(reply: Reply, generation: Generation, service: Service) -> web.Response:
     while not generation.finished:
         await generation.updates(3600.0)
     if reply.scores is None:
@@ -146,7 +137,7 @@ async def _complete(reply: Reply, generation: Generation, service: Service, head
     else:
         # Megabytes: not on the event loop.
         body = await service.in_worker(lambda: to_json(reply.body(generation)))
-    return web.Response(body=body, content_type="application/json", headers=headers)
+    return web.Response(body=body, content_type="application/json")
 
 
 async def _stream(

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from jaxllama_serving.config import ServerConfig
+from jaxllama_serving.http.context import CONTEXT
 from jaxllama_serving.http.events import to_json
 from jaxllama_serving.http.limits import read_json_body
-from jaxllama_serving.protocol.base import parse
+from jaxllama_serving.protocol.base import parse, unknown_fields
 from jaxllama_serving.protocol.strict_json import decode
 from jaxllama_serving.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from jaxllama_serving.requests.chat_prompt import render_chat
 from jaxllama_serving.requests.logprobs import token_text
 from jaxllama_serving.requests.prepare import check_ids, check_model
-from jaxllama_serving.requests.run import headers_of
 from jaxllama_serving.service import SERVICE
 
 if TYPE_CHECKING:
@@ -40,13 +40,13 @@ async def _answer(
     llama = service.ready_llama()
     with service.running():
         body = await read_json_body(request, service.config)
-        answer, dropped = await service.in_worker(work, llama, service.config, body)
-    headers = headers_of(request, dropped)
-    return web.Response(body=to_json(answer), content_type="application/json", headers=headers)
+        answer, ignored = await service.in_worker(work, llama, service.config, body)
+    request[CONTEXT].ignore(ignored)
+    return web.Response(body=to_json(answer), content_type="application/json")
 
 
 def _tokenize(llama: Llama, config: ServerConfig, body: bytes) -> tuple[dict[str, Any], tuple[str, ...]]:
-    request, dropped = parse(TokenizeRequest, decode(body), lenient=config.lenient)
+    request = parse(TokenizeRequest, decode(body), strict_fields=config.strict_fields)
     if request.model is not None:
         check_model(request.model, config)
     assert llama.tokenizer is not None  # the server does not start without one
@@ -57,14 +57,14 @@ def _tokenize(llama: Llama, config: ServerConfig, body: bytes) -> tuple[dict[str
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": llama.max_context, "tokens": ids}
     if request.return_token_strs:
         answer["token_strs"] = [token_text(llama.tokenizer.token_bytes(token_id)) for token_id in ids]
-    return answer, dropped
+    return answer, unknown_fields(request)
 
 
 def _detokenize(llama: Llama, config: ServerConfig, body: bytes) -> tuple[dict[str, Any], tuple[str, ...]]:
-    request, dropped = parse(DetokenizeRequest, decode(body), lenient=config.lenient)
+    request = parse(DetokenizeRequest, decode(body), strict_fields=config.strict_fields)
     if request.model is not None:
         check_model(request.model, config)
     assert llama.tokenizer is not None  # the server does not start without one
     check_ids(request.tokens, llama, "tokens")
     text = llama.tokenizer.decode(request.tokens, skip_special=request.skip_special_tokens)
-    return {"prompt": text, "count": len(request.tokens)}, dropped
+    return {"prompt": text, "count": len(request.tokens)}, unknown_fields(request)

@@ -92,6 +92,7 @@ class FakeTemplate:
 
     source: str = "<|im_start|>"
     variables: frozenset[str] = frozenset()
+    own_variables: frozenset[str] = frozenset({"messages", "tools", "bos_token"})
 
     @property
     def has_reasoning(self) -> bool:

@@ -176,10 +176,9 @@ def parse(*flags):
 
 def test_flags_make_one_config(tmp_path):
     assert cli.make_config(parse(str(tmp_path)), None) == ServerConfig((tmp_path.name,))
-    flags = (
-        "ckpt --served-model-name default org/model --port 0 --price-input 0.59 --price-output 0.79 --max-n 4 --lenient"
-    )
+    flags = "ckpt --served-model-name default org/model --port 0 --price-input 0.59 --price-output 0.79 --max-n 4"
     flags += " --strict-length --stop-in-reasoning --generation-config auto --request-timeout 60 --drain-timeout 5"
+    flags += " --strict-fields"
     flags += " --peak-bandwidth 819 --exit-on-engine-failure"
     config = cli.make_config(parse(*flags.split(), "--cors-origin", "https://a.example"), "k1, k2")
     assert config == ServerConfig(
@@ -190,7 +189,7 @@ def test_flags_make_one_config(tmp_path):
         price_input=0.59,
         price_output=0.79,
         max_n=4,
-        lenient=True,
+        strict_fields=True,
         strict_length=True,
         stop_in_reasoning=True,
         generation_config="auto",

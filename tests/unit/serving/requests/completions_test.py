@@ -112,7 +112,7 @@ BAD = [
     ({"logprobs": True}, "logprobs"),
     ({"echo": 1}, "echo"),
     ({"messages": []}, "messages"),
-    ({"max_completion_tokens": 3}, "max_completion_tokens"),
+    ({"top_logprobs": 3}, "top_logprobs"),
 ]
 
 

@@ -48,10 +48,10 @@ def bodies(model, valid):
 @pytest.mark.parametrize(
     ("model", "read", "valid"),
     [
-        (ChatRequest, lambda data: parse_chat_request(data)[0], body()),
-        (CompletionRequest, lambda data: parse_completion_request(data)[0], {"model": "default", "prompt": "a"}),
-        (TokenizeRequest, lambda data: parse(TokenizeRequest, data)[0], {"prompt": "a"}),
-        (DetokenizeRequest, lambda data: parse(DetokenizeRequest, data)[0], {"tokens": [1]}),
+        (ChatRequest, lambda data: parse_chat_request(data), body()),
+        (CompletionRequest, lambda data: parse_completion_request(data), {"model": "default", "prompt": "a"}),
+        (TokenizeRequest, lambda data: parse(TokenizeRequest, data), {"prompt": "a"}),
+        (DetokenizeRequest, lambda data: parse(DetokenizeRequest, data), {"tokens": [1]}),
     ],
     ids=["chat", "completions", "tokenize", "detokenize"],
 )

@@ -40,7 +40,8 @@ BAD = [
     ("/tokenize", {"prompt": 1}, "prompt"),
     ("/tokenize", {"messages": []}, "messages"),
     ("/tokenize", {"messages": [{"role": "user"}]}, "messages[0].content"),
-    ("/tokenize", {"prompt": "a", "text": "b"}, "text"),
+    ("/tokenize", {"prompt": "a", "chat_template": "b"}, "chat_template"),
+    ("/tokenize", {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "tools"),
     ("/detokenize", {}, "tokens"),
     ("/detokenize", {"tokens": [1000]}, "tokens"),
     ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
@@ -59,12 +60,12 @@ def test_an_unknown_model_is_not_found():
         assert post(path, status=404, model="gpt-4", **fields)["error"]["code"] == "model_not_found"
 
 
-def test_lenient_answers_with_a_warning_header():
+def test_an_answer_names_what_was_ignored():
     async def test():
-        async with serving(FakeLlama(), lenient=True) as live:
+        async with serving(FakeLlama()) as live:
             for path, fields in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
                 status, _, headers = await live.post(path=path, json={**fields, "foo": 1})
-                assert (status, headers["X-Jaxllama-Warning"]) == (200, "ignored unknown parameters: foo")
+                assert (status, headers["X-Jaxllama-Ignored"]) == (200, "foo")
 
     run(test())
 

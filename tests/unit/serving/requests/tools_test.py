@@ -175,12 +175,15 @@ def test_a_model_that_does_not_reason_says_so():
         async with serving(FakeLlama()) as live:
             for fields, param in (
                 ({"thinking_budget": 5}, "thinking_budget"),
-                ({"reasoning_effort": "high"}, "reasoning_effort"),
                 ({"reasoning": {"enabled": True}}, "reasoning.enabled"),
             ):
                 status, answer, _ = await live.post(fields)
                 assert (status, answer["error"]["param"]) == (400, param)
-            for fields in ({"reasoning_effort": "none"}, {"chat_template_kwargs": {"enable_thinking": False}}):
+            for fields in (
+                {"reasoning_effort": "none"},
+                {"reasoning_effort": "high"},
+                {"chat_template_kwargs": {"enable_thinking": False}},
+            ):
                 assert (await live.post(fields))[0] == 200
 
     run(test())
