@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jaxllama
+from jaxllama.decode.controls import Boolean, Control, Integer, Strings
+from jaxllama.decode.params import CONTROLS
 from jaxllama.engine.compilation import enable_compilation_cache
 from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError, RequestError
 from jaxllama.plan import cli as plan_cli
@@ -91,36 +93,25 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize", choices=("int8",), help="round the weights on loading (default: as stored)")
     parser.add_argument("--kv-dtype", choices=("int8",), help="of the KV cache (default: the compute dtype)")
     sampling = parser.add_argument_group("sampling")
-    kinds: dict[str, type] = {"max_tokens": int, "min_tokens": int, "top_k": int, "seed": int, "logprobs": int}
-    defaults = jaxllama.SamplingParams()
-    for name in _SAMPLING:
-        default = getattr(defaults, name)
-        shown = {"max_tokens": "to the end of the context", "seed": "random", "logprobs": "none"}.get(name, default)
-        flag = f"--{name.replace('_', '-')}"
-        sampling.add_argument(flag, type=kinds.get(name, float), default=default, help=f"default: {shown}")
-    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT; repeatable")
-    sampling.add_argument("--ignore-eos", action="store_true", help="go on past the end of the reply")
+    for name, control in CONTROLS.items():
+        if control.flag:
+            _add_control(sampling, f"--{name.replace('_', '-')}", control)
     parser.set_defaults(run=_generate)
 
 
-_SAMPLING = (
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "min_p",
-    "top_k",
-    "seed",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "min_tokens",
-    "logprobs",
-)
+def _add_control(group: argparse._ArgumentGroup, flag: str, control: Control) -> None:
+    if isinstance(control.domain, Boolean):
+        group.add_argument(flag, action="store_true", help=control.flag)
+    elif isinstance(control.domain, Strings):
+        group.add_argument(flag, action="append", default=[], metavar="TEXT", help=control.flag)
+    else:
+        text = f"{control.flag} (default: {control.unset if control.default is None else control.default})"
+        kind = int if isinstance(control.domain, Integer) else float
+        group.add_argument(flag, type=kind, default=control.default, help=text)
 
 
 def _generate(args: argparse.Namespace) -> int:
-    values = {name: getattr(args, name) for name in _SAMPLING}
-    params = jaxllama.SamplingParams(**values, stop=tuple(args.stop), ignore_eos=args.ignore_eos)
+    params = jaxllama.SamplingParams(**{name: getattr(args, name) for name in CONTROLS if hasattr(args, name)})
     if args.logprobs is not None and not args.json:
         raise RequestError("--logprobs needs --json, which prints them", "logprobs")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt

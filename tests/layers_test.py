@@ -84,13 +84,15 @@ WITHOUT_JAX = (
     "jaxllama.engine.request",
     "jaxllama_serving.protocol",
 )
-# The applications use what `jaxllama` exports, its errors and text; the server also the processes of many hosts and
-# progress bars, the converter what checkpoints are made of.
+# The applications use what `jaxllama` exports, its errors and text; the server also the controls of sampling, the
+# processes of many hosts and progress bars, the converter what checkpoints are made of.
 PUBLIC_TO = {
     "jaxllama_serving": (
         "jaxllama",
         "jaxllama.errors",
         "jaxllama.text",
+        "jaxllama.decode.controls",
+        "jaxllama.decode.params",
         "jaxllama.hosts.group",
         "jaxllama.progress",
     ),

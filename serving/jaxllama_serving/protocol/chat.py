@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from jaxllama.decode.params import MAX_TOP_LOGPROBS
 from jaxllama_serving.protocol.base import (
     Strict,
     boolean,
     disagreement,
-    integer,
     parse,
     problem,
     unsupported,
@@ -29,7 +29,7 @@ from jaxllama_serving.protocol.output_format import (
     TemplateKwargs,
 )
 from jaxllama_serving.protocol.refused import CHAT, MESSAGE, Refusals
-from jaxllama_serving.protocol.shared_fields import MAX_TOKENS, MAX_TOP_LOGPROBS, GenerationRequest
+from jaxllama_serving.protocol.shared_fields import GenerationRequest, field_of
 from jaxllama_serving.protocol.tools import MAX_TOOLS, ToolCall, ToolChoiceField, ToolSpec
 
 
@@ -139,7 +139,7 @@ class ChatRequest(GuidedFields, GenerationRequest):
     structured_outputs: StructuredOutputs | None = Field(None, description="an object with one field")
     reasoning: Reasoning | None = Field(None, description="an object with enabled or effort")
     reasoning_effort: Effort | None = Field(None, description=EFFORTS)
-    thinking_budget: int | None = integer(None, 0, MAX_TOKENS)
+    thinking_budget: int | None = field_of("thinking_budget")
     include_reasoning: bool = boolean(True)
     continue_final_message: bool = boolean(False)
     add_generation_prompt: bool | None = Field(None, description="a boolean")

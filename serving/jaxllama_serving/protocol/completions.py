@@ -7,9 +7,10 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, PlainValidator, model_validator
 
-from jaxllama_serving.protocol.base import MAX_ID, boolean, disagreement, integer, parse, problem, with_example
+from jaxllama.decode.params import MAX_TOKENS
+from jaxllama_serving.protocol.base import MAX_ID, boolean, disagreement, parse, problem, with_example
 from jaxllama_serving.protocol.refused import COMPLETIONS, Refusals
-from jaxllama_serving.protocol.shared_fields import MAX_TOKENS, MAX_TOP_LOGPROBS, GenerationRequest
+from jaxllama_serving.protocol.shared_fields import GenerationRequest, field_of
 
 MAX_PROMPTS = 128
 DEFAULT_MAX_TOKENS = 16
@@ -58,7 +59,7 @@ class CompletionRequest(GenerationRequest):
         description=f"an integer from 0 to {MAX_TOKENS}; {DEFAULT_MAX_TOKENS} if not given",
     )
     echo: bool = boolean(False)
-    logprobs: int | None = integer(None, 0, MAX_TOP_LOGPROBS)
+    logprobs: int | None = field_of("logprobs")
     best_of: int | None = Field(None, ge=1, le=16, description="an integer from n to 16")
 
     @model_validator(mode="after")

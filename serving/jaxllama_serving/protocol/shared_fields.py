@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, create_model, field_validator, model_validator
 
+from jaxllama.decode.controls import Boolean, Control, Integer, Number
+from jaxllama.decode.params import (
+    CONTROLS,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_BYTES,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TOP_LOGPROBS,
+)
 from jaxllama_serving.protocol.base import MAX_ID, Strict, boolean, disagreement, integer, number, problem
 from jaxllama_serving.protocol.errors import shorten
 from jaxllama_serving.protocol.harmless import HarmlessFields
 
-MAX_TOKENS = 1_000_000
-MAX_STOP_STRINGS = 16
-MAX_STOP_BYTES = 1024
-MAX_STOP_TOKEN_IDS = 64
-MAX_LOGIT_BIAS = 1024
-MAX_TOP_LOGPROBS = 20
+
+def field_of(name: str) -> Any:
+    """The field of a control that is a number, an integer or a boolean.
+
+    Its default is None, "not given", where a checkpoint may give one.
+    """
+    control = CONTROLS[name]
+    default = None if control.in_checkpoint else control.default
+    match control.domain:
+        case Number(low, high, above):
+            return number(default, low, high, above=above)
+        case Integer(low, high):
+            return Field(default, ge=low, le=high, description=control.domain.wanted)
+        case Boolean():
+            return boolean(bool(default))
+    raise AssertionError(f"{name} is none of these")
 
 
 class StreamOptions(Strict):
@@ -35,22 +54,36 @@ def _as_list(stop: Any) -> Any:
 type StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_BYTES)]
 
 
-class GenerationRequest(HarmlessFields):
-    """What chat and text completions share. None means "not given" where it is allowed."""
-
+class _Head(HarmlessFields):
     model: str = Field(min_length=1, max_length=256, description="a model name of 1 to 256 characters")
     stream: bool = boolean(False)
     stream_options: StreamOptions | None = Field(None, description="an object, and only with stream: true")
-    temperature: float | None = number(None, 0, 2)
-    top_p: float | None = number(None, 0, 1, above=True)
-    min_p: float | None = number(None, 0, 1)
-    top_k: int | None = Field(None, ge=-1, lt=1000, description="an integer from 0 to 999, or -1 (0 and -1 are off)")
-    max_tokens: int | None = integer(None, 0, MAX_TOKENS)
-    max_completion_tokens: int | None = integer(None, 0, MAX_TOKENS)
-    min_tokens: int = integer(0, 0, MAX_TOKENS)
-    presence_penalty: float = number(0.0, -2, 2)
-    frequency_penalty: float = number(0.0, -2, 2)
-    repetition_penalty: float | None = number(None, 0.01, 5)
+
+
+def _annotation(control: Control) -> Any:
+    kind: Any = int if isinstance(control.domain, Integer) else float
+    return kind | None if control.in_checkpoint else kind
+
+
+DEVICE_CONTROLS = tuple(name for name, control in CONTROLS.items() if control.dtype)
+"""The controls that need no field below: nothing here reads them but `requests.prepare`, by these names."""
+
+if TYPE_CHECKING:
+    _DeviceControls = _Head
+else:
+    _DeviceControls = create_model(
+        "_DeviceControls",
+        __base__=_Head,
+        **{name: (_annotation(CONTROLS[name]), field_of(name)) for name in DEVICE_CONTROLS},
+    )
+
+
+class GenerationRequest(_DeviceControls):
+    """What chat and text completions share. None means "not given" where it is allowed."""
+
+    max_tokens: int | None = field_of("max_tokens")
+    max_completion_tokens: int | None = field_of("max_tokens")
+    min_tokens: int = field_of("min_tokens")
     stop: Annotated[
         list[Annotated[str, Field(min_length=1)]],
         BeforeValidator(
@@ -60,21 +93,21 @@ class GenerationRequest(HarmlessFields):
     ] = Field(
         default_factory=list,
         max_length=MAX_STOP_STRINGS,
-        description=f"a string or at most {MAX_STOP_STRINGS} strings, each of 1 to {MAX_STOP_BYTES} bytes",
+        description=CONTROLS["stop"].domain.wanted,
     )
-    include_stop_str_in_output: bool = boolean(False)
+    include_stop_str_in_output: bool = field_of("include_stop_str_in_output")
     stop_token_ids: list[Annotated[int, Field(ge=0, le=MAX_ID)]] = Field(
         default_factory=list,
         max_length=MAX_STOP_TOKEN_IDS,
-        description=f"a list of at most {MAX_STOP_TOKEN_IDS} token ids",
+        description=CONTROLS["stop_token_ids"].domain.wanted,
     )
-    ignore_eos: bool = boolean(False)
+    ignore_eos: bool = field_of("ignore_eos")
     n: int = integer(1, 1, 16)
-    seed: int | None = integer(None, 0, 2**63 - 1)
+    seed: int | None = field_of("seed")
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(
         default_factory=dict,
         max_length=MAX_LOGIT_BIAS,
-        description=f"an object of at most {MAX_LOGIT_BIAS} token ids, each with a number from -100 to 100",
+        description=CONTROLS["logit_bias"].domain.wanted,
         json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"}},
     )
     prompt_logprobs: int | None = Field(

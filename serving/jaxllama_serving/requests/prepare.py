@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from jaxllama import SamplingParams
+from jaxllama.decode.params import CONTROLS
 from jaxllama_serving.config import ServerConfig, ServerConfigError
 from jaxllama_serving.protocol.base import unknown_fields
 from jaxllama_serving.protocol.chat import ChatRequest, parse_chat_request
 from jaxllama_serving.protocol.completions import CompletionRequest, parse_completion_request
 from jaxllama_serving.protocol.errors import invalid, model_not_found
-from jaxllama_serving.protocol.shared_fields import GenerationRequest
+from jaxllama_serving.protocol.shared_fields import DEVICE_CONTROLS, GenerationRequest
 from jaxllama_serving.protocol.strict_json import decode
 from jaxllama_serving.requests.chat_prompt import Shape, shape_chat
 
@@ -152,21 +153,11 @@ def sampling_params(request: GenerationRequest, config: ServerConfig, generation
 
     They are the checkpoint's own under `--generation-config auto`.
     """
+    given = {name: getattr(request, name) for name in DEVICE_CONTROLS}
     defaults = generation_defaults(generation) if config.generation_config == "auto" else {}
-
-    def choose(name: str, fallback: float) -> Any:
-        given = getattr(request, name)
-        return given if given is not None else defaults.get(name, fallback)
-
     return SamplingParams(
-        temperature=choose("temperature", 1.0),
-        top_p=choose("top_p", 1.0),
-        min_p=choose("min_p", 0.0),
-        top_k=choose("top_k", 0),
+        **defaults | {name: value for name, value in given.items() if value is not None},
         min_tokens=request.min_tokens,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-        repetition_penalty=choose("repetition_penalty", 1.0),
         stop=tuple(request.stop),
         include_stop_str_in_output=request.include_stop_str_in_output,
         stop_token_ids=tuple(request.stop_token_ids),
@@ -185,7 +176,7 @@ def generation_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises: ServerConfigError if one is out of range (found when the server starts, not by a client).
     """
-    names = ("temperature", "top_p", "min_p", "top_k", "repetition_penalty")
+    names = [name for name, control in CONTROLS.items() if control.in_checkpoint]
     found = {name: generation[name] for name in names if generation.get(name) is not None}
     if generation.get("do_sample") is False:
         found["temperature"] = 0.0

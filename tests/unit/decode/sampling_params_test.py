@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from jaxllama import SamplingParams
+from jaxllama.decode.params import CONTROLS
+from jaxllama.decode.sampling import FILTERS, PENALTIES, ControlArrays
 from jaxllama.errors import RequestError
 
 BAD: list[tuple[str, Any]] = [
@@ -101,3 +103,30 @@ def test_ids_outside_the_vocabulary_are_refused(values):
     with pytest.raises(RequestError, match="257 is outside") as caught:
         params.validate_vocab(257)
     assert caught.value.param in values
+
+
+# ---- One description of each control ----
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_default_is_allowed_and_stays_as_it_is(name):
+    assert CONTROLS[name].check(name, CONTROLS[name].default) == getattr(SamplingParams(), name)
+
+
+@pytest.mark.parametrize("name", [name for name, control in CONTROLS.items() if control.off])
+def test_what_is_off_is_allowed_and_comes_to_the_device_as_one_value(name):
+    control = CONTROLS[name]
+    for value in control.off:
+        assert control.on_device(getattr(SamplingParams(**{name: value}), name)) == control.off[0]
+
+
+def test_the_device_filters_by_controls_that_can_be_off():
+    for name in (*FILTERS, *PENALTIES):
+        assert name in ControlArrays._fields
+        assert CONTROLS[name].off
+
+
+@pytest.mark.parametrize("value", [1, 0, "yes", None])
+def test_a_boolean_is_true_or_false(value):
+    with pytest.raises(RequestError, match="ignore_eos must be a boolean"):
+        SamplingParams(ignore_eos=value)

@@ -6,7 +6,6 @@ import json
 import time
 
 import pytest
-from jaxllama_serving.protocol import shared_fields as generation
 from jaxllama_serving.protocol.base import unknown_fields
 from jaxllama_serving.protocol.chat import ChatRequest, parse_chat_request
 from jaxllama_serving.protocol.errors import ApiError
@@ -14,7 +13,6 @@ from jaxllama_serving.protocol.refused import CHAT, MESSAGE
 from jaxllama_serving.protocol.strict_json import MAX_DEPTH, decode
 from unit.serving.live import body
 
-from jaxllama.decode import params as sampling
 from jaxllama.decode.params import SamplingParams
 
 
@@ -136,11 +134,6 @@ def test_a_harmless_value_is_compared_with_its_json_type():
     for fields in ({"logprobs": 0}, {"top_logprobs": False}, {"include_reasoning": 1}, {"continue_final_message": 0}):
         with pytest.raises(ApiError):
             parse(**fields)
-
-
-def test_the_bounds_are_those_of_the_sampler():
-    for name in ("MAX_STOP_STRINGS", "MAX_STOP_BYTES", "MAX_STOP_TOKEN_IDS", "MAX_LOGIT_BIAS", "MAX_TOKENS"):
-        assert getattr(generation, name) == getattr(sampling, name)
 
 
 BOUNDS = {
