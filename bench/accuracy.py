@@ -13,17 +13,19 @@ score is the sum of its tokens' log-probabilities (acc), or that sum by its numb
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import jax
 import numpy as np
 
 import jaxllama
+from jaxllama.engine import engine
 from jaxllama.engine.compilation import enable_compilation_cache
-from jaxllama.model.attention import ReferenceAttention
+from jaxllama.model.platforms import Platform, describe_platform
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ("README.md", "convert/README.md", "LICENSE", "Makefile", "jaxllama/decode/sampling.py", "tests/reference.py")
@@ -61,9 +63,8 @@ def main() -> None:
         if name not in ("float32", *args.only):
             continue
         options = jaxllama.EngineOptions(kv_dtype=values.get("kv_dtype"))
-        jax.clear_caches()  # The form is no part of what programs are looked up by.
         with (
-            mock.patch.object(ReferenceAttention, "keeps_float32", values.get("keeps_float32", True)),
+            mock.patch.object(engine, "describe_platform", partial(describe, values.get("keeps_float32", True))),
             jaxllama.load(
                 args.checkpoint, dtype=values["dtype"], quantize=values.get("quantize"), options=options
             ) as llama,
@@ -76,6 +77,11 @@ def main() -> None:
         print(json.dumps(result), flush=True)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def describe(keeps_float32: bool, *args: Any, **kwargs: Any) -> Platform:
+    """These devices, told how to round between products."""
+    return dataclasses.replace(describe_platform(*args, **kwargs), keeps_float32=keeps_float32)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

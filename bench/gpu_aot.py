@@ -24,10 +24,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllama.decode.state import state_shapes, state_shardings
 from jaxllama.decode.steps import decode_steps, prefill
-from jaxllama.model.attention import choose_attention
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.mesh import make_mesh, num_page_shards, param_shardings
 from jaxllama.model.params import build_params
+from jaxllama.model.platforms import describe_platform
 
 PAGE_SIZE = 16
 TOKENS_PER_ROW = 2048  # EngineOptions' default
@@ -60,9 +60,9 @@ def compile_decode(config: LlamaConfig, mesh: Mesh, *, rows: int, context: int) 
     """`decode_steps` with every row in use."""
     state = _state(config, mesh, rows, context)
     scalar, keep = _whole(mesh, (), jnp.int32), _whole(mesh, (rows,), jnp.bool_)
-    attention = choose_attention(config, mesh, DTYPE, DTYPE)
+    platform = describe_platform(config, mesh, dtype=DTYPE)
     args = (config, _params(config, mesh), state, scalar, keep)
-    return decode_steps.lower(*args, num_rows=rows, attention=attention).compile()
+    return decode_steps.lower(*args, num_rows=rows, platform=platform).compile()
 
 
 def compile_prefill(config: LlamaConfig, mesh: Mesh, *, rows: int, context: int, chunk: int) -> Any:
@@ -71,7 +71,7 @@ def compile_prefill(config: LlamaConfig, mesh: Mesh, *, rows: int, context: int,
     scalar = _whole(mesh, (), jnp.int32)
     tokens, pages = _whole(mesh, (chunk,), jnp.int32), _whole(mesh, (-(-context // PAGE_SIZE),), jnp.int32)
     args = (config, _params(config, mesh), pool, tokens, pages, scalar, scalar, scalar)
-    return prefill.lower(*args, attention=choose_attention(config, mesh, DTYPE, DTYPE)).compile()
+    return prefill.lower(*args, platform=describe_platform(config, mesh, dtype=DTYPE)).compile()
 
 
 def _params(config: LlamaConfig, mesh: Mesh) -> Any:

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllama.decode.steps import COMPILER_OPTIONS
 from jaxllama.model import native
 from jaxllama.model.attention.reference import paged_attention
 from jaxllama.model.cache import KVPool
-from jaxllama.model.packed import pack_weights
+from jaxllama.model.platforms import PLAIN
+from jaxllama.weights.forms import pack
 
 MATRICES = ((1536, 576, 30), (576, 1536, 30), (576, 576, 60), (49152, 576, 1))
 ROWS = (1, 2, 4, 16, 32, 128, 512)
@@ -55,7 +55,7 @@ def products(
     """Milliseconds for as many weights as the default model has."""
     weights = [random(rng, outputs, inputs) for _ in range(count)]
     names = {str(i): jnp.array(weight) for i, weight in enumerate(weights)}
-    packed = pack_weights({"norm": weights[0][0], "layers": [], **names})
+    packed = pack({"layers": [], **names})
     blocks = [packed[name].blocks for name in names]
 
     def xla(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -108,7 +108,8 @@ def random(rng: np.random.Generator, *shape: int) -> jax.Array:
 
 
 def compiled(function: Callable[..., jax.Array], *args: Any) -> Callable[..., jax.Array]:
-    program: Callable[..., jax.Array] = jax.jit(function, compiler_options=COMPILER_OPTIONS).lower(*args).compile()
+    options = dict(PLAIN.compiler_options)
+    program: Callable[..., jax.Array] = jax.jit(function, compiler_options=options).lower(*args).compile()
     return program
 
 

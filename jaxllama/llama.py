@@ -298,7 +298,7 @@ class Llama:
             tokens,
             page_size=engine.page_size,
             kv_dtype=engine.kv_dtype,
-            attention=engine.attention,
+            platform=engine.platform,
         )
 
     def _encode(self, prompt: Prompt) -> list[int]:

@@ -23,9 +23,10 @@ from tokenizers import decoders, models, pre_tokenizers
 from jaxllama import EngineOptions, Llama, LlamaConfig, make_mesh
 from jaxllama.model.int8 import quantize_rows
 from jaxllama.model.mesh import param_shardings
-from jaxllama.model.packed import pack_weights
 from jaxllama.model.params import Params, QuantizedWeight, build_params, get_param, param_specs, stored_specs
+from jaxllama.model.platforms import describe_platform
 from jaxllama.weights.checkpoint import MANIFEST, Manifest, ParamsWriter, hash_file
+from jaxllama.weights.forms import fit
 
 type Weights = Mapping[str, np.ndarray]
 
@@ -133,7 +134,7 @@ def make_llama(
     folder = tokenizer_folder
     return Llama(
         config,
-        pack_weights(params),
+        fit(params, describe_platform(config, mesh, dtype=dtype)),
         mesh,
         tokenizer=None if folder is None else load_tokenizer(folder, config.vocab_size),
         chat_template=None if folder is None else load_chat_template(folder),

@@ -16,9 +16,9 @@ from jaxllama.decode.sampling import top_logprobs
 from jaxllama.decode.state import make_pool
 from jaxllama.decode.steps import prefill_logits
 from jaxllama.errors import NonFiniteLogitsError
-from jaxllama.model.attention import ShardedAttention
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import Params
+from jaxllama.model.platforms import Platform
 
 _CHUNK = 128
 _LEAST_CHUNKS = 8
@@ -45,7 +45,7 @@ def logits_of(
     *,
     page_size: int,
     kv_dtype: Any,
-    attention: ShardedAttention,
+    platform: Platform,
 ) -> Iterator[Float[Array, "chunk vocab"]]:
     """The logits after each token, in chunks of one size on the device; the last is padded.
 
@@ -61,7 +61,7 @@ def logits_of(
         part = tokens[start : start + chunk]
         padded = np.pad(part, (0, chunk - len(part)))
         at = (np.int32(start), np.int32(len(part)), np.int32(0))
-        scores, pool = prefill_logits(config, params, pool, padded, table, *at, attention=attention)
+        scores, pool = prefill_logits(config, params, pool, padded, table, *at, platform=platform)
         yield scores
 
 

@@ -10,39 +10,20 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllama.decode.params import MAX_TOP_LOGPROBS
 from jaxllama.decode.sampling import sample, top_logprobs
 from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, DecodeState, StepOutput
-from jaxllama.model.attention import ReferenceAttention, ShardedAttention
 from jaxllama.model.attention.reference import chunk_positions
 from jaxllama.model.cache import KVPool
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.forward import Llama
 from jaxllama.model.params import Params
-
-COMPILER_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-"""Keeps a row's bits independent of the number of rows. On CPUs, XLA gives large reductions to a library that sums in
-another order than its own loops, which it uses for small ones; the library's products do not depend on the number of
-rows. The option is XLA's for CPUs; the compilers for TPUs and CUDA take and ignore it (JAX 0.11 and 0.12)."""
-
-REFERENCE = ShardedAttention(ReferenceAttention())
+from jaxllama.model.platforms import PLAIN, Platform, program
 
 
-def programs_agree(mesh: Mesh, params: Params) -> bool:
-    """Whether all programs write the same bits for a token: `prefill` of any size from any page, and `decode_steps`.
-
-    Measured to be so in bfloat16 on CPUs, by our kernels (`native`) and through XLA, on one device or more but `data` 1
-    (bench/LOG.md; a test repeats it). In float32 it is not: sums are taken in another order. Nothing is known of other
-    devices.
-    """
-    is_cpu = mesh.devices.flat[0].platform == "cpu"
-    return is_cpu and mesh.shape["data"] == 1 and params["norm"].dtype == jnp.bfloat16
-
-
-@partial(jax.jit, donate_argnames="pool", static_argnames=("config", "attention"), compiler_options=COMPILER_OPTIONS)
+@program(donate_argnames="pool", static_argnames=("config",))
 def prefill(
     config: LlamaConfig,
     params: Params,
@@ -53,17 +34,17 @@ def prefill(
     num_tokens: Int[Array, ""],
     shard: Int[Array, ""],
     *,
-    attention: ShardedAttention = REFERENCE,
+    platform: Platform = PLAIN,
 ) -> KVPool:
     """Writes the keys and values of one chunk of one row's prompt and returns the pool.
 
     `tokens[:num_tokens]` stand at positions `start …`; the rest is padding. `start` and the chunk's size are multiples
     of the page size. The row is one of `shard`.
     """
-    return _forward_chunk(config, params, pool, tokens, page_table, start, num_tokens, shard, attention)[1]
+    return _forward_chunk(config, params, pool, tokens, page_table, start, num_tokens, shard, platform)[1]
 
 
-@partial(jax.jit, donate_argnames="pool", static_argnames=("config", "attention"), compiler_options=COMPILER_OPTIONS)
+@program(donate_argnames="pool", static_argnames=("config",))
 def prefill_logits(
     config: LlamaConfig,
     params: Params,
@@ -74,14 +55,14 @@ def prefill_logits(
     num_tokens: Int[Array, ""],
     shard: Int[Array, ""],
     *,
-    attention: ShardedAttention = REFERENCE,
+    platform: Platform = PLAIN,
 ) -> tuple[Float[Array, "chunk vocab"], KVPool]:
     """`prefill` that also returns the logits of every position of the chunk."""
-    hidden, pool = _forward_chunk(config, params, pool, tokens, page_table, start, num_tokens, shard, attention)
-    return Llama(config, params, attention).logits(hidden), pool
+    hidden, pool = _forward_chunk(config, params, pool, tokens, page_table, start, num_tokens, shard, platform)
+    return Llama(config, params, platform).logits(hidden), pool
 
 
-@partial(jax.jit, donate_argnames="pool", static_argnames=("config", "attention"))
+@partial(jax.jit, donate_argnames="pool", static_argnames=("config", "platform"))
 def clear(
     config: LlamaConfig,
     pool: KVPool,
@@ -89,26 +70,26 @@ def clear(
     count: Int[Array, ""],
     shard: Int[Array, ""],
     *,
-    attention: ShardedAttention = REFERENCE,
+    platform: Platform = PLAIN,
 ) -> KVPool:
     """Zeros in the first `count` of `pages`, for attention that must not meet a failed row's NaN there."""
-    return attention.clear_pages(pool, pages, count, shard, config.num_layers)
+    return platform.attention.clear_pages(pool, pages, count, shard, config.num_layers)
 
 
-@partial(jax.jit, static_argnames=("config", "attention"))
+@partial(jax.jit, static_argnames=("config", "platform"))
 def copy_out(
     config: LlamaConfig,
     pool: KVPool,
     pages: Int[Array, " some"],
     shard: Int[Array, ""],
     *,
-    attention: ShardedAttention = REFERENCE,
+    platform: Platform = PLAIN,
 ) -> KVPool:
     """What `pages` hold, as `cache.read_pages`."""
-    return attention.read_pages(pool, pages, shard, config.num_layers)
+    return platform.attention.read_pages(pool, pages, shard, config.num_layers)
 
 
-@partial(jax.jit, donate_argnames="pool", static_argnames=("config", "attention"))
+@partial(jax.jit, donate_argnames="pool", static_argnames=("config", "platform"))
 def copy_in(
     config: LlamaConfig,
     pool: KVPool,
@@ -116,10 +97,10 @@ def copy_in(
     copy: KVPool,
     shard: Int[Array, ""],
     *,
-    attention: ShardedAttention = REFERENCE,
+    platform: Platform = PLAIN,
 ) -> KVPool:
     """Puts back what `copy_out` gave, as `cache.put_pages`."""
-    return attention.put_pages(pool, pages, copy, shard, config.num_layers)
+    return platform.attention.put_pages(pool, pages, copy, shard, config.num_layers)
 
 
 def _forward_chunk(
@@ -131,25 +112,20 @@ def _forward_chunk(
     start: Array,
     num_tokens: Array,
     shard: Array,
-    attention: ShardedAttention,
+    platform: Platform,
 ) -> tuple[Float[Array, "chunk embed"], KVPool]:
     positions = chunk_positions(tokens.shape[0], start, num_tokens)[None]
 
     def attend(q: Array, kv: Array, pool: KVPool, pages: Array) -> tuple[Array, KVPool]:
-        out, pool = attention.prefill(q[0], kv[0], pool, pages[0], start, num_tokens, shard)
+        out, pool = platform.attention.prefill(q[0], kv[0], pool, pages[0], start, num_tokens, shard)
         return out[None], pool
 
     once = jnp.minimum(num_tokens, 1)  # 0 in the runs that only compile
-    hidden, pool = Llama(config, params, attention)(tokens[None], positions, pool, page_table[None], attend, once)
+    hidden, pool = Llama(config, params, platform)(tokens[None], positions, pool, page_table[None], attend, once)
     return hidden[0], pool
 
 
-@partial(
-    jax.jit,
-    donate_argnames="state",
-    static_argnames=("config", "num_rows", "attention"),
-    compiler_options=COMPILER_OPTIONS,
-)
+@program(donate_argnames="state", static_argnames=("config", "num_rows"))
 def decode_steps(
     config: LlamaConfig,
     params: Params,
@@ -158,7 +134,7 @@ def decode_steps(
     keep: Bool[Array, " rows"],
     *,
     num_rows: int,
-    attention: ShardedAttention = REFERENCE,
+    platform: Platform = PLAIN,
 ) -> tuple[DecodeState, StepOutput]:
     """Decodes up to `max_steps` (≤ `MAX_STEPS`) tokens for the first `num_rows` rows, sampling included.
 
@@ -166,7 +142,7 @@ def decode_steps(
     or budget. Pages for `max_steps` more tokens must be in the page table.
     """
     state = state._replace(rows=state.rows._replace(active=state.rows.active & keep))
-    model = Llama(config, params, attention)
+    model = Llama(config, params, platform)
     num_top = min(MAX_TOP_LOGPROBS, config.vocab_size)
     once = jnp.minimum(max_steps, 1)
     out = StepOutput(
@@ -182,7 +158,7 @@ def decode_steps(
         return (out.num_steps < max_steps) & jnp.any(state.rows.active[:num_rows])
 
     def step(carry: tuple[DecodeState, StepOutput]) -> tuple[DecodeState, StepOutput]:
-        return _decode_step(config, model, *carry, once, num_rows=num_rows, attention=attention)
+        return _decode_step(config, model, *carry, once, num_rows=num_rows, platform=platform)
 
     return jax.lax.while_loop(unfinished, step, (state, out))
 
@@ -195,14 +171,14 @@ def _decode_step(
     once: Array,
     *,
     num_rows: int,
-    attention: ShardedAttention,
+    platform: Platform,
 ) -> tuple[DecodeState, StepOutput]:
     some = slice(0, num_rows)
     rows = jax.tree.map(lambda x: x[some], state.rows)
     active, positions, sampling = rows.active, rows.length, rows.sampling
 
     def attend(q: Array, kv: Array, pool: KVPool, pages: Array) -> tuple[Array, KVPool]:
-        out, pool = attention.decode(q[:, 0], kv[:, 0], pool, pages, positions, active)
+        out, pool = platform.attention.decode(q[:, 0], kv[:, 0], pool, pages, positions, active)
         return out[:, None], pool
 
     tokens, page_table = rows.last_token[:, None], state.page_table[some]

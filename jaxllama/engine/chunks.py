@@ -23,7 +23,7 @@ class Span(NamedTuple):
 class ChunkPlan:
     """Cuts prompts into chunks of `sizes` (ascending multiples of `page_size`).
 
-    If `programs_agree` (see `decode.programs_agree`), a chunk may start at any page and a page is named by the tokens
+    If `programs_agree` (see `Platform`), a chunk may start at any page and a page is named by the tokens
     up to its end. Else a token's bits depend on the program it goes through and its place there: the cut is then a
     function of the prompt's length alone, a page's name tells its program and place too, and only whole chunks are
     found again. So that prompts of different lengths are cut alike as far as they can, a chunk that is not full is no

@@ -15,10 +15,10 @@ from jaxtyping import Bool, Int, UInt32
 from jaxllama.decode.state import DecodeState, RowState, StepOutput, any_row, insert, make_state, state_shardings
 from jaxllama.decode.steps import clear, copy_in, copy_out, decode_steps, prefill
 from jaxllama.engine.compilation import OnProgress, compile_all
-from jaxllama.model.attention import ShardedAttention
 from jaxllama.model.cache import KVPool
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import Params
+from jaxllama.model.platforms import Platform
 
 PAGES_PER_COPY = 16
 
@@ -107,10 +107,10 @@ class Device:
     """`Programs` on this process's share of `mesh`. The state is made at the first call."""
 
     def __init__(
-        self, config: LlamaConfig, params: Params, mesh: Mesh, shapes: DecodeState, attention: ShardedAttention
+        self, config: LlamaConfig, params: Params, mesh: Mesh, shapes: DecodeState, platform: Platform
     ) -> None:
         self._config = config
-        self._attention = attention
+        self._platform = platform
         self._params = params
         self._shapes = shapes
         self._shardings = state_shardings(config, mesh, shapes)
@@ -129,12 +129,12 @@ class Device:
         keep = np.zeros(num_rows, np.bool_)
 
         def lower_decode(bucket: int) -> Any:
-            return decode_steps.lower(config, params, state, zero, keep, num_rows=bucket, attention=self._attention)
+            return decode_steps.lower(config, params, state, zero, keep, num_rows=bucket, platform=self._platform)
 
         def lower_prefill(size: int) -> Any:
             tokens = np.zeros(size, np.int32)
             at = (zero,) * 3
-            return prefill.lower(config, params, state.pool, tokens, pages, *at, attention=self._attention)
+            return prefill.lower(config, params, state.pool, tokens, pages, *at, platform=self._platform)
 
         programs: dict[str, Callable[[], Any]] = {
             f"decode of {n} rows": partial(lower_decode, n) for n in sorted(row_buckets.tolist(), reverse=True)
@@ -143,8 +143,8 @@ class Device:
             f"prefill of {n} tokens": partial(lower_prefill, n) for n in sorted(chunk_sizes.tolist(), reverse=True)
         }
         programs["insert"] = lambda: insert.lower(state, zero, row)
-        if self._attention.kernel.needs_clean_pages:
-            programs["clear"] = lambda: clear.lower(config, state.pool, pages, zero, zero, attention=self._attention)
+        if self._platform.needs_clean_pages:
+            programs["clear"] = lambda: clear.lower(config, state.pool, pages, zero, zero, platform=self._platform)
         compile_all(programs, on_progress)
 
     def prefill(
@@ -157,19 +157,19 @@ class Device:
     ) -> None:
         """Writes a chunk into the cache."""
         state, at = self._get_state(), (start, num_tokens, shard)
-        pool = prefill(self._config, self._params, state.pool, tokens, table, *at, attention=self._attention)
+        pool = prefill(self._config, self._params, state.pool, tokens, table, *at, platform=self._platform)
         self._state = state._replace(pool=pool)
 
     def clear(self, pages: Int[np.ndarray, " max_pages"], count: np.int32, shard: np.int32) -> None:
         """Zeros in the first `count` of `pages`."""
         state = self._get_state()
-        pool = clear(self._config, state.pool, pages, count, shard, attention=self._attention)
+        pool = clear(self._config, state.pool, pages, count, shard, platform=self._platform)
         self._state = state._replace(pool=pool)
 
     def save(self, name: np.int32, pages: Int[np.ndarray, " pages"], shard: np.int32) -> None:
         """Copies `pages` to this process's memory. Waits for the device."""
         pool = self._get_state().pool
-        copies = [copy_out(self._config, pool, block, shard, attention=self._attention) for block in _blocks(pages)]
+        copies = [copy_out(self._config, pool, block, shard, platform=self._platform) for block in _blocks(pages)]
         self._saved[int(name)] = [HostCopy.of(copy) for copy in copies]
 
     def restore(self, name: np.int32, pages: Int[np.ndarray, " pages"], shard: np.int32) -> None:
@@ -177,7 +177,7 @@ class Device:
         state = self._get_state()
         pool = state.pool
         for block, copy in zip(_blocks(pages), self._saved.pop(int(name)), strict=True):
-            pool = copy_in(self._config, pool, block, copy.on_devices(), shard, attention=self._attention)
+            pool = copy_in(self._config, pool, block, copy.on_devices(), shard, platform=self._platform)
         self._state = state._replace(pool=pool)
 
     def forget(self, name: np.int32) -> None:
@@ -204,7 +204,7 @@ class Device:
         """Runs up to `max_steps` steps."""
         state = self._get_state()
         self._state, output = decode_steps(
-            self._config, self._params, state, max_steps, keep, num_rows=num_rows, attention=self._attention
+            self._config, self._params, state, max_steps, keep, num_rows=num_rows, platform=self._platform
         )
         if all(array.is_fully_addressable or array.is_fully_replicated for array in output):
             return output

@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 
 from jaxllama.decode.params import SamplingParams
 from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, any_row, state_shapes
-from jaxllama.decode.steps import programs_agree
 from jaxllama.engine.chunks import ChunkPlan
 from jaxllama.engine.compilation import OnProgress, num_compilations
 from jaxllama.engine.constraints import Constraint, Constraints, advance, attach, needs_new_row
@@ -39,9 +38,9 @@ from jaxllama.errors import (
     RequestError,
 )
 from jaxllama.hosts.group import Group
-from jaxllama.model.attention import choose_attention
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import Params
+from jaxllama.model.platforms import describe_platform
 
 logger = logging.getLogger("jaxllama.engine")
 
@@ -62,17 +61,14 @@ class Engine:
         self.group = group
         self.max_context = min(options.max_context or config.max_position_embeddings, config.max_position_embeddings)
         self.kv_dtype = jnp.dtype(options.kv_dtype or params["norm"].dtype)
-        self.attention = choose_attention(config, mesh, self.kv_dtype, params["norm"].dtype)
-        num_shards = self.attention.num_shards
+        self.platform = platform = describe_platform(config, mesh, dtype=params["norm"].dtype, kv_dtype=self.kv_dtype)
+        num_shards = platform.num_shards
         # XLA multiplies one row by another path, with other bits, than two: a row must not notice its batch.
         rows_per_shard = max(2, options.max_rows) if num_shards == 1 else -(-options.max_rows // num_shards)
         self._num_rows = rows_per_shard * num_shards
-        # Elsewhere than on a CPU nobody has measured that a row's bits are the same in each.
-        has_buckets = num_shards == 1 and mesh.devices.flat[0].platform == "cpu"
-        self._row_buckets = _row_buckets(self._num_rows) if has_buckets else (self._num_rows,)
-        kernel = self.attention.kernel
-        self.page_size = page_size = options.page_size or kernel.page_size
-        self.chunk_sizes = kernel.chunk_sizes if options.chunk_sizes is None else options.chunk_sizes
+        self._row_buckets = platform.row_buckets(self._num_rows)
+        self.page_size = page_size = options.page_size or platform.page_size
+        self.chunk_sizes = platform.chunk_sizes if options.chunk_sizes is None else options.chunk_sizes
         if not self.chunk_sizes or any(size < 1 or size % page_size for size in self.chunk_sizes):
             raise ConfigError(f"chunk_sizes must be multiples of page_size ({page_size}), got {self.chunk_sizes}")
         context_pages = -(-self.max_context // page_size)
@@ -84,7 +80,7 @@ class Engine:
                 f"{context_pages + 1} pages of {page_size}. Lower max_context or raise num_pages"
             )
         self._table_width = context_pages + max(self.chunk_sizes) // page_size
-        kernel.validate(page_size=page_size, num_rows=rows_per_shard, table_width=self._table_width)
+        platform.kernel.validate(page_size=page_size, num_rows=rows_per_shard, table_width=self._table_width)
         self._shapes = state_shapes(
             config,
             num_rows=self._num_rows,
@@ -94,10 +90,10 @@ class Engine:
             dtype=self.kv_dtype,
             num_shards=num_shards,
         )
-        self._device = Device(config, params, mesh, self._shapes, self.attention)
+        self._device = Device(config, params, mesh, self._shapes, platform)
         self._programs: Programs = self._device if group is None else Leading(self._device, group)
         self._page_table = np.zeros((self._num_rows, self._table_width), np.int32)
-        self._plan = ChunkPlan(tuple(sorted(self.chunk_sizes)), page_size, programs_agree(mesh, params))
+        self._plan = ChunkPlan(tuple(sorted(self.chunk_sizes)), page_size, platform.programs_agree)
         self._scheduler = Scheduler(
             num_rows=self._num_rows if options.max_rows > 1 or num_shards > 1 else 1,
             num_pages=num_pages,
@@ -109,7 +105,7 @@ class Engine:
             self._programs,
             self._scheduler,
             table_width=self._table_width,
-            needs_clean_pages=kernel.needs_clean_pages,
+            needs_clean_pages=platform.needs_clean_pages,
         )
         self._constraints = Constraints(self._programs, self._num_rows, config.vocab_size)
         self._in_flight: deque[Dispatch] = deque()
@@ -186,7 +182,7 @@ class Engine:
         programs.insert(zero, any_row(self.config))
         programs.save(zero, none, zero)
         programs.restore(zero, none, zero)
-        if self.attention.kernel.needs_clean_pages:
+        if self.platform.needs_clean_pages:
             programs.clear(np.zeros(self._table_width, np.int32), zero, zero)
         for num_rows in self._row_buckets:
             programs.decode(np.int32(1), np.zeros(self._num_rows, np.bool_), num_rows)
@@ -490,8 +486,3 @@ class Engine:
             for request in left:
                 self._scheduler.remove(request)
             self._changed.notify_all()
-
-
-def _row_buckets(num_rows: int) -> tuple[int, ...]:
-    """Numbers of rows that decode programs are made for: few rows should not pay for many, nor compile for each."""
-    return tuple(sorted({2, max(2, num_rows // 4), num_rows}))

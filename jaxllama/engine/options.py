@@ -13,7 +13,7 @@ class EngineOptions:
 
     `max_context` None is the model's own. `num_pages` None holds `max_rows` rows of 2,048 tokens each, and at least
     one whole context; where a mesh's `data` and `rep` split rows and pages, it counts for each part. `chunk_sizes` are
-    the prefill programs, in tokens, multiples of `page_size`; None leaves both to the device's attention (CPU: 16 and
+    the prefill programs, in tokens, multiples of `page_size`; None leaves both to the platform (CPU: 16 and
     32, 128, 512; TPU kernels: 128 and 128, 512, 2,048). A dispatch runs as many steps as take about `dispatch_s`
     seconds, at most 32: longer is less host work, shorter a smoother stream. With work pending and no step finished for
     `stall_timeout_s`, `Engine.health` says so. `kv_dtype` None caches keys and values in the model's dtype, "int8" with

@@ -17,7 +17,7 @@ from jaxllama.model.config import LlamaConfig
 class Placement:
     """Carries out on the devices what the scheduler decides about rows. The engine's thread alone uses it.
 
-    If `needs_clean_pages` (see `Attention`), pages that may hold NaN are cleared when they become free; all others are
+    If `needs_clean_pages` (see `Platform`), pages that may hold NaN are cleared when they become free; all others are
     finite.
     """
 
@@ -84,7 +84,7 @@ class Placement:
             request.saved_as = None
 
     def clear(self, request: EngineRequest, pages: list[int]) -> None:
-        """Clears pages that `request` has left and that may hold NaN, if the attention needs it."""
+        """Clears pages that `request` has left and that may hold NaN, if the platform needs it."""
         if self._needs_clean_pages and pages:
             self._programs.clear(self._table(pages), np.int32(len(pages)), np.int32(request.shard))
 

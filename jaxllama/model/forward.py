@@ -7,7 +7,7 @@ are unrolled: TPU.md's measurements give 50 to 80 % more time to a scan over sta
 
 Between matrix products everything is float32, the residual stream included; only what enters a product is rounded to
 the weights' dtype. On CPUs it costs next to nothing and keeps greedy replies in bfloat16 close to float32's. The TPU
-form (`Attention.keeps_float32` false) rounds what leaves a product too: half the traffic on the links and in HBM
+form (`Platform.keeps_float32` false) rounds what leaves a product too: half the traffic on the links and in HBM
 (bench/LOG.md). Beside int8 matrices it is the norms that have that dtype.
 """
 
@@ -23,11 +23,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllama.model import native
-from jaxllama.model.attention import ShardedAttention
 from jaxllama.model.cache import KVPool, interleave_kv
 from jaxllama.model.config import LlamaConfig
-from jaxllama.model.packed import packed_rows
-from jaxllama.model.params import PackedWeight, Params, QuantizedWeight
+from jaxllama.model.linear import product, rows
+from jaxllama.model.params import PackedWeight, Params
+from jaxllama.model.platforms import Platform
 from jaxllama.model.rope import RotaryAngles, rotary_angles, rotate
 
 type Attend = Callable[[Array, Array, KVPool, Array], tuple[Array, KVPool]]
@@ -56,7 +56,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(weights[f"{name}_bias"]) if f"{name}_bias" in weights else None
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        return self.with_bias(_product("...i,oi->...o", x, self.weight.get_value(), self.dtype))
+        return self.with_bias(product("...i,oi->...o", x, self.weight.get_value(), self.dtype))
 
     def with_bias(self, y: Float[Array, "*batch outputs"]) -> Float[Array, "*batch outputs"]:
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
@@ -127,16 +127,16 @@ class DecoderLayer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A Llama decoder around the weights of a `Params` tree, in the form that `attention`'s devices want.
+    """A Llama decoder around the weights of a `Params` tree, as `platform` wants it run.
 
     The norms' dtype is that of what enters a matrix product.
     """
 
-    def __init__(self, config: LlamaConfig, params: Params, attention: ShardedAttention) -> None:
+    def __init__(self, config: LlamaConfig, params: Params, platform: Platform) -> None:
         self.config = config
-        self.layers_per_loop = attention.kernel.layers_per_loop
-        self.num_shards = attention.num_shards
-        self.dtype = jnp.float32 if attention.kernel.keeps_float32 else params["norm"].dtype
+        self.layers_per_loop = platform.layers_per_loop
+        self.num_shards = platform.num_shards
+        self.dtype = jnp.float32 if platform.keeps_float32 else params["norm"].dtype
         self.embed_tokens = nnx.Param(params["embed_tokens"])
         self.layers = nnx.data(params["layers"])
         self.norm = RMSNorm(params["norm"], config.rms_norm_eps)
@@ -153,9 +153,9 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
         """Runs the layers, which reach the cache by `attend` alone; returns normalised hidden states and the pool.
 
-        `once` is 1 in every run, which the compiler must not know: see `Attention.layers_per_loop`.
+        `once` is 1 in every run, which the compiler must not know: see `Platform.layers_per_loop`.
         """
-        x = _rows(self.embed_tokens.get_value(), tokens).astype(self.dtype)
+        x = rows(self.embed_tokens.get_value(), tokens).astype(self.dtype)
         angles = rotary_angles(self.config, positions)
         num_pages = pool.pages.shape[0] // (self.num_shards * self.config.num_layers)
 
@@ -178,7 +178,7 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """Float32 scores of every token of the vocabulary."""
-        return _product("...e,ve->...v", hidden, self.lm_head.get_value(), jnp.float32)
+        return product("...e,ve->...v", hidden, self.lm_head.get_value(), jnp.float32)
 
 
 def _run_once(run: Callable[..., tuple[Array, KVPool]], once: Array, x: Array, pool: KVPool) -> tuple[Array, KVPool]:
@@ -189,28 +189,3 @@ def _run_once(run: Callable[..., tuple[Array, KVPool]], once: Array, x: Array, p
         return done + 1, *run(x, pool)
 
     return jax.lax.while_loop(lambda carry: carry[0] < once, body, (jnp.zeros_like(once), x, pool))[1:]
-
-
-def _product(letters: str, x: Array, weight: Array | QuantizedWeight | PackedWeight, dtype: Any) -> Array:
-    if isinstance(weight, PackedWeight):
-        return native.multiply(x, weight.blocks)[0].astype(dtype)
-    if isinstance(weight, QuantizedWeight):
-        # A TPU's product converts the integers as it reads them. A CPU's does not, and XLA would convert every matrix
-        # once, before the loop of decoding, and hold all of them: the barrier ties each to a value of the loop. On a
-        # TPU it would cost 6 µs a layer (bench/LOG.md).
-        values = jax.lax.platform_dependent(
-            weight.values, x, tpu=lambda values, _: values, default=lambda *both: jax.lax.optimization_barrier(both)[0]
-        )
-        return (_product(letters, x, values.astype(x.dtype), dtype) * weight.scale).astype(dtype)
-    # A TPU multiplies float32 in one bfloat16 pass unless told otherwise.
-    precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
-    return jnp.einsum(letters, x, weight, precision=precision, preferred_element_type=dtype)
-
-
-def _rows(weight: Array | QuantizedWeight | PackedWeight, ids: Array) -> Array:
-    """The rows `ids` of a matrix, in float32."""
-    if isinstance(weight, PackedWeight):
-        return packed_rows(weight, ids).astype(jnp.float32)
-    if isinstance(weight, QuantizedWeight):
-        return weight.values[ids].astype(jnp.float32) * weight.scale[ids][..., None]
-    return weight[ids].astype(jnp.float32)

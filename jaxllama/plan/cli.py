@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxllama.errors import ConfigError, PlanError
-from jaxllama.model.attention.tpu import TpuAttention
 from jaxllama.model.config import LlamaConfig
+from jaxllama.model.platforms import tpu
 from jaxllama.model.platforms.chips import GENERATIONS
 from jaxllama.plan.planner import Plan, as_json, candidates, describe_mesh, plan, search
 from jaxllama.plan.plot import check_plotting, save_plot
@@ -93,8 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _chunk(prompt: int) -> int:
     """What the engine cuts most of a prompt into."""
-    sizes = TpuAttention.chunk_sizes
-    return max((size for size in sizes if size <= prompt), default=min(sizes))
+    return max((size for size in tpu.CHUNK_SIZES if size <= prompt), default=min(tpu.CHUNK_SIZES))
 
 
 def _answer(plans: list[Plan], *, as_search: bool, in_json: bool) -> str:

@@ -27,10 +27,10 @@ from jax.sharding import Mesh
 
 from jaxllama.decode.steps import decode_steps, prefill
 from jaxllama.errors import PlanError
-from jaxllama.model.attention import ShardedAttention, choose_attention
 from jaxllama.model.attention.reference import BLOCK_TOKENS
 from jaxllama.model.config import LlamaConfig, RopeScaling
 from jaxllama.model.mesh import make_mesh
+from jaxllama.model.platforms import Platform, describe_platform
 from jaxllama.model.platforms.chips import GIB
 from jaxllama.plan import roofline
 from jaxllama.plan.measure import KernelWork, LargeCopy, Measurement, measure
@@ -139,8 +139,8 @@ def _compile(setup: Setup, program: str) -> Compiled:
             f"expected {setup.topology.num_devices}"
         )
     mesh = make_mesh(setup.config, tp=setup.tp, data=setup.data, devices=described.devices)
-    attention = choose_attention(setup.config, mesh, setup.kv_dtype, jnp.bfloat16)
-    lowered = _lower(setup, program, mesh, attention)
+    platform = describe_platform(setup.config, mesh, dtype=jnp.bfloat16, kv_dtype=setup.kv_dtype)
+    lowered = _lower(setup, program, mesh, platform)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="jaxllama-plan-") as folder:
         try:
@@ -153,7 +153,7 @@ def _compile(setup: Setup, program: str) -> Compiled:
         texts = sorted(Path(folder).glob("*after_codegen.txt"), key=lambda path: path.stat().st_size)
         text = texts[-1].read_text()
     memory = compiled.memory_analysis()
-    kernels, trips = _work(setup, program, attention)
+    kernels, trips = _work(setup, program, platform)
     return Compiled(
         compile_s=compile_s,
         fits=True,
@@ -165,23 +165,23 @@ def _compile(setup: Setup, program: str) -> Compiled:
     )
 
 
-def _lower(setup: Setup, program: str, mesh: Mesh, attention: ShardedAttention) -> Any:
+def _lower(setup: Setup, program: str, mesh: Mesh, platform: Platform) -> Any:
     """The program that the engine runs, for the devices of `mesh`."""
-    params, state = setup.inputs(mesh)
+    params, state = setup.inputs(mesh, platform)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     if program == "decode":
         keep = jax.ShapeDtypeStruct((setup.num_rows,), jnp.bool_)
         rows = setup.num_rows
-        return decode_steps.lower(setup.config, params, state, number, keep, num_rows=rows, attention=attention)
+        return decode_steps.lower(setup.config, params, state, number, keep, num_rows=rows, platform=platform)
     if program == "prefill":
         tokens = jax.ShapeDtypeStruct((setup.chunk_tokens,), jnp.int32)
         table = jax.ShapeDtypeStruct(state.page_table.shape[1:], jnp.int32)
         at = (number,) * 3
-        return prefill.lower(setup.config, params, state.pool, tokens, table, *at, attention=attention)
+        return prefill.lower(setup.config, params, state.pool, tokens, table, *at, platform=platform)
     raise PlanError(f"program must be one of {', '.join(PROGRAMS)}, got {program!r}")
 
 
-def _work(setup: Setup, program: str, attention: ShardedAttention) -> tuple[KernelWork, tuple[int, ...]]:
+def _work(setup: Setup, program: str, platform: Platform) -> tuple[KernelWork, tuple[int, ...]]:
     """What Pallas kernels do, and the trips of loops that depend on data.
 
     Those are steps; then groups of layers, which run once, or the reference's blocks of keys.
@@ -189,7 +189,7 @@ def _work(setup: Setup, program: str, attention: ShardedAttention) -> tuple[Kern
     is_decode = program == "decode"
     kernels = roofline.decode_kernels(setup) if is_decode else roofline.prefill_kernels(setup)
     context = setup.context if is_decode else roofline.mean_prefill_context(setup)
-    inner = 1 if attention.kernel.layers_per_loop else max(1, math.ceil(context / BLOCK_TOKENS))
+    inner = 1 if platform.layers_per_loop else max(1, math.ceil(context / BLOCK_TOKENS))
     return kernels, ((1, inner) if is_decode else (inner,))
 
 

@@ -14,12 +14,12 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxllama.decode.state import DecodeState, state_shapes, state_shardings
 from jaxllama.errors import PlanError
 from jaxllama.model import cache
-from jaxllama.model.attention.tpu import TpuAttention
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.mesh import MESH_AXES, mesh_shape, num_page_shards, partition_spec
 from jaxllama.model.params import Params, ParamSpec, build_params, param_specs, stored_specs
+from jaxllama.model.platforms import Platform, tpu
 from jaxllama.plan.topology import Topology
-from jaxllama.weights.parts import num_ffn_parts, split_ffn
+from jaxllama.weights.forms import fit
 
 DTYPES = ("bf16", "int8")
 
@@ -40,8 +40,8 @@ class Setup:
     data: int = 1
     weights: str = "bf16"
     kv: str = "bf16"
-    page_size: int = TpuAttention.page_size
-    chunk_tokens: int = max(TpuAttention.chunk_sizes)
+    page_size: int = tpu.PAGE_SIZE
+    chunk_tokens: int = max(tpu.CHUNK_SIZES)
     prompt_tokens: int = 1024
 
     def __post_init__(self) -> None:
@@ -119,7 +119,7 @@ class Setup:
             num_shards=self._num_shards,
         )
 
-    def inputs(self, mesh: Mesh) -> tuple[Params, DecodeState]:
+    def inputs(self, mesh: Mesh, platform: Platform) -> tuple[Params, DecodeState]:
         """Shapes, dtypes and shardings of the real programs' weights and state, for ahead-of-time compilation."""
 
         def leaf(part: ParamSpec) -> Any:
@@ -132,8 +132,7 @@ class Setup:
             shapes,
             state_shardings(self.config, mesh, shapes),
         )
-        params = build_params(self.config, leaf, self.quantize)
-        return split_ffn(params, num_ffn_parts(params)), state
+        return fit(build_params(self.config, leaf, self.quantize), platform), state
 
 
 @dataclass(frozen=True)

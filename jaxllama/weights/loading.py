@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from jaxllama.errors import CheckpointError, ConfigError
 from jaxllama.model.int8 import quantize_rows
 from jaxllama.model.mesh import param_shardings
-from jaxllama.model.packed import pack_weights
 from jaxllama.model.params import (
     QUANTIZATIONS,
     Params,
@@ -21,8 +20,9 @@ from jaxllama.model.params import (
     get_param,
     param_specs,
 )
+from jaxllama.model.platforms import describe_platform
 from jaxllama.weights.checkpoint import Checkpoint, restore_params
-from jaxllama.weights.parts import num_ffn_parts, split_ffn
+from jaxllama.weights.forms import fit
 
 
 def load_params(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, quantize: str | None = None) -> Params:
@@ -36,14 +36,13 @@ def load_params(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, quantize: str | 
     config, stored = checkpoint.config, checkpoint.manifest.quantize
     if quantize not in (None, *QUANTIZATIONS):
         raise ConfigError(f"quantize must be 'int8' or None, got {quantize!r}")
+    platform = describe_platform(config, mesh, dtype=dtype)
     if quantize in (None, stored):
-        params = restore_params(checkpoint, dtype, param_shardings(config, mesh, stored))
-        return pack_weights(split_ffn(params, num_ffn_parts(params)))
+        return fit(restore_params(checkpoint, dtype, param_shardings(config, mesh, stored)), platform)
     leaves: dict[tuple[str | int, ...], Any] = {}
     for layer in _layers(param_specs(config)):
         leaves |= _quantized_layer(checkpoint, mesh, dtype, quantize, layer)
-    params = build_params(config, lambda part: leaves.pop(part.path), quantize)
-    return split_ffn(params, num_ffn_parts(params))
+    return fit(build_params(config, lambda part: leaves.pop(part.path), quantize), platform)
 
 
 def _quantized_layer(

@@ -16,30 +16,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllama.model.packed import unpack
 from jaxllama.model.params import Params, ParamSpec, QuantizedWeight, get_param
 
-MAX_PART_BYTES = 32 * 2**20
 _LANES = 128
 _MAX_PARTS = 16
 # The dimension of each that is ffn.
 _FFN_AXIS = {"gate_proj": 0, "up_proj": 0, "gate_proj_bias": 0, "up_proj_bias": 0, "down_proj": 1}
 
 
-def num_ffn_parts(params: Params) -> int:
-    """How many parts suit the devices that hold `params` (arrays, or shapes with shardings): 1 but on TPUs."""
+def num_ffn_parts(params: Params, max_part_bytes: int | None) -> int:
+    """How many parts suit the devices that hold `params` (arrays, or shapes with shardings); see `Platform`."""
+    if max_part_bytes is None:
+        return 1
     gate = params["layers"][0]["gate_proj"]
     gate = gate.values if isinstance(gate, QuantizedWeight) else gate
-    if {device.platform for device in gate.sharding.device_set} != {"tpu"}:
-        return 1
     width, embed = gate.sharding.shard_shape(gate.shape)
-    return suitable_num_parts(width, width * embed * gate.dtype.itemsize)
+    return suitable_num_parts(width, width * embed * gate.dtype.itemsize, max_part_bytes)
 
 
-def suitable_num_parts(width: int, num_bytes: int) -> int:
+def suitable_num_parts(width: int, num_bytes: int, max_part_bytes: int) -> int:
     """For a device's share of gate_proj, `width` of ffn and `num_bytes` in all: few parts, of whole lanes each."""
     possible = [n for n in range(1, _MAX_PARTS + 1) if width % (n * _LANES) == 0]
-    enough = [n for n in possible if num_bytes <= n * MAX_PART_BYTES]
+    enough = [n for n in possible if num_bytes <= n * max_part_bytes]
     return min(enough, default=max(possible, default=1))
 
 
@@ -60,13 +58,12 @@ def split_ffn(params: Params, num_parts: int) -> Params:
     return params
 
 
-def get_whole(params: Params, spec: ParamSpec) -> Any:
-    """The array that `spec` describes, as `get_param`; joined, without the other processes, if it is in parts, and
-    unpacked."""
+def joined(params: Params, spec: ParamSpec) -> Any:
+    """What `spec` describes, as `get_param`; joined, without the other processes, if it is in parts."""
     layer = params["layers"][spec.path[1]] if spec.path[0] == "layers" else {}
     name = str(spec.path[2]) if layer else ""
     if name in layer or "ffn_parts" not in layer:
-        return unpack(get_param(params, spec))
+        return get_param(params, spec)
     in_part = replace(spec, path=spec.path[2:])
     pieces = [get_param(part, in_part) for part in layer["ffn_parts"] if name in part]
     axis = _FFN_AXIS.get(name, 0)

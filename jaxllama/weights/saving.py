@@ -33,7 +33,7 @@ from jaxllama.weights.checkpoint import (
     hash_file,
     write_manifest,
 )
-from jaxllama.weights.parts import get_whole
+from jaxllama.weights.forms import get_whole
 
 # What a process has in flight: as many shards in memory, as many files that wait for the disk.
 _NUM_WRITERS = 4

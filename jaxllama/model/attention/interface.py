@@ -14,25 +14,9 @@ class Attention(Protocol):
 
     Hashable: it is static under `jax.jit`. `ShardedAttention` runs it on a mesh.
 
-    `kv` is interleaved by head (K0 V0 K1 V1 …). Page tables hold pages of the layer at hand (already offset).
-    `page_size` and `chunk_sizes`, in tokens, are what it works best with. If `needs_clean_pages`, pages that may
-    hold a failed row's NaN must be cleared before another row is given them: what lies past a row's end must be finite.
-
-    The model asks it in which form its devices want the layers. `keeps_float32`: between products values are float32,
-    else they are rounded to the weights' dtype. `layers_per_loop`: the layers run in groups of so many, each in a loop
-    of one round, because a compiler may plan its copies well for a few layers and badly for 80; None: in one piece.
+    `kv` is interleaved by head (K0 V0 K1 V1 …). Page tables hold pages of the layer at hand (already offset). What a
+    kernel wants of the engine and of the rest of the model is in its platform's description (`platforms`).
     """
-
-    @property
-    def page_size(self) -> int: ...
-    @property
-    def chunk_sizes(self) -> tuple[int, ...]: ...
-    @property
-    def needs_clean_pages(self) -> bool: ...
-    @property
-    def keeps_float32(self) -> bool: ...
-    @property
-    def layers_per_loop(self) -> int | None: ...
 
     def validate(self, *, page_size: int, num_rows: int, table_width: int) -> None:
         """Raises: ConfigError if it cannot work with pages of `page_size` tokens or a page table of that size."""

@@ -24,12 +24,6 @@ _MASKED = -1e30
 class ReferenceAttention:
     """`Attention` in plain JAX, which XLA partitions."""
 
-    page_size = 16
-    chunk_sizes = (32, 128, 512)
-    needs_clean_pages = False
-    keeps_float32 = True
-    layers_per_loop = None
-
     def validate(self, *, page_size: int, num_rows: int, table_width: int) -> None:
         """Any will do."""
 

@@ -26,12 +26,6 @@ class TpuAttention:
     num_layers: int
     interpret: bool = False
 
-    page_size = 128
-    chunk_sizes = (128, 512, 2048)
-    needs_clean_pages = True
-    keeps_float32 = False
-    layers_per_loop = 20
-
     def validate(self, *, page_size: int, num_rows: int, table_width: int) -> None:
         """As `Attention.validate`: the kernels read the page table from the scalar memory."""
         if page_size % 128:

@@ -31,8 +31,6 @@ _MASKED = -1e30
 class Int8TpuAttention(TpuAttention):
     """As `TpuAttention`, for int8 pools. Pages need not be cleared: what lies past a row's end is never used."""
 
-    needs_clean_pages = False
-
     def decode(
         self,
         q: Float[Array, "rows heads head_dim"],

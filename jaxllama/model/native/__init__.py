@@ -59,7 +59,7 @@ def is_available() -> bool:
 def multiply(
     x: BFloat16[Array, "*batch inputs"], *weights: BFloat16[Array, "blocks pairs 64 2"]
 ) -> list[Float[Array, "*batch outputs"]]:
-    """`x @ weight.T` in float32 of each of the weights, packed by `model.packed`. A row's bits depend on no other."""
+    """`x @ weight.T` in float32 of each of the weights, packed by `weights.forms`. A row's bits depend on no other."""
     outs = [jax.ShapeDtypeStruct((*x.shape[:-1], len(blocks) * BLOCK_WIDTH), jnp.float32) for blocks in weights]
     return [*jax.ffi.ffi_call("jaxllama_multiply", outs)(x, *weights)]
 

@@ -1,1 +1,34 @@
-"""What each kind of device is and wants."""
+"""What each kind of device is and wants: one file for each, which `describe_platform` chooses from.
+
+A new kind is a file with a `describe`, an entry in `_KINDS` and, if plain JAX is not enough, a kernel in `attention/`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxllama.model.config import LlamaConfig
+from jaxllama.model.platforms import cpu, gpu, tpu
+from jaxllama.model.platforms.cpu import PLAIN
+from jaxllama.model.platforms.platform import Case, Platform
+from jaxllama.model.platforms.program import program
+
+__all__ = ["PLAIN", "Platform", "describe_platform", "program"]
+
+# JAX's names of platforms. Devices that are only described, for compilation ahead of time, have "cuda" or "rocm".
+_KINDS = {"cpu": cpu, "gpu": gpu, "cuda": gpu, "rocm": gpu, "tpu": tpu}
+
+
+def describe_platform(config: LlamaConfig, mesh: Mesh, *, dtype: Any, kv_dtype: Any = None) -> Platform:
+    """How `config`'s model runs on `mesh`, with products of `dtype` and a cache of `kv_dtype` (None: as `dtype`).
+
+    What concerns the weights does not depend on `kv_dtype`. Devices of a kind that is not known run plain JAX.
+    """
+    dtype = jnp.dtype(dtype)
+    kv_dtype = dtype if kv_dtype is None else jnp.dtype(kv_dtype)
+    case = Case(config, mesh, dtype.name, kv_dtype.name)
+    name = mesh.devices.flat[0].platform
+    return _KINDS[name].describe(case) if name in _KINDS else Platform(name, case.reference())

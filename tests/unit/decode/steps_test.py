@@ -15,9 +15,9 @@ from collector import Collector, held
 from jaxllama import EngineOptions, Llama, SamplingParams
 from jaxllama.decode.state import MAX_STEPS, insert, make_state, row_state, state_shapes, state_shardings
 from jaxllama.decode.steps import decode_steps, prefill
-from jaxllama.model.attention.reference import ReferenceAttention
 from jaxllama.model.cache import kv_pool_shapes
 from jaxllama.model.mesh import make_mesh
+from jaxllama.model.platforms import PLAIN
 
 pytestmark = pytest.mark.optimized
 
@@ -44,7 +44,7 @@ EDGES = (1, 2, 15, 16, 17, 31, 32, 33, 34, 127, 128, 129, 130, 511, 512, 513, 51
 
 def test_prompts_at_the_edges_of_the_default_chunks_agree_with_the_reference():
     options = EngineOptions(max_rows=2, max_context=700)
-    assert ReferenceAttention.chunk_sizes == (32, 128, 512)
+    assert PLAIN.chunk_sizes == (32, 128, 512)
     with tiny.make_llama(options=options) as llama:
         prompts = [prompt(length, seed=length) for length in EDGES]
         for ids, completion in zip(prompts, llama.generate(prompts, GREEDY), strict=True):

@@ -16,7 +16,7 @@ from collector import Collector, assert_idle, held
 
 import jaxllama
 from jaxllama import EngineOptions, Llama, SamplingParams, make_mesh
-from jaxllama.decode.steps import copy_out, programs_agree
+from jaxllama.decode.steps import copy_out
 from jaxllama.engine.device import Device
 from jaxllama.model import native
 from jaxllama.weights.checkpoint import Checkpoint
@@ -171,7 +171,7 @@ def test_a_request_s_bits_are_its_own(name, dtype, kv_dtype, monkeypatch):
         options = dataclasses.replace(options, kv_dtype=kv_dtype)
         models.append(make_model(name, dtype, options))
     with models[0], models[1]:
-        assert programs_agree(models[0].mesh, models[0].params) == (dtype == "bfloat16")
+        assert models[0].engine.platform.programs_agree == (dtype == "bfloat16")
         assert_all_mixtures_agree(models[0], models[1], requests, monkeypatch)
 
 
@@ -189,7 +189,7 @@ def test_the_default_model_s_bits_are_the_request_s_own(monkeypatch):
     mesh = make_mesh(Checkpoint.open(MODEL).config, tp=1)
     with jaxllama.load(MODEL, mesh, options=options) as model, jaxllama.load(MODEL, mesh, options=few) as small:
         model.engine.warm_up()
-        assert programs_agree(model.mesh, model.params)
+        assert model.engine.platform.programs_agree
         requests = varied_requests(model.config.vocab_size, 200)
         assert_all_mixtures_agree(model, small, requests, monkeypatch)
 
@@ -202,7 +202,7 @@ def bfloat16(request: pytest.FixtureRequest) -> Iterator[Llama]:
     options = dataclasses.replace(TINY, max_rows=4, num_pages=200, chunk_sizes=(8, 32, 96))
     name, tp = request.param
     with make_model(name, "bfloat16", options, tp=tp) as llama:
-        assert programs_agree(llama.mesh, llama.params)
+        assert llama.engine.platform.programs_agree
         yield llama
 
 

@@ -13,7 +13,7 @@ from collector import TIMEOUT_S, Collector, held, run
 
 from jaxllama import EngineOptions, Llama, SamplingParams, TokenOutput
 from jaxllama.engine.device import Device
-from jaxllama.model.attention.reference import ReferenceAttention
+from jaxllama.model.platforms import PLAIN
 
 NAME = "divisible"
 type Calls = list[tuple[str, int]]
@@ -58,7 +58,7 @@ def far() -> Iterator[Llama]:
     """One cheap layer of 20,000 positions, with the chunks of a CPU."""
     options = EngineOptions(max_rows=2, max_context=8192, dispatch_s=1e-6)
     with tiny.make_llama("far", options=options) as llama:
-        assert llama.engine.chunk_sizes == ReferenceAttention.chunk_sizes
+        assert llama.engine.chunk_sizes == PLAIN.chunk_sizes
         yield llama
 
 

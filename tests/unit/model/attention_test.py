@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from attention_cases import CASES, Case, Inputs, exact, make_inputs, poisoned
 
-from jaxllama.decode.steps import COMPILER_OPTIONS
 from jaxllama.model.attention.reference import ReferenceAttention, paged_attention
 from jaxllama.model.cache import KVPool
+from jaxllama.model.platforms import PLAIN
 
 pytestmark = pytest.mark.optimized
 
@@ -70,7 +70,7 @@ def test_one_of_two_rows_attends_alone_with_the_same_bits(dtype):
     rng = np.random.default_rng(1)
     kv = jnp.asarray(rng.standard_normal((2, 6, 64)), dtype)
     pool, q = KVPool(jnp.asarray(x.pool, dtype), None), jnp.asarray(x.q[:, 0], dtype)
-    decode = jax.jit(ReferenceAttention().decode, compiler_options=COMPILER_OPTIONS)
+    decode = jax.jit(ReferenceAttention().decode, compiler_options=dict(PLAIN.compiler_options))
 
     def outputs(*active: bool) -> np.ndarray:
         return np.asarray(decode(q, kv, pool, x.table, x.positions[:, 0], jnp.asarray(active))[0], np.float32)
@@ -112,13 +112,13 @@ def test_bfloat16_sums_in_float32():
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
 def test_bfloat16_chunks_and_single_queries_of_long_rows_agree_in_every_bit(kv_dtype):
-    """The prefix cache rests on it on CPUs (`decode.programs_agree`): chunks of any size at any start, and one query at
+    """The prefix cache rests on it (`Platform.programs_agree`): chunks of any size at any start, and one query at
     a time among any number of rows, each of which walks the blocks in another way. Sizes of SmolLM2-135M."""
     case = Case(9, 3, 64, 16, (2100,), tokens=1024)
     x = make_int8_inputs(case) if kv_dtype == "int8" else make_inputs(case, rounded=True)
     pages = jnp.asarray(x.pool, kv_dtype)
     pool = KVPool(pages.swapaxes(1, 2), x.scales.swapaxes(1, 2)) if x.scales is not None else KVPool(pages, None)
-    compiled = jax.jit(paged_attention, compiler_options=COMPILER_OPTIONS)
+    compiled = jax.jit(paged_attention, compiler_options=dict(PLAIN.compiler_options))
 
     def run_as(rows: int, tokens: int, at: int) -> np.ndarray:
         """Queries `at … at + rows × tokens` as so many rows of so many tokens."""

@@ -13,13 +13,14 @@ import tiny
 from jaxllama import EngineOptions, Llama, SamplingParams
 from jaxllama.errors import ConfigError, NonFiniteLogitsError
 from jaxllama.model import native
-from jaxllama.model.attention import ReferenceAttention, ShardedAttention, choose_attention
+from jaxllama.model.attention import ReferenceAttention
 from jaxllama.model.attention.tpu import TpuAttention
 from jaxllama.model.attention.tpu_int8 import Int8TpuAttention
 from jaxllama.model.cache import KVPool
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.int8 import quantize_rows
 from jaxllama.model.mesh import make_mesh
+from jaxllama.model.platforms import describe_platform, tpu
 
 pytestmark = pytest.mark.optimized
 
@@ -186,7 +187,7 @@ def test_what_the_kernels_cannot_do_is_refused_or_left_to_the_reference(monkeypa
         kernel.validate(page_size=128, num_rows=64, table_width=4096)
     kernel.validate(page_size=128, num_rows=64, table_width=2048)
     monkeypatch.setattr(native, "is_available", lambda: False)
-    assert choose_attention(config, make_mesh(config, tp=1), jnp.bfloat16, jnp.bfloat16).kernel == ReferenceAttention()
+    assert describe_platform(config, make_mesh(config, tp=1), dtype=jnp.bfloat16).kernel == ReferenceAttention()
 
 
 @pytest.mark.slow
@@ -212,8 +213,8 @@ def test_an_engine_on_the_kernels_generates_and_a_failed_row_poisons_nobody(kv_d
     bad = next(token_id for token_id in range(config.vocab_size) if token_id not in seen)
     weights["model.embed_tokens.weight"][bad] = np.nan
     kernel = (TpuAttention if kv_dtype is None else Int8TpuAttention)(config.num_layers, interpret=True)
-    sharded = ShardedAttention(kernel, mesh)
-    monkeypatch.setattr("jaxllama.engine.engine.choose_attention", lambda *_: sharded)
+    platform = tpu.with_kernel(kernel, mesh)
+    monkeypatch.setattr("jaxllama.engine.engine.describe_platform", lambda *_, **__: platform)
     with Llama(config, tiny.make_params(config, weights, mesh, jnp.bfloat16), mesh, options=options) as model:
         assert outputs(model) == want
         with pytest.raises(NonFiniteLogitsError):

@@ -16,13 +16,14 @@ from attention_cases import Case, Inputs, exact, make_inputs, poisoned
 
 import jaxllama
 from jaxllama import Checkpoint, EngineOptions, Llama, make_mesh
-from jaxllama.model import native
-from jaxllama.model.attention import ReferenceAttention, choose_attention
+from jaxllama.model import linear, native
+from jaxllama.model.attention import ReferenceAttention
 from jaxllama.model.attention.cpu import CpuAttention
 from jaxllama.model.mesh import param_shardings
-from jaxllama.model.packed import pack_weights, packed_rows, unpack
 from jaxllama.model.params import PackedWeight, Params, get_param, param_specs
+from jaxllama.model.platforms import describe_platform
 from jaxllama.weights.checkpoint import restore_params
+from jaxllama.weights.forms import fit, pack, unpack
 from jaxllama.weights.loading import load_params
 
 pytestmark = pytest.mark.optimized
@@ -33,7 +34,7 @@ bfloat16 = jnp.bfloat16
 
 
 def packed(weight: jax.Array) -> PackedWeight:
-    blocks = pack_weights({"norm": weight[0], "layers": [], "weight": weight})["weight"]
+    blocks = pack({"layers": [], "weight": weight})["weight"]
     assert isinstance(blocks, PackedWeight)
     return blocks
 
@@ -93,21 +94,23 @@ def test_packing_is_undone_and_rows_are_found():
     blocks = packed(jnp.array(weight))
     np.testing.assert_array_equal(unpack(blocks), weight)
     ids = jnp.array([[0, 63], [64, 127]])
-    np.testing.assert_array_equal(packed_rows(blocks, ids), weight[ids])
+    np.testing.assert_array_equal(linear.rows(blocks, ids), weight[ids])
 
 
 @needs_kernels
 def test_what_cannot_be_packed_stays():
     shapes = {"odd_inputs": (64, 7), "odd_outputs": (65, 8), "bias": (64,)}
     weights = {name: jnp.ones(shape, bfloat16) for name, shape in shapes.items()}
-    params = pack_weights({"norm": jnp.ones(64, bfloat16), "layers": [dict(weights)], **weights})
+    params = pack({"layers": [dict(weights)], **weights})
     for kept in (params, *params["layers"]):
         assert {name: kept[name].shape for name in shapes} == shapes
-    float32 = pack_weights({"norm": jnp.ones(64), "layers": [], "weight": jnp.ones((64, 8))})
-    assert isinstance(float32["weight"], jax.Array)
-    mesh = make_mesh(tiny.config_of("divisible"), tp=2)
-    on_two = tiny.make_params(tiny.config_of("divisible"), tiny.weights_of("divisible"), mesh, bfloat16)
-    assert not any(isinstance(leaf, PackedWeight) for leaf in pack_weights(on_two)["layers"][0].values())
+    config = tiny.config_of("divisible")
+    mesh, two = make_mesh(config, tp=1), make_mesh(config, tp=2)
+    assert describe_platform(config, mesh, dtype=bfloat16).packs_weights
+    for on, dtype in ((mesh, jnp.float32), (two, bfloat16)):
+        platform = describe_platform(config, on, dtype=dtype)
+        kept = fit({"layers": [], "weight": jnp.ones((64, 8))}, platform)
+        assert isinstance(kept["weight"], jax.Array)
 
 
 # ---- Attention ----
@@ -163,7 +166,7 @@ def test_a_query_s_bits_do_not_depend_on_the_others():
 
 @needs_kernels
 def test_chunks_and_single_queries_agree_in_every_bit():
-    """The prefix cache rests on it (`decode.programs_agree`)."""
+    """The prefix cache rests on it (`Platform.programs_agree`)."""
     x = make_inputs(Case(9, 3, 64, 16, (2100,), tokens=1024), rounded=True)
 
     def run_as(rows: int, tokens: int, at: int) -> np.ndarray:
@@ -215,13 +218,13 @@ def test_a_position_without_a_page_is_an_error(position):
 def test_attention_is_chosen_where_it_runs():
     config = tiny.config_of("smollm2_like")
     mesh, two = make_mesh(config, tp=1), make_mesh(config, tp=1, data=2)
-    assert choose_attention(config, mesh, bfloat16, bfloat16).kernel == CpuAttention()
+    assert describe_platform(config, mesh, dtype=bfloat16).kernel == CpuAttention()
     for other in (
-        choose_attention(config, mesh, jnp.float32, bfloat16),
-        choose_attention(config, mesh, bfloat16, jnp.float32),
-        choose_attention(config, mesh, jnp.int8, bfloat16),
-        choose_attention(config, two, bfloat16, bfloat16),
-        choose_attention(tiny.config_of("divisible"), mesh, bfloat16, bfloat16),
+        describe_platform(config, mesh, dtype=bfloat16, kv_dtype=jnp.float32),
+        describe_platform(config, mesh, dtype=jnp.float32, kv_dtype=bfloat16),
+        describe_platform(config, mesh, dtype=bfloat16, kv_dtype=jnp.int8),
+        describe_platform(config, two, dtype=bfloat16),
+        describe_platform(tiny.config_of("divisible"), mesh, dtype=bfloat16),
     ):
         assert type(other.kernel) is ReferenceAttention
 

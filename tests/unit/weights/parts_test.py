@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import SingleDeviceSharding
 
 import jaxllama.llama
 from jaxllama import make_mesh
 from jaxllama.model.params import Params, QuantizedWeight, get_param, param_specs, stored_specs
+from jaxllama.model.platforms import describe_platform, tpu
 from jaxllama.weights.checkpoint import Checkpoint
+from jaxllama.weights.forms import get_whole
 from jaxllama.weights.loading import load_params
-from jaxllama.weights.parts import get_whole, num_ffn_parts, split_ffn, suitable_num_parts
+from jaxllama.weights.parts import num_ffn_parts, split_ffn, suitable_num_parts
 
 # Biases everywhere, ffn 72: eight devices hold 9 of it each.
 CONFIG = tiny.config_of("divisible", mlp_bias=True)
@@ -73,18 +73,18 @@ def test_a_model_in_parts_computes_the_same(quantize):
     ],
 )
 def test_parts_are_small_enough_and_fill_lanes(width, num_bytes, num_parts):
-    assert suitable_num_parts(width, num_bytes) == num_parts
+    assert suitable_num_parts(width, num_bytes, tpu.MAX_PART_BYTES) == num_parts
 
 
 def test_only_tpus_get_parts(tmp_path, monkeypatch):
-    assert num_ffn_parts(make_params(2, None)) == 1
-    assert num_ffn_parts(jax.device_put(make_params(1, None), SingleDeviceSharding(jax.devices()[0]))) == 1
+    assert num_ffn_parts(make_params(2, None), None) == 1
+    assert describe_platform(CONFIG, make_mesh(CONFIG, tp=2), dtype=jnp.float32).max_part_bytes is None
     checkpoint = Checkpoint.open(tiny.write_checkpoint(tmp_path / "model", "divisible"))
     mesh = make_mesh(checkpoint.config, tp=2)
     for quantize in (None, "int8"):
         assert "ffn_parts" not in load_params(checkpoint, mesh, jnp.float32, quantize)["layers"][0]
     # What a TPU would get, when it would want two.
-    monkeypatch.setattr("jaxllama.weights.loading.num_ffn_parts", lambda _: 2)
+    monkeypatch.setattr("jaxllama.weights.forms.num_ffn_parts", lambda *_: 2)
     for quantize in (None, "int8"):
         params: Any = load_params(checkpoint, mesh, jnp.float32, quantize)
         assert [len(layer["ffn_parts"]) for layer in params["layers"]] == [2] * checkpoint.config.num_layers

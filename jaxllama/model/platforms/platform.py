@@ -1,0 +1,79 @@
+"""What a model and the engine are told about the devices they run on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jax.sharding import Mesh
+
+from jaxllama.model.attention import Attention, ReferenceAttention, ShardedAttention
+from jaxllama.model.config import LlamaConfig
+
+type CompilerOptions = tuple[tuple[str, str | bool | int], ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a description depends on: the model, its devices, and the dtypes of what enters a product and of the cache.
+
+    The dtypes are names such as "bfloat16".
+    """
+
+    config: LlamaConfig
+    mesh: Mesh
+    dtype: str
+    kv_dtype: str
+
+    def reference(self) -> ShardedAttention:
+        """Attention in plain JAX, on these devices."""
+        return ShardedAttention(ReferenceAttention(), self.mesh if self.mesh.size > 1 else None)
+
+
+@dataclass(frozen=True)
+class Platform:
+    """How one model runs on its devices. Hashable: it is static under `jax.jit`. The defaults suit plain JAX.
+
+    The programs:
+    `attention` is the kernel, on the mesh. `keeps_float32`: between matrix products values are float32, else they are
+    rounded to the weights' dtype. `layers_per_loop`: layers run in groups of so many, each in a loop of one round,
+    because a compiler may plan its copies well for a few layers and badly for 80; None: all in one piece.
+    `compiler_options` are XLA's, for every program that runs the layers.
+
+    The weights:
+    `packs_weights`: bfloat16 matrices are reordered for `native.multiply`. `max_part_bytes`: feed-forward matrices are
+    kept in parts of at most so many bytes on a device; None: whole.
+
+    The engine:
+    `page_size` and `chunk_sizes`, in tokens, are what the kernel works best with. `needs_clean_pages`: pages that may
+    hold a failed row's NaN are cleared before another row is given them, because the kernel reads past a row's end.
+    `has_row_buckets`: decode programs are made for fewer rows too, which presumes that a row's bits are the same in
+    each. `programs_agree`: all programs write the same bits for a token, `prefill` of any size from any page and
+    `decode_steps` alike.
+    """
+
+    name: str
+    attention: ShardedAttention
+    keeps_float32: bool = True
+    layers_per_loop: int | None = None
+    compiler_options: CompilerOptions = ()
+    packs_weights: bool = False
+    max_part_bytes: int | None = None
+    page_size: int = 16
+    chunk_sizes: tuple[int, ...] = (32, 128, 512)
+    needs_clean_pages: bool = False
+    has_row_buckets: bool = False
+    programs_agree: bool = False
+
+    @property
+    def kernel(self) -> Attention:
+        """Attention on one device."""
+        return self.attention.kernel
+
+    @property
+    def num_shards(self) -> int:
+        """Into how many parts rows and pages are split."""
+        return self.attention.num_shards
+
+    def row_buckets(self, num_rows: int) -> tuple[int, ...]:
+        """Numbers of rows to make decode programs for, ascending: few rows should not pay for many."""
+        return tuple(sorted({2, max(2, num_rows // 4), num_rows})) if self.has_row_buckets else (num_rows,)

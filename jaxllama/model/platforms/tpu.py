@@ -1,0 +1,38 @@
+"""TPUs: Pallas kernels for a cache in bfloat16 or int8 and heads of a multiple of 128; plain JAX otherwise."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+
+from jaxllama.model.attention import ShardedAttention
+from jaxllama.model.attention.tpu import TpuAttention
+from jaxllama.model.attention.tpu_int8 import Int8TpuAttention
+from jaxllama.model.platforms.platform import Case, Platform
+
+PAGE_SIZE = 128
+CHUNK_SIZES = (128, 512, 2048)
+MAX_PART_BYTES = 32 * 2**20
+"""Of a matrix that the compiler prefetches whole into VMEM, 128 MiB on most TPUs (`weights/parts.py`)."""
+
+
+def describe(case: Case) -> Platform:
+    """What the compiled 70B was measured to want (bench/LOG.md)."""
+    kernel = {"bfloat16": TpuAttention, "int8": Int8TpuAttention}.get(case.kv_dtype)
+    if kernel is None or case.config.head_dim % 128:
+        return Platform("tpu", case.reference(), max_part_bytes=MAX_PART_BYTES)
+    return with_kernel(kernel(case.config.num_layers), case.mesh)
+
+
+def with_kernel(kernel: TpuAttention, mesh: Mesh) -> Platform:
+    """A TPU whose attention is `kernel`."""
+    return Platform(
+        "tpu",
+        ShardedAttention(kernel, mesh),
+        keeps_float32=False,
+        layers_per_loop=20,
+        max_part_bytes=MAX_PART_BYTES,
+        page_size=PAGE_SIZE,
+        chunk_sizes=CHUNK_SIZES,
+        # The int8 kernel never uses what lies past a row's end; the other multiplies it with 0.
+        needs_clean_pages=not isinstance(kernel, Int8TpuAttention),
+    )
