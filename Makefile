@@ -10,7 +10,7 @@ ORACLE := .oracle-venv
 ORACLE_PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 
-.PHONY: serve test test-slow lint format bench oracle notebook clean
+.PHONY: serve test test-slow test-clients lint format bench oracle notebook clean
 
 serve: $(VENV)/.serve $(MODEL)/manifest.json  ## Serve the default model on http://localhost:$(PORT)
 	$(BIN)/jaxllama serve $(MODEL) --port $(PORT) --served-model-name default HuggingFaceTB/SmolLM2-135M-Instruct
@@ -20,6 +20,9 @@ test: $(VENV)/.dev $(MODEL)/manifest.json  ## Everything that takes minutes, not
 
 test-slow: $(VENV)/.dev $(MODEL)/manifest.json
 	$(BIN)/pytest -m slow
+
+test-clients: $(VENV)/.dev $(MODEL)/manifest.json  ## Outside programs against our server; installs each, about 40 minutes
+	$(BIN)/python tests/clients/run.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
