@@ -51,7 +51,7 @@ class ServerConfig:
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
     write_timeout_s: float = 30.0
-    idle_timeout_s: float = 75.0
+    idle_timeout_s: float = 55.0
     request_timeout_s: float | None = None
     sse_keepalive_s: float = 15.0
     drain_timeout_s: float = 30.0

@@ -16,6 +16,7 @@ from jaxllama_serving.http.chat_page import add_page
 from jaxllama_serving.http.connection import SECURITY_HEADERS, error_response, new_request_id
 from jaxllama_serving.http.context import CONTEXT, IGNORED_HEADER, RequestContext
 from jaxllama_serving.http.events import to_json
+from jaxllama_serving.http.framing import check_transfer_encoding
 from jaxllama_serving.http.openapi import make_openapi
 from jaxllama_serving.http.routes import ROUTES, Handler
 from jaxllama_serving.http.status import OPENAPI
@@ -100,6 +101,7 @@ async def _respond(request: web.Request, handler: Handler) -> web.StreamResponse
     if _is_preflight(request):
         return web.Response(status=204)
     try:
+        check_transfer_encoding(request)
         return await handler(request)
     except ApiError as error:
         return error_response(error, request_id)

@@ -12,6 +12,7 @@ from typing import Any, cast
 from aiohttp import web
 
 from jaxllama_serving.config import ServerConfig, ServerConfigError
+from jaxllama_serving.http.framing import FramingMeter
 from jaxllama_serving.protocol.errors import ApiError, from_http_status, invalid, unavailable
 
 logger = logging.getLogger("jaxllama.serving")
@@ -46,6 +47,7 @@ class Connection(web.RequestHandler):
         self._server = server
         self._config = config
         self._head_deadline: asyncio.TimerHandle | None = None
+        self.framing = FramingMeter()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if len(self._server.connections) >= self._config.max_connections:
@@ -61,8 +63,11 @@ class Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         before = self._request_count
+        self.framing.before()
         super().data_received(data)
-        if self._request_count > before:
+        num_new = self._request_count - before
+        self.framing.after(len(data), list(self._messages)[len(self._messages) - num_new :])
+        if num_new:
             self._stop_deadline()
         elif self._head_deadline is None and self._waiter is not None and data:
             # Idle (aiohttp sleeps on a waiter between requests), and no head is complete: these bytes begin one.

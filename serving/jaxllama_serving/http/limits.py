@@ -1,12 +1,14 @@
-"""Bounds on what a client may send and how slowly: the body here, the connection and the head in `wire`."""
+"""Bounds on the body that a client sends; those on its framing, the head and the connection lie beside this."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import cast
 
 from aiohttp import web
 
 from jaxllama_serving.config import ServerConfig
+from jaxllama_serving.http.connection import Connection
 from jaxllama_serving.protocol.errors import ApiError
 
 MAX_BODY_CHUNKS = 10_000
@@ -26,16 +28,22 @@ async def read_json_body(request: web.Request, config: ServerConfig) -> bytes:
         # All such requests share one stream of aiohttp's, whose chunks never end for the second of them.
         return b""
     body, chunks = bytearray(), 0
+    framing = cast(Connection, request.protocol).framing
     try:
-        async with asyncio.timeout(config.body_timeout_s):
-            async for data, _ in request.content.iter_chunks():
-                body += data
-                chunks += 1
-                if len(body) > config.max_body_bytes:
-                    raise _too_large(f"The body has more than {config.max_body_bytes} bytes.")
-                if chunks > MAX_BODY_CHUNKS:
-                    raise _too_large(f"The body comes in more than {MAX_BODY_CHUNKS} chunks. Send larger ones.")
+        async with asyncio.timeout(config.body_timeout_s) as deadline:
+            with framing.watching(request.content, deadline):
+                framing.check(request.content)
+                async for data, _ in request.content.iter_chunks():
+                    body += data
+                    chunks += 1
+                    framing.check(request.content)
+                    if len(body) > config.max_body_bytes:
+                        raise _too_large(f"The body has more than {config.max_body_bytes} bytes.")
+                    if chunks > MAX_BODY_CHUNKS:
+                        raise _too_large(f"The body comes in more than {MAX_BODY_CHUNKS} chunks. Send larger ones.")
+        framing.check(request.content)
     except TimeoutError:
+        framing.check(request.content)
         raise _close(ApiError(408, f"The body took longer than {config.body_timeout_s:g} s.", "timeout")) from None
     except (ApiError, ConnectionError):
         raise

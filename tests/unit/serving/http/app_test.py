@@ -89,12 +89,12 @@ BAD_REQUESTS = {
         "temperature",
         None,
     ),
-    "unknown field": (
-        json_post(json.dumps(body(foo=1)).encode()),
+    "an echo": (
+        json_post(json.dumps(body(echo=True)).encode()),
         400,
         "invalid_request_error",
-        "foo",
-        "unknown_parameter",
+        "echo",
+        "unsupported_parameter",
     ),
     "not yet": (
         json_post(json.dumps(body(chat_template="x")).encode()),
