@@ -43,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_application(commands, "convert", "turn a Hugging Face or GGUF checkpoint into a jaxllama checkpoint")
     serve = _add_application(commands, "serve", "serve a checkpoint over OpenAI's chat API, with a chat page")
     batch = _add_application(commands, "batch", "answer a file of requests, one JSON object a line")
+    chat = _add_application(commands, "chat", "chat in the terminal, with a checkpoint or with a server")
+    _add_application(commands, "bench", "measure any server with OpenAI's API under load")
     generate = commands.add_parser("generate", help="complete a prompt", description="Completes a prompt.")
     _add_generate(generate)
     plan = commands.add_parser(
@@ -51,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Compiles the real programs for a TPU slice, on any machine, and says what fits and how fast.",
     )
     plan_cli.add_arguments(plan)
-    for command in (serve, batch, generate):
+    for command in (serve, batch, chat, generate):
         command.add_argument(
             "--compilation-cache",
             metavar="DIR",
@@ -67,6 +69,8 @@ def _add_application(commands: argparse._SubParsersAction, name: str, text: str)
         "convert": "jaxllama_convert.cli",
         "serve": "jaxllama_serving.cli",
         "batch": "jaxllama_serving.batch.cli",
+        "chat": "jaxllama_serving.client.chat_cli",
+        "bench": "jaxllama_serving.client.bench_cli",
     }[name]
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     try:
@@ -75,7 +79,7 @@ def _add_application(commands: argparse._SubParsersAction, name: str, text: str)
         missing = error.name or module
 
         def refuse(_: argparse.Namespace) -> int:
-            raise MissingExtraError(name, missing)
+            raise MissingExtraError("convert" if name == "convert" else "serve", missing)
 
         parser.add_argument("arguments", nargs="*")
         parser.set_defaults(run=refuse)

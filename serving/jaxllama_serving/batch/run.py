@@ -6,12 +6,9 @@ So a line's answer is what the same body gets over HTTP: the same checks, defaul
 from __future__ import annotations
 
 import asyncio
-import socket
-import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -19,9 +16,8 @@ import aiohttp
 from jaxllama.errors import EngineStoppedError
 from jaxllama_serving.batch.files import InputFile, Line, LineError, OutputFile
 from jaxllama_serving.config import ServerConfig
-from jaxllama_serving.http.app import make_app
-from jaxllama_serving.http.connection import BACKLOG, Listener
 from jaxllama_serving.http.events import to_json
+from jaxllama_serving.http.inside import inside_session
 
 if TYPE_CHECKING:
     from jaxllama import Llama
@@ -62,7 +58,7 @@ async def answer_batch(
                 counts.errors += _has_failed(answer)
                 advance(items=1, tokens=_num_tokens(answer))
 
-    async with _session(llama, config) as session, _raising_one(), asyncio.TaskGroup() as writers:
+    async with inside_session(llama, config) as session, _raising_one(), asyncio.TaskGroup() as writers:
         writers.create_task(write())
         async with asyncio.TaskGroup() as workers:
             for _ in range(num_at_once):
@@ -96,25 +92,6 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
             yield from _leaves(inner)
     else:
         yield error
-
-
-@asynccontextmanager
-async def _session(llama: Llama, config: ServerConfig) -> AsyncIterator[aiohttp.ClientSession]:
-    """A client of the server's application, which listens in a folder that this user alone can enter."""
-    app = make_app(llama, config)
-    listener = Listener(app, config)
-    with tempfile.TemporaryDirectory(prefix="jaxllama-") as folder, socket.socket(socket.AF_UNIX) as sock:
-        path = str(Path(folder) / "batch.sock")
-        sock.bind(path)
-        sock.listen(BACKLOG)
-        await listener.start(sock)
-        try:
-            timeout = aiohttp.ClientTimeout(total=None)
-            connector = aiohttp.UnixConnector(path, limit=0)
-            async with aiohttp.ClientSession("http://batch", connector=connector, timeout=timeout) as session:
-                yield session
-        finally:
-            await listener.close()
 
 
 async def _answer(session: aiohttp.ClientSession, llama: Llama, source: InputFile, line: Line) -> dict[str, Any]:

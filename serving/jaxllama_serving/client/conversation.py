@@ -41,7 +41,7 @@ class Conversation:
 
     def answer(self, content: str, reasoning: str) -> None:
         """Adds the model's answer."""
-        self.messages.append({"role": "assistant", "content": content, **({"reasoning": reasoning} if reasoning else {})})
+        self.messages.append(_with_reasoning({"role": "assistant", "content": content}, reasoning))
 
     @property
     def reasoning(self) -> str:
@@ -110,4 +110,8 @@ def _message(value: Any) -> dict[str, Any]:
     role, content = value["role"], value["content"]
     if role not in ("user", "assistant") or not isinstance(content, str):
         raise TypeError
-    return {"role": role, "content": content, **({"reasoning": str(value["reasoning"])} if "reasoning" in value else {})}
+    return _with_reasoning({"role": role, "content": content}, str(value.get("reasoning", "")))
+
+
+def _with_reasoning(message: dict[str, Any], reasoning: str) -> dict[str, Any]:
+    return {**message, "reasoning": reasoning} if reasoning else message

@@ -32,7 +32,7 @@ class Load:
 
 @dataclass
 class Outcome:
-    """One request as the client saw it. Times are `time.perf_counter()`'s; `token_times` has one for each chunk of text.
+    """One request as the client saw it. Times are `time.perf_counter()`'s, of `token_times` one a chunk of text.
 
     `num_output_tokens` is the server's count, or else the number of chunks; `error` is set if it failed.
     """
@@ -101,9 +101,7 @@ async def run_load(
     return outcomes
 
 
-async def _request(
-    endpoint: Endpoint, session: aiohttp.ClientSession, model: str, task: Task, load: Load
-) -> Outcome:
+async def _request(endpoint: Endpoint, session: aiohttp.ClientSession, model: str, task: Task, load: Load) -> Outcome:
     body = {
         "model": model,
         "messages": list(task.messages),

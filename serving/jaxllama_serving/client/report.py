@@ -153,9 +153,9 @@ class Report:
         over_time.set(xlabel="s", ylabel="output tokens/s")
         over_time.set_ylim(bottom=0)
         over_time.grid(alpha=0.3)
-        values = self.as_dict()
+        totals = self.as_dict()
         figure.suptitle(
-            f"{self.model}: {values['completed']} requests, {values['output_throughput']:,.0f} output tokens/s"
+            f"{self.model}: {totals['completed']} requests, {totals['output_throughput']:,.0f} output tokens/s"
         )
         figure.savefig(path, dpi=120)
 

@@ -82,7 +82,9 @@ class AnswerView:
         text = "".join(self._reasoning).strip()
         if self._fold:
             seconds = time.monotonic() - self._started
-            self._live.console.print(Text(f"thought for {seconds:.1f} s, {len(text.split())} words (/think shows it)", "dim"))
+            self._live.console.print(
+                Text(f"thought for {seconds:.1f} s, {len(text.split())} words (/think shows it)", "dim")
+            )
         else:
             self._live.console.print(Text(text, "dim italic"))
 
@@ -115,7 +117,7 @@ def split_blocks(text: str) -> tuple[str, str]:
             fence = marker
         at += len(line)
         following = lines[index + 1] if index + 1 < len(lines) else ""
-        is_list = following.lstrip()[:1] in ("-", "*", "+") or following.lstrip()[:1].isdigit() or following[:1] in " \t"
-        if not fence and not stripped and following.strip() and not is_list:
+        may_join = following[:1].isspace() or following[:1].isdigit() or following[:1] in ("-", "*", "+")
+        if not fence and not stripped and following.strip() and not may_join:
             cut = at
     return text[:cut], text[cut:]

@@ -12,13 +12,14 @@ from typing import Any
 from jaxllama.errors import JaxLlamaError
 
 # Common English words are one token each in nearly every vocabulary, with the space before them.
-_WORDS = (
-    "the of and to in is that for it was on with as are be this by at from have not they which one you had were all "
-    "her she there would their we him been has when who will no more if out so said what up its about than into them "
-    "can only other time new some could these two may first then do any like my now over such our man me even most "
-    "made after also did many before must through years where much your way down should because long each just state "
-    "people those too mr how little good world make very year still see own work men day get here between both life"
-).split()
+_TEXT = """
+the of and to in is that for it was on with as are be this by at from have not they which one you had were all her
+she there would their we him been has when who will no more if out so said what up its about than into them can
+only other time new some could these two may first then do any like my now over such our man me even most made
+after also did many before must through years where much your way down should because long each just state people
+those too mr how little good world make very year still see own work men day get here between both life
+"""
+_WORDS = tuple(_TEXT.split())
 
 
 class WorkloadError(JaxLlamaError):
