@@ -67,7 +67,7 @@ def _add_application(commands: argparse._SubParsersAction, name: str, text: str)
     """A command that lives in its own package, `jaxllama_convert` or `jaxllama_serving`."""
     module = {
         "convert": "jaxllama_convert.cli",
-        "serve": "jaxllama_serving.cli",
+        "serve": "jaxllama_serving.process.cli",
         "batch": "jaxllama_serving.batch.cli",
         "chat": "jaxllama_serving.client.chat_cli",
         "bench": "jaxllama_serving.client.bench_cli",

@@ -70,7 +70,7 @@ CORNERS = {
     "sentencepiece": ("jaxllama.text",),
     "llguidance": ("jaxllama.text",),
     "jinja2": ("jaxllama.text",),
-    "matplotlib": ("jaxllama.plan.plot",),
+    "matplotlib": ("jaxllama.plan.plot", "jaxllama_serving.client.report"),
     "flax": ("jaxllama.model.forward",),
 }
 WITHOUT_JAX = (

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError
-from jaxllama_serving.cli import add_behaviour, add_model, behaviour, load_model
 from jaxllama_serving.config import ServerConfig
+from jaxllama_serving.process.cli import add_behaviour, add_model, behaviour, load_model
 
 if TYPE_CHECKING:
     from jaxllama import Llama
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     try:
         from jaxllama_serving.batch.files import BatchError, InputFile, OutputFile
-        from jaxllama_serving.server import check_model
+        from jaxllama_serving.process.server import check_model
     except ModuleNotFoundError as error:
         raise MissingExtraError("serve", error.name or "aiohttp") from None
     # The lines at work are bounded, so nothing in the server needs a bound that a batch could meet.

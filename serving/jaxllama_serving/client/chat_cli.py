@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllama.errors import MissingExtraError
-from jaxllama_serving.cli import add_behaviour, add_model, behaviour, load_model
 from jaxllama_serving.config import ServerConfig
+from jaxllama_serving.process.cli import add_behaviour, add_model, behaviour, load_model
 
 if TYPE_CHECKING:
     import aiohttp
@@ -89,7 +89,7 @@ async def _chat_with_server(args: argparse.Namespace) -> int:
 async def _chat_with_checkpoint(args: argparse.Namespace, llama: Any) -> int:
     from jaxllama_serving.client.api import Endpoint
     from jaxllama_serving.http.inside import inside_session
-    from jaxllama_serving.server import check_model
+    from jaxllama_serving.process.server import check_model
 
     config = ServerConfig(**behaviour(args))
     check_model(llama, config)

@@ -117,8 +117,12 @@ class Report:
         if self.bounds:
             bounds = ", ".join(f"{metric} {bound:g} ms" for metric, bound in self.bounds.items())
             lines.append(f"{values['request_goodput']:.2f} requests/s within {bounds}: {self.num_good}")
-        lines += ["", f"{'ms':<24}{'mean':>10}" + "".join(f"{f'p{p}':>10}" for p in PERCENTILES)]
-        for metric, name in METRICS.items():
+        lines += (
+            []
+            if not self.completed
+            else ["", f"{'ms':<24}{'mean':>10}" + "".join(f"{f'p{p}':>10}" for p in PERCENTILES)]
+        )
+        for metric, name in METRICS.items() if self.completed else ():
             row = [values[f"mean_{metric}_ms"], *(values[f"p{p}_{metric}_ms"] for p in PERCENTILES)]
             lines.append(f"{name:<24}" + "".join(f"{value:>10,.1f}" for value in row))
         lines += [f"failed {count} times: {error}" for error, count in self.errors.most_common(5)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from jaxllama_serving.cli import make_config
+from jaxllama_serving.process.cli import make_config
 from unit.deploy.files import (
     DOCKERFILE,
     READMES,

@@ -14,7 +14,7 @@ import pytest
 from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.http.app import make_app
 from jaxllama_serving.metrics import GAUGES
-from jaxllama_serving.server import CLOSE_TIMEOUT_S
+from jaxllama_serving.process.server import CLOSE_TIMEOUT_S
 from unit.deploy.files import MANIFESTS, command_of_container, documents, parse, pod_templates
 from unit.serving.live import run
 

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from jaxllama_serving.server import CLOSE_TIMEOUT_S
+from jaxllama_serving.process.server import CLOSE_TIMEOUT_S
 from unit.deploy.files import ROOT, UNIT, command_of_unit, parse
 
 # Source: systemd.unit(5), systemd.service(5), systemd.exec(5), systemd.kill(5). Those in use, and their neighbours.

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 from jaxllama_serving.config import ServerConfigError
-from jaxllama_serving.hosts import POD_PORT, Hosts, add_arguments, find_hosts
+from jaxllama_serving.process.hosts import POD_PORT, Hosts, add_arguments, find_hosts
 
 
 def find(*flags, environ=None, dev=None):

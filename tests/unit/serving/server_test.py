@@ -16,9 +16,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from jaxllama_serving import cli
 from jaxllama_serving.config import ServerConfig, ServerConfigError
 from jaxllama_serving.http.auth import read_keys
+from jaxllama_serving.process import cli
 
 TESTS = Path(__file__).parents[2]
 SERVER = f"""
@@ -26,7 +26,7 @@ import sys, threading, time
 sys.path.insert(0, {str(TESTS)!r})
 from unit.serving.fakes import FakeLlama
 from jaxllama_serving.config import ServerConfig
-from jaxllama_serving.server import serve
+from jaxllama_serving.process.server import serve
 def load():
     time.sleep(float(sys.argv[1]))
     llama = FakeLlama(["a"] * int(sys.argv[2]), delay_s=0.05)
@@ -249,7 +249,7 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path):
 
 def test_help_needs_no_http_library():
     code = "import sys; sys.modules['aiohttp'] = sys.modules['pydantic'] = None\n"
-    code += "import argparse; from jaxllama_serving import cli\n"
+    code += "import argparse; from jaxllama_serving.process import cli\n"
     code += "p = argparse.ArgumentParser(); cli.add_arguments(p); print(p.format_help())\n"
     code += "sys.exit(cli.run(p.parse_args(['ckpt'])))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

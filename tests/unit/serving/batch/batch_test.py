@@ -19,8 +19,8 @@ import pytest
 import tiny
 from jaxllama_serving.batch.files import BatchError, InputFile, OutputFile
 from jaxllama_serving.batch.run import Counts, answer_batch
-from jaxllama_serving.cli import add_behaviour, behaviour
 from jaxllama_serving.config import ServerConfig
+from jaxllama_serving.process.cli import add_behaviour, behaviour
 from unit.serving.fakes import FakeLlama
 from unit.serving.live import body, serving
 

@@ -103,7 +103,8 @@ def test_a_stream_that_goes_wrong_is_a_failed_request(sent, message):
 
 def test_events_are_read_however_they_are_cut():
     """Lines end in LF or CR LF, an event may have several data lines, comments and other fields are passed over."""
-    stream = ': hello\r\nevent: x\ndata: {"a":\ndata: "é\\n"}\n\n\n\ndata:{"b": 2}\r\n\r\ndata: [DONE]\n\ndata: late\n\n'.encode()
+    text = ': hello\r\nevent: x\ndata: {"a":\ndata: "é\\n"}\n\n\n\ndata:{"b": 2}\r\n\r\ndata: [DONE]\n\ndata: late\n\n'
+    stream = text.encode()
     cuts = sorted(random.Random(0).sample(range(1, len(stream)), 25))
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -145,7 +146,7 @@ def test_a_file_of_prompts_is_taken_in_turn(tmp_path):
     assert tasks[2].messages == ({"role": "system", "content": "s"},)
     for text in ("", "\n \n", '{"prompt": 1', '{"other": 1}', '{"messages": []}', '{"prompt": "a", "max_tokens": 0}'):
         path.write_text(text)
-        with pytest.raises(WorkloadError, match="prompts.jsonl"):
+        with pytest.raises(WorkloadError, match=r"prompts\.jsonl"):
             next(tasks_of_file(path, Lengths(1), 0))
 
 

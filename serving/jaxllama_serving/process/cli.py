@@ -20,13 +20,13 @@ from jaxllama.errors import (
     RequestError,
     TokenizerError,
 )
-from jaxllama_serving import hosts
 from jaxllama_serving.config import REASONING_FIELDS, TOOL_PARSERS, ServerConfig, ServerConfigError
+from jaxllama_serving.process import hosts
 
 if TYPE_CHECKING:
     from jaxllama import Llama
     from jaxllama.hosts.group import Group
-    from jaxllama_serving.hosts import Hosts
+    from jaxllama_serving.process.hosts import Hosts
 
 KEYS_VARIABLE = "JAXLLAMA_API_KEYS"
 BAD_INPUT = (ServerConfigError, CheckpointError, ConfigError, TokenizerError, RequestError, MissingExtraError)
@@ -221,7 +221,7 @@ def run(args: argparse.Namespace) -> int:
         if found is not None and found.process_id > 0:
             return _follow(args, found)
         try:
-            from jaxllama_serving.server import serve
+            from jaxllama_serving.process.server import serve
         except ModuleNotFoundError as error:
             raise MissingExtraError("serve", error.name or "aiohttp") from None
         return serve(config, lambda: _load(args, found), started=started)
