@@ -4,24 +4,26 @@
 >>> llama.generate("Once upon a time", jaxllama.SamplingParams(max_tokens=32)).text
 """
 
-from jaxllama.decode.params import SamplingParams
-from jaxllama.decode.scoring import PromptLogprob
-from jaxllama.engine.compilation import keep_weights_as_they_are as _keep_weights_as_they_are
-from jaxllama.engine.engine import Engine
-from jaxllama.engine.options import EngineOptions, EngineStats
-from jaxllama.engine.request import EngineRequest, TokenLogprob, TokenOutput
-from jaxllama.llama import Completion, CompletionDelta, Llama, load
-from jaxllama.model.config import LlamaConfig, RopeScaling
-from jaxllama.model.mesh import make_mesh
-from jaxllama.text.chat import ChatTemplate
-from jaxllama.text.encoding.tokenizer import Tokenizer
-from jaxllama.text.output import OutputAssembler
-from jaxllama.text.structured import Structured
-from jaxllama.weights.checkpoint import Checkpoint
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxllama.decode.params import SamplingParams
+    from jaxllama.decode.scoring import PromptLogprob
+    from jaxllama.engine.engine import Engine
+    from jaxllama.engine.options import EngineOptions, EngineStats
+    from jaxllama.engine.request import EngineRequest, TokenLogprob, TokenOutput
+    from jaxllama.llama import Completion, CompletionDelta, Llama, load
+    from jaxllama.model.config import LlamaConfig, RopeScaling
+    from jaxllama.model.mesh import make_mesh
+    from jaxllama.text.chat import ChatTemplate
+    from jaxllama.text.encoding.tokenizer import Tokenizer
+    from jaxllama.text.output import OutputAssembler
+    from jaxllama.text.structured import Structured
+    from jaxllama.weights.checkpoint import Checkpoint
 
 __version__ = "0.1.0"
-
-_keep_weights_as_they_are()
 
 __all__ = [
     "ChatTemplate",
@@ -45,3 +47,33 @@ __all__ = [
     "load",
     "make_mesh",
 ]
+_MODULES = {
+    "decode.params": ("SamplingParams",),
+    "decode.scoring": ("PromptLogprob",),
+    "engine.engine": ("Engine",),
+    "engine.options": ("EngineOptions", "EngineStats"),
+    "engine.request": ("EngineRequest", "TokenLogprob", "TokenOutput"),
+    "llama": ("Completion", "CompletionDelta", "Llama", "load"),
+    "model.config": ("LlamaConfig", "RopeScaling"),
+    "model.mesh": ("make_mesh",),
+    "text.chat": ("ChatTemplate",),
+    "text.encoding.tokenizer": ("Tokenizer",),
+    "text.output": ("OutputAssembler",),
+    "text.structured": ("Structured",),
+    "weights.checkpoint": ("Checkpoint",),
+}
+_MODULE_OF = {name: f"jaxllama.{module}" for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: what needs no JAX (`--help`, a tokenizer's trial) does not wait seconds for it.
+    if name in _MODULE_OF:
+        value = globals()[name] = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        return value
+    if not name.startswith("_") and importlib.util.find_spec(f"jaxllama.{name}") is not None:
+        return importlib.import_module(f"jaxllama.{name}")
+    raise AttributeError(f"module 'jaxllama' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

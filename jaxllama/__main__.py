@@ -9,12 +9,13 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import jaxllama
 from jaxllama.decode.controls import Boolean, Control, Integer, Strings
 from jaxllama.decode.params import CONTROLS
 from jaxllama.engine.compilation import enable_compilation_cache
-from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError, RequestError
+from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError, RequestError, one_line
 from jaxllama.plan import cli as plan_cli
 
 
@@ -36,8 +37,16 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, as every other error; the commands' parsers are of it too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with code 2."""
+        self.exit(2, f"{self.prog}: {one_line(message)}. See {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jaxllama", description="Llama-family inference on JAX.")
+    parser = _Parser(prog="jaxllama", description="Llama-family inference on JAX.")
     parser.add_argument("--version", action="version", version=f"jaxllama {jaxllama.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_application(commands, "convert", "turn a Hugging Face or GGUF checkpoint into a jaxllama checkpoint")

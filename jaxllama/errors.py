@@ -16,7 +16,18 @@ JaxLlamaError
 │   ├── NonFiniteLogitsError         the model produced NaN or infinity for this request
 │   └── LockstepError                a many-host engine cannot go on; the message names the process at fault
 └── MissingExtraError (ImportError)  an optional dependency is not installed
+
+What a message quotes may come from a stranger's file: `quote`, `one_line` and `listed` keep it short.
 """
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection
+
+_MAX_QUOTED_CHARS = 80
+_MAX_LINE_CHARS = 300
+_MAX_LISTED = 40
 
 
 class JaxLlamaError(Exception):
@@ -92,3 +103,31 @@ class MissingExtraError(JaxLlamaError, ImportError):
     def __init__(self, extra: str, package: str) -> None:
         super().__init__(f"{package} is not installed. Install it with: pip install 'jaxllama[{extra}]'")
         self.extra = extra
+
+
+def quote(value: object, max_chars: int = _MAX_QUOTED_CHARS) -> str:
+    """`value` as a message quotes it: its repr, with the middle left out beyond `max_chars`."""
+    if isinstance(value, str):
+        # Cut before, not behind: every character may take ten in the repr.
+        return repr(_cut(value, max_chars))
+    return _cut(repr(value), max_chars)
+
+
+def one_line(text: object, max_chars: int = _MAX_LINE_CHARS) -> str:
+    """A text, or an error's (its type where it says nothing), as one printable line of at most `max_chars`."""
+    printable = "".join(char if char.isprintable() else " " for char in str(text))
+    line = _cut(" ".join(printable.split()), max_chars)
+    return line or (type(text).__name__ if isinstance(text, BaseException) else line)
+
+
+def listed(problems: Collection[str]) -> str:
+    """The problems in one line, the first 40 of them."""
+    more = f"; and {len(problems) - _MAX_LISTED:,} more" if len(problems) > _MAX_LISTED else ""
+    return "; ".join(itertools.islice(problems, _MAX_LISTED)) + more
+
+
+def _cut(text: str, max_chars: int) -> str:
+    if len(text) <= max_chars:
+        return text
+    head = 2 * max_chars // 3
+    return f"{text[:head]}…{text[head - max_chars + 1 :]}"

@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib
 import pkgutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,13 +26,12 @@ PACKAGES = {
 # DESIGN.md, "The tree": a module imports from layers above its own line and from its own package only.
 LAYERS = (
     ("jaxllama.errors",),
-    ("jaxllama.model.config",),
+    ("jaxllama.model.config", "jaxllama.engine.compilation"),
     (
         "jaxllama.model.params",
         "jaxllama.model.rope",
         "jaxllama.model.mesh",
         "jaxllama.text",
-        "jaxllama.engine.compilation",
         "jaxllama.hosts.group",
         "jaxllama.model.native",
         "jaxllama.progress",
@@ -279,13 +279,35 @@ def test_private_names_stay_in_their_module():
 def test_all_is_complete_and_small():
     tree = ast.parse((PACKAGES["jaxllama"] / "__init__.py").read_text())
     imported = {
-        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module != "typing"
+        for alias in node.names
     }
-    assert set(jaxllama.__all__) == {name for name in imported if not name.startswith("_")}
+    # What type checkers see, what is exported and what is imported on first use are the same.
+    assert set(jaxllama.__all__) == set(imported) <= set(dir(jaxllama))
+    assert imported == jaxllama._MODULE_OF
     assert list(jaxllama.__all__) == sorted(jaxllama.__all__, key=lambda name: (name[0].islower(), name))
     assert len(jaxllama.__all__) <= 20
     for name in jaxllama.__all__:
         assert getattr(jaxllama, name).__doc__, f"{name} has no docstring"
+
+
+def test_importing_the_package_imports_nothing_and_changes_nothing():
+    code = """
+import os, sys
+before = dict(os.environ)
+import jaxllama
+assert "jax" not in sys.modules and dict(os.environ) == before
+assert jaxllama.errors.ConfigError and jaxllama.SamplingParams().temperature == 1.0
+try:
+    jaxllama.no_such_name
+except AttributeError as error:
+    assert "no_such_name" in str(error)
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_every_public_module_has_a_docstring():

@@ -92,6 +92,46 @@ class Staging:
         return done
 
 
+def resolve_destination(dst: str | os.PathLike[str]) -> Path:
+    """The real path of `dst`, which may be a link to a folder.
+
+    Raises: ConversionError for a link, at `dst` or on the way to it, that leads nowhere.
+    """
+    path = Path(dst).expanduser().absolute()
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            raise ConversionError(
+                f"{path}: {'is' if place == path else f'{place} is'} a link to {os.readlink(place)}, which leads to "
+                "nothing; remove it, or make the folder that it leads to"
+            )
+    return Path(os.path.realpath(path))
+
+
+def check_apart(source: Path, destination: Path) -> None:
+    """Refuses a destination in the source's folder, or around it: writing one would change the other.
+
+    Raises: ConversionError.
+    """
+    folders = [source] if source.is_dir() else []
+    real = source.resolve()
+    snapshot = real if source.is_dir() else source.parent.resolve()
+    if snapshot.parent.name == "snapshots" and snapshot.parent.parent.name.startswith("models--"):
+        folders.append(snapshot.parent.parent)  # the Hugging Face cache, which keeps the files in another folder of it
+    if any(_is_within(destination, folder) for folder in folders):
+        raise ConversionError(
+            f"{destination}: is inside the source {source}, which stays as it is; choose another folder"
+        )
+    if _is_within(real, destination):
+        raise ConversionError(f"{destination}: holds the source {source}; choose another folder")
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    """Whether `path` is `folder` or would lie in it, by whatever name: links, mounts, letters in another case."""
+    if not folder.exists():
+        return False
+    return any(place.exists() and place.samefile(folder) for place in (path, *path.parents))
+
+
 @contextlib.contextmanager
 def open_staging(destination: Path, *, force: bool) -> Iterator[Staging]:
     """Locks the partial folder of `destination`, after checking that the destination may be written.
@@ -100,6 +140,8 @@ def open_staging(destination: Path, *, force: bool) -> Iterator[Staging]:
 
     Raises: ConversionError when the destination exists and may not be replaced; OutputError when it is in use.
     """
+    # Before anything is made, and again under the lock, when a killed conversion's renames are undone.
+    _check_destination(destination, force)
     root = destination.parent / f".{destination.name}.partial"
     if root.is_dir() and any(root.iterdir()) and not (root / "lock").exists():
         raise ConversionError(f"{root}: is in the way and not the converter's; move it")

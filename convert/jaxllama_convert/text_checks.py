@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxllama.errors import ConversionError, JaxLlamaError
+from jaxllama.errors import ConversionError, JaxLlamaError, TokenizerError, one_line
 from jaxllama.text.chat import load_chat_template
-from jaxllama.text.encoding.tokenizer import load_tokenizer
+from jaxllama.text.encoding.trial import try_tokenizer
 
 
 def check_tokenizer(folder: Path, vocab_size: int, source: str) -> None:
-    """Loads the folder's tokenizer, if it has one. `source` is its name in messages.
+    """Tries the folder's tokenizer out, if it has one. `source` is its name in messages.
 
-    Raises: ConversionError when it cannot be loaded or does not fit the model.
+    Raises: ConversionError when it cannot be used or does not fit the model.
     """
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         return
     try:
-        tokenizer = load_tokenizer(folder, vocab_size)
-        tokenizer.decode(tokenizer.encode("The quick brown fox, 1234."))
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    # A hostile pattern makes tokenizers raise PanicException, which is no Exception.
-    except BaseException as error:
+        try_tokenizer(folder, vocab_size)
+    except TokenizerError as error:
         raise ConversionError(f"{source}: the tokenizer cannot be used: {_reason(error, folder)}") from None
 
 
@@ -35,6 +31,6 @@ def check_chat_template(folder: Path) -> list[str]:
     return []
 
 
-def _reason(error: BaseException, folder: Path) -> str:
+def _reason(error: Exception, folder: Path) -> str:
     # The folder of the unfinished checkpoint means nothing to the user.
-    return " ".join(str(error).replace(f"{folder}/", "").replace(f"{folder}: ", "").split())[:500]
+    return one_line(str(error).replace(f"{folder}/", "").replace(f"{folder}: ", ""), 500)

@@ -15,7 +15,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from jaxllama.errors import CheckpointError, ConversionError
+from jaxllama.errors import CheckpointError, ConversionError, quote
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.int8 import quantize_rows
 from jaxllama.model.params import QUANTIZATIONS, ParamSpec, QuantizedWeight, stored_specs
@@ -31,7 +31,7 @@ from jaxllama.weights.checkpoint import (
 from jaxllama.weights.sources.names import match_tensors
 from jaxllama.weights.sources.source import Source, SourceTensor, open_source
 from jaxllama_convert.memory import peak_ram_bytes
-from jaxllama_convert.staging import OutputError, Staging, open_staging
+from jaxllama_convert.staging import OutputError, Staging, check_apart, open_staging, resolve_destination
 from jaxllama_convert.text_checks import check_chat_template, check_tokenizer
 
 type Progress = Callable[[int, int, str], None]
@@ -87,16 +87,17 @@ def convert(
     """
     started = time.monotonic()
     if dtype is not None and dtype not in DTYPES:
-        raise ConversionError(f"dtype {dtype!r} is not supported, expected one of {', '.join(DTYPES)}")
+        raise ConversionError(f"dtype {quote(dtype)} is not supported, expected one of {', '.join(DTYPES)}")
     if quantize not in (None, *QUANTIZATIONS):
-        raise ConversionError(f"quantize {quantize!r} is not supported, expected 'int8' or None")
-    source_path, destination = Path(src).expanduser(), Path(os.path.realpath(Path(dst).expanduser()))
-    if source_path.resolve().is_relative_to(destination):
-        raise ConversionError(f"{destination}: holds the source; choose another folder")
+        raise ConversionError(f"quantize {quote(quantize)} is not supported, expected 'int8' or None")
     try:
+        source_path, destination = Path(src).expanduser(), resolve_destination(dst)
+        check_apart(source_path, destination)
         source = open_source(source_path)
     except OSError as error:
         raise ConversionError(f"{error.filename or src}: cannot be read ({error.strerror or error})") from None
+    except RuntimeError as error:
+        raise ConversionError(f"{src}: cannot be read ({error})") from None
     try:
         config = LlamaConfig.from_hf(source.config)
         pairs = match_tensors(config, source.tensors, source.name)

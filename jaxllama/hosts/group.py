@@ -29,7 +29,8 @@ from typing import Any
 
 import jax
 
-from jaxllama.errors import ConfigError, LockstepError
+from jaxllama.engine.compilation import keep_weights_as_they_are
+from jaxllama.errors import ConfigError, LockstepError, one_line
 
 _HEAD = struct.Struct("!BI")
 _HELLO, _START, _BEAT, _MESSAGE, _STOP, _FAILED, _QUESTION, _ANSWER = range(1, 9)
@@ -309,6 +310,7 @@ def join(
     group = Group(process_id, links, num_processes, heartbeat_timeout_s, relay)
     atexit.register(_end_now)
     try:
+        keep_weights_as_they_are()
         # JAX would take SIGTERM for itself.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
@@ -462,8 +464,7 @@ def _set_up(sock: socket.socket) -> None:
 def _free_port(host: str) -> int:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
         sock.bind((host, 0))
-        port: int = sock.getsockname()[1]
-        return port
+        return int(sock.getsockname()[1])
 
 
 def _start_relay(host: str, port: int) -> tuple[subprocess.Popen[bytes], int]:
@@ -496,5 +497,4 @@ def _processes(ids: list[int]) -> str:
 
 
 def _shorten(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {one_line(error, 400)}"

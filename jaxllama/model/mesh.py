@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxllama.engine.compilation import keep_weights_as_they_are
 from jaxllama.errors import ConfigError
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import Params, build_params
@@ -44,7 +45,10 @@ def make_mesh(
 
     Raises: ConfigError if there are fewer devices than data × tp.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    if devices is None:
+        keep_weights_as_they_are()
+        devices = jax.devices()
+    devices = list(devices)
     if data < 1 or (tp is not None and tp < 1):
         raise ConfigError(f"data and tp must be at least 1, got data={data} and tp={tp}")
     tp = max(1, len(devices) // data) if tp is None else tp

@@ -26,6 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from jaxllama.decode.steps import decode_steps, prefill
+from jaxllama.engine.compilation import keep_weights_as_they_are
 from jaxllama.errors import PlanError
 from jaxllama.model.attention.reference import BLOCK_TOKENS
 from jaxllama.model.config import LlamaConfig, RopeScaling
@@ -132,6 +133,7 @@ def _main() -> None:
 def _compile(setup: Setup, program: str) -> Compiled:
     generation = setup.topology.generation
     options = {"chip_config_name": generation.chip_config} if generation.chip_config else {}
+    keep_weights_as_they_are()
     described: Any = topologies.get_topology_desc(platform="tpu", topology_name=setup.topology.name, **options)
     if len(described.devices) != setup.topology.num_devices:
         raise CompilerError(

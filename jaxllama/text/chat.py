@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jaxllama.errors import ChatTemplateError
+from jaxllama.errors import ChatTemplateError, quote
 from jaxllama.text.encoding.backend import named_token, tokenizer_config
 from jaxllama.text.encoding.specials import RenderedChat, Spellings, StandIns
 from jaxllama.text.encoding.tokenizer import special_spellings
@@ -199,7 +199,7 @@ def _plain_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
         raise ChatTemplateError(f"{where} must be an object, got {type(message).__name__}.")
     role = message.get("role")
     if role not in _ROLES:
-        raise ChatTemplateError(f"{where}.role must be one of {', '.join(_ROLES)}; got {role!r}.")
+        raise ChatTemplateError(f"{where}.role must be one of {', '.join(_ROLES)}; got {quote(role)}.")
     content = message.get("content")
     if isinstance(content, list | tuple):
         for part in content:

@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import platform
-import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxllama.errors import CheckpointError, ConfigError
+from jaxllama.errors import CheckpointError, ConfigError, listed, one_line, quote
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import (
     QUANTIZATIONS,
@@ -92,27 +91,27 @@ class Manifest:
         value = _read_json(path)
         if value.get("format") != FORMAT:
             raise CheckpointError(
-                f"{path}: not the manifest of a jaxllama checkpoint (its format is {value.get('format')!r})"
+                f"{path}: not the manifest of a jaxllama checkpoint (its format is {quote(value.get('format'))})"
             )
         if value.get("version") != VERSION:
             raise CheckpointError(
-                f"{path}: checkpoint version {value.get('version')!r} is not supported, expected "
+                f"{path}: checkpoint version {quote(value.get('version'))} is not supported, expected "
                 f"{VERSION}. Convert the model again"
             )
         if value.get("dtype") not in DTYPES:
             raise CheckpointError(
-                f"{path}: dtype {value.get('dtype')!r} is not supported, expected one of {', '.join(DTYPES)}"
+                f"{path}: dtype {quote(value.get('dtype'))} is not supported, expected one of {', '.join(DTYPES)}"
             )
         quantize = value.get("quantize")
         if quantize not in (None, *QUANTIZATIONS):
-            raise CheckpointError(f"{path}: quantization {quantize!r} is not supported, expected int8 or null")
+            raise CheckpointError(f"{path}: quantization {quote(quantize)} is not supported, expected int8 or null")
         try:
             files = {name: FileRecord(int(r["size"]), str(r["sha256"])) for name, r in value["files"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path}: 'files' is malformed ({error}). Convert the model again") from None
         for name in files:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise CheckpointError(f"{path}: file name {name!r} leads out of the checkpoint")
+                raise CheckpointError(f"{path}: file name {quote(name)} leads out of the checkpoint")
         return cls(value["dtype"], value.get("source", {}), files, value.get("versions", {}), quantize)
 
 
@@ -209,7 +208,7 @@ def restore_params(
         try:
             return checkpointer.restore(checkpoint.path / PARAMS, args=args)
         except (ValueError, KeyError, OSError) as error:
-            raise CheckpointError(f"{checkpoint.path / PARAMS}: cannot be restored ({_one_line(error)})") from error
+            raise CheckpointError(f"{checkpoint.path / PARAMS}: cannot be restored ({one_line(error)})") from error
 
 
 class ParamsWriter:
@@ -420,9 +419,9 @@ def _size_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     for name, record in manifest.files.items():
         size = _size(folder / name)
         if size is None:
-            yield f"{name}: missing"
+            yield f"{one_line(name)}: missing"
         elif size != record.size:
-            yield f"{name}: {size} bytes, expected {record.size}"
+            yield f"{one_line(name)}: {size} bytes, expected {record.size}"
 
 
 def _size(path: Path) -> int | None:
@@ -434,9 +433,7 @@ def _size(path: Path) -> int | None:
 
 def _raise_damaged(folder: Path, problems: list[str]) -> None:
     if problems:
-        raise CheckpointError(
-            f"{folder}: {len(problems)} damaged file(s): {'; '.join(problems)}. Convert the model again"
-        )
+        raise CheckpointError(f"{folder}: {len(problems)} damaged file(s): {listed(problems)}. Convert the model again")
 
 
 def _eos_token_ids(config: LlamaConfig, generation_config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -445,7 +442,8 @@ def _eos_token_ids(config: LlamaConfig, generation_config: Mapping[str, Any]) ->
     for token_id in ids:
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < config.vocab_size:
             raise ConfigError(
-                f"generation_config.json: eos_token_id must be below vocab_size ({config.vocab_size}), got {token_id!r}"
+                f"generation_config.json: eos_token_id must be below vocab_size ({config.vocab_size}), "
+                f"got {quote(token_id)}"
             )
     return ids
 
@@ -458,14 +456,10 @@ def _read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, A
             raise CheckpointError(f"{path}: larger than {_MAX_JSON_BYTES >> 20} MiB")
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({_one_line(error)})") from None
+        raise CheckpointError(f"{path}: cannot be read as JSON ({one_line(error)})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
-
-
-def _one_line(error: BaseException) -> str:
-    return re.sub(r"\s+", " ", str(error))[:300] or type(error).__name__
 
 
 @contextlib.contextmanager

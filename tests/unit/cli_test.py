@@ -45,7 +45,8 @@ def command(*args: Any) -> int:
 
 def assert_one_line(text: str, *parts: str) -> None:
     assert len(text.strip().splitlines()) == 1, text
-    assert text.startswith("jaxllama ")
+    assert text.startswith(("jaxllama ", "jaxllama: "))
+    assert text.rstrip("\n").isprintable()
     assert "Traceback" not in text
     for part in parts:
         assert part in text
@@ -142,13 +143,29 @@ def test_a_failing_model_is_exit_code_1(checkpoint, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "args",
-    [(), ("frobnicate",), ("generate",), ("generate", "x", "y", "--seed", "warm"), ("generate", "x", "y", "-q")],
+    [
+        (),
+        ("frobnicate",),
+        ("generate",),
+        ("generate", "x", "y", "--seed", "warm"),
+        ("generate", "x", "y", "-q"),
+        ("generate", "x", "y", "--dtype", "float8"),
+        ("convert", "x"),
+        ("convert", "x", "y", "--dtype", "float16"),
+        ("convert", "x", "y", "--dtype", "\x1b[31m" + "x" * 5000),
+        ("convert", "x", "y", "--quantize", "int4"),
+        ("serve", "x", "--port", "many"),
+        ("batch", "x"),
+        ("plan", "x", "--rows", "few"),
+    ],
 )
-def test_wrong_usage_is_exit_code_2(capsys, args):
+def test_wrong_usage_is_exit_code_2_and_one_line(capsys, args):
     with pytest.raises(SystemExit) as caught:
         main(list(args))
     assert caught.value.code == 2
-    assert "usage: jaxllama" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert_one_line(error, " --help")
+    assert len(error) < 500
 
 
 # ---- The command itself ----
@@ -236,8 +253,8 @@ def test_a_missing_extra_says_how_to_install_it(tmp_path):
         ("aiohttp", ["serve", "somewhere", "--port", "8001"], "serve"),
         ("pydantic", ["serve", "somewhere"], "serve"),
         ("aiohttp", ["batch", "in", "out", "--checkpoint", "somewhere"], "serve"),
-        ("gguf", ["convert", source, out], "convert"),
-        ("gguf", ["convert", source, out, "--dtype", "float32"], "convert"),
+        ("gguf", ["convert", source, out], "gguf"),
+        ("gguf", ["convert", source, out, "--dtype", "float32"], "gguf"),
     ]
     done = run_without(*[([missing], args) for missing, args, _ in cases])
     for (_, _, extra), (code, _, err) in zip(cases, done, strict=True):

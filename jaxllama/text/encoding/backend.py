@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxllama.errors import TokenizerError
+from jaxllama.errors import TokenizerError, one_line, quote
 from jaxllama.text.encoding.detokenize import IncrementalDecoder
 from jaxllama.text.encoding.specials import SpecialToken
 
@@ -48,7 +48,7 @@ def guarded[T](what: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> 
     except (KeyboardInterrupt, SystemExit, GeneratorExit, TokenizerError):
         raise
     except BaseException as error:
-        raise TokenizerError(f"{what}: {str(error)[:300] or type(error).__name__}") from None
+        raise TokenizerError(f"{what}: {one_line(error)}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -61,13 +61,13 @@ def read_json(path: Path) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
             seen: set[str] = set()
-            raise ValueError(f"duplicate key {next(k for k, _ in pairs if k in seen or seen.add(k))!r}")  # type: ignore[func-returns-value]
+            raise ValueError(f"duplicate key {quote(next(k for k, _ in pairs if k in seen or seen.add(k)))}")  # type: ignore[func-returns-value]
         return result
 
     try:
         value = json.loads(path.read_bytes(), object_pairs_hook=unique)
     except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: cannot be read as JSON: {error}") from None
+        raise TokenizerError(f"{path}: cannot be read as JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise TokenizerError(f"{path}: expected a JSON object, got {type(value).__name__}.")
     return value
@@ -81,7 +81,7 @@ def special_token(entry: Mapping[str, Any], token_id: Any, where: str) -> Specia
     content = entry.get("content")
     if not isinstance(content, str) or not content or not isinstance(token_id, int) or isinstance(token_id, bool):
         raise TokenizerError(
-            f"{where}: an added token needs a text and an integer id, got {content!r} and {token_id!r}."
+            f"{where}: an added token needs a text and an integer id, got {quote(content)} and {quote(token_id)}."
         )
     flags = {name: bool(entry.get(name, False)) for name in ("lstrip", "rstrip", "single_word", "normalized")}
     return SpecialToken(token_id, content, bool(entry.get("special", False)), **flags)

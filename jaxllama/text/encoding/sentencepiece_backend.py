@@ -8,7 +8,7 @@ from typing import Any
 
 import sentencepiece
 
-from jaxllama.errors import TokenizerError
+from jaxllama.errors import TokenizerError, listed, quote
 from jaxllama.text.encoding.backend import guarded, named_token, read_json, special_token
 from jaxllama.text.encoding.detokenize import ByteDecoder, IncrementalDecoder
 from jaxllama.text.encoding.specials import SpecialToken, Splitter
@@ -81,17 +81,16 @@ class SentencePieceBackend:
         specials = dict(added)
         for token_id, piece in enumerate(self._pieces):
             if token_id in added and added[token_id].content != piece:
-                problems.append(
-                    f"id {token_id} is {piece!r} in the model, but the added token {added[token_id].content!r}"
-                )
+                content = quote(added[token_id].content)
+                problems.append(f"id {token_id} is {quote(piece)} in the model, but the added token {content}")
             if token_id not in added and self._sp.is_control(token_id):
                 specials[token_id] = SpecialToken(token_id, piece)
         ids: dict[str, int] = {}
         for token in specials.values():
             if ids.setdefault(token.content, token.id) != token.id:
-                problems.append(f"{token.content!r} has the ids {ids[token.content]} and {token.id}")
+                problems.append(f"{quote(token.content)} has the ids {ids[token.content]} and {token.id}")
         if problems:
-            raise TokenizerError(f"{self._where}: " + "; ".join(problems[:20]))
+            raise TokenizerError(f"{self._where}: " + listed(problems))
         return list(specials.values())
 
     def _piece_of(self, token_id: int) -> str | None:
@@ -109,7 +108,7 @@ def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, SpecialT
     tokens: dict[int, SpecialToken] = {}
     for key, entry in entries.items():
         if not (isinstance(key, str) and key.isdecimal() and isinstance(entry, dict)):
-            raise TokenizerError(f"{where}: added_tokens_decoder must map ids to objects, got {key!r}.")
+            raise TokenizerError(f"{where}: added_tokens_decoder must map ids to objects, got {quote(key)}.")
         tokens[int(key)] = special_token(entry, int(key), where)
     path = folder / "added_tokens.json"
     if path.exists():
@@ -117,7 +116,7 @@ def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, SpecialT
             token = special_token({"content": content, "special": True}, token_id, str(path))
             if tokens.setdefault(token.id, token).content != content:
                 raise TokenizerError(
-                    f"{path}: id {token.id} is {content!r}, but {tokens[token.id].content!r} in {where}."
+                    f"{path}: id {token.id} is {quote(content)}, but {quote(tokens[token.id].content)} in {where}."
                 )
     return {
         token_id: token for token_id, token in tokens.items() if token.hidden_by_flag or not token.content.isspace()

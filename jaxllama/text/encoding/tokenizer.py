@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from jaxllama.errors import RequestError, TokenizerError
+from jaxllama.errors import RequestError, TokenizerError, quote
 from jaxllama.text.encoding.backend import Backend, named_token, read_json, tokenizer_config
 from jaxllama.text.encoding.detokenize import IncrementalDecoder
 from jaxllama.text.encoding.sentencepiece_backend import SentencePieceBackend
@@ -95,7 +95,9 @@ class Tokenizer:
         if name is None:
             return None
         if name not in self.special_tokens:
-            raise TokenizerError(f"tokenizer_config.json names the token {name!r}, which the tokenizer does not have.")
+            raise TokenizerError(
+                f"tokenizer_config.json names the token {quote(name)}, which the tokenizer does not have."
+            )
         return self.special_tokens[name]
 
 
@@ -108,7 +110,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """
     tokenizer = Tokenizer(load_backend(Path(folder)))
     if tokenizer.vocab_size > vocab_size:
-        beyond = [f"{token!r} ({i})" for token, i in tokenizer.special_tokens.items() if i >= vocab_size]
+        beyond = [f"{quote(token)} ({i})" for token, i in tokenizer.special_tokens.items() if i >= vocab_size]
         raise TokenizerError(
             f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model vocab_size={vocab_size}. "
             f"Special tokens beyond: {', '.join(beyond[:20]) or 'none'}. Are the files of one model?"

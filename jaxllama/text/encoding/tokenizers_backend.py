@@ -12,7 +12,7 @@ from typing import Any
 
 import tokenizers
 
-from jaxllama.errors import TokenizerError
+from jaxllama.errors import TokenizerError, listed, quote
 from jaxllama.text.encoding.backend import guarded, named_token, read_json, special_token
 from jaxllama.text.encoding.detokenize import ByteDecoder, IncrementalDecoder, WindowDecoder
 from jaxllama.text.encoding.specials import SpecialToken, Splitter
@@ -65,6 +65,8 @@ class TokenizersBackend:
         self._spec = spec
         self._variants: dict[str, tokenizers.Tokenizer] = {}
         self.size = max(raw.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not self.size:
+            raise TokenizerError(f"{path}: has an empty vocabulary.")
         self.automatic_ids = guarded(self._where, _automatic_ids, raw)
         guarded(f"{self._where}: a trial encoding failed", self._twin.encode, _TRIAL_TEXT)
         self._raw = raw
@@ -141,20 +143,20 @@ class TokenizersBackend:
         for content, token_id in _vocabulary(spec):
             other = names.setdefault(token_id, content)
             if other != content:
-                problems.append(f"id {token_id} belongs to both {other!r} and {content!r}")
+                problems.append(f"id {token_id} belongs to both {quote(other)} and {quote(content)}")
         contents: set[str] = set()
         for entry in spec.get("added_tokens") or []:
             content, token_id = entry["content"], entry["id"]
             if content in contents:
-                problems.append(f"the added token {content!r} is listed twice")
+                problems.append(f"the added token {quote(content)} is listed twice")
             contents.add(content)
             other = names.setdefault(token_id, content)
             if other != content:
-                problems.append(f"id {token_id} belongs to both {other!r} and {content!r}")
+                problems.append(f"id {token_id} belongs to both {quote(other)} and {quote(content)}")
             elif raw.token_to_id(content) != token_id:
-                problems.append(f"{content!r} has id {token_id}, but the library reads {raw.token_to_id(content)}")
+                problems.append(f"{quote(content)} has id {token_id}, but the library reads {raw.token_to_id(content)}")
         if problems:
-            raise TokenizerError(f"{self._where}: " + "; ".join(problems[:20]))
+            raise TokenizerError(f"{self._where}: " + listed(problems))
 
     def _add_named_tokens(self, raw: tokenizers.Tokenizer) -> None:
         known = {token.content for token in self.specials}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllama.errors import ConfigError, ConversionError
+from jaxllama.errors import ConfigError, ConversionError, listed, one_line, quote
 from jaxllama.weights.sources.gguf_file import GgufHeader, GgufTensor, read_gguf_header
 from jaxllama.weights.sources.gguf_tokenizer import tokenizer_files
 from jaxllama.weights.sources.source import Source, SourceFile, SourceTensor
@@ -53,7 +53,7 @@ def open_gguf(path: Path) -> Source:
     header = read_gguf_header(file)
     architecture = header.metadata.get("general.architecture")
     if architecture != "llama":
-        raise ConfigError(f"{path}: architecture {architecture!r} is not supported, expected 'llama'")
+        raise ConfigError(f"{path}: architecture {quote(architecture)} is not supported, expected 'llama'")
     config = _config(header, file)
     sidecars, warnings = tokenizer_files(header.metadata, config["vocab_size"], str(path))
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
@@ -122,7 +122,7 @@ def _special_ids(metadata: Mapping[str, Any], vocab_size: int, where: str) -> di
         if value is None:
             continue
         if type(value) is not int or not 0 <= value < vocab_size:
-            raise ConfigError(f"{where}: {key} must be below the vocabulary size ({vocab_size}), got {value!r}")
+            raise ConfigError(f"{where}: {key} must be below the vocabulary size ({vocab_size}), got {quote(value)}")
         found[name] = value
     ends = list(dict.fromkeys(found[name] for name in ("eos", "eot", "eom") if name in found))
     ids: dict[str, Any] = {"bos_token_id": found["bos"]} if "bos" in found else {}
@@ -139,12 +139,14 @@ def _rope_scaling(
     factor = read.number("rope.scaling.factor", read.number("rope.scale_linear", 1.0))
     if kind not in ("none", "linear"):
         raise ConfigError(
-            f"{file.path}: rope scaling {kind!r} is not supported; supported: none, linear, llama3 (by rope_freqs)"
+            f"{file.path}: rope scaling {quote(kind)} is not supported; supported: none, linear, llama3 (by rope_freqs)"
         )
     frequencies = header.tensors.get(_ROPE_FREQS)
     if frequencies is not None:
         if kind != "none":
-            raise ConfigError(f"{file.path}: has both rope scaling {kind!r} and {_ROPE_FREQS}; only one is supported")
+            raise ConfigError(
+                f"{file.path}: has both rope scaling {quote(kind)} and {_ROPE_FREQS}, of which one is supported"
+            )
         return _llama3_scaling(
             frequencies, file, config, read.integer("rope.scaling.original_context_length", _LLAMA3_ORIGINAL)
         )
@@ -236,17 +238,19 @@ class _Reader:
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.get(key, default)
         if type(value) is not int or not 0 <= value < 2**31 or (value == 0 and default != 0):
-            raise ConfigError(f"{self._where}: llama.{key} must be a positive integer, got {value!r}")
+            raise ConfigError(f"{self._where}: llama.{key} must be a positive integer, got {quote(value)}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ConfigError(f"{self._where}: llama.{key} must be a positive number, got {value!r}")
+            raise ConfigError(f"{self._where}: llama.{key} must be a positive number, got {quote(value)}")
         return float(value)
 
     def refuse_unknown(self) -> None:
         """Raises ConfigError for keys that might change what the model computes and are not understood."""
         keys = [key for key in self._metadata if key.startswith("llama.") and key[6:] not in _KNOWN_KEYS]
         if keys:
-            raise ConfigError(f"{self._where}: metadata is not understood: {', '.join(sorted(keys))}")
+            raise ConfigError(
+                f"{self._where}: metadata is not understood: {listed([one_line(key) for key in sorted(keys)])}"
+            )

@@ -17,7 +17,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from jaxllama.errors import ConversionError
+from jaxllama.errors import ConversionError, quote
 from jaxllama.weights.sources.source import SourceFile
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -68,12 +68,12 @@ def read_gguf_header(file: SourceFile) -> GgufHeader:
     for _ in range(num_fields):
         key = cursor.string()
         if key in metadata:
-            raise cursor.error(f"metadata key {key!r} appears twice")
+            raise cursor.error(f"metadata key {quote(key)} appears twice")
         metadata[key] = cursor.value(cursor.scalar("I"))
     infos = [_tensor_info(cursor) for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
-        raise cursor.error(f"general.alignment must be a power of two, got {alignment!r}")
+        raise cursor.error(f"general.alignment must be a power of two, got {quote(alignment)}")
     data_start = -(-cursor.position // alignment) * alignment
     return GgufHeader(metadata, _place_tensors(file, infos, data_start))
 
@@ -82,13 +82,13 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], str, int]:
     name = cursor.string()
     num_dims = cursor.scalar("I")
     if num_dims > _MAX_DIMS:
-        raise cursor.error(f"{name!r} has {num_dims} dimensions, expected at most {_MAX_DIMS}")
+        raise cursor.error(f"{quote(name)} has {num_dims} dimensions, expected at most {_MAX_DIMS}")
     shape = tuple(reversed([cursor.scalar("Q") for _ in range(num_dims)]))
     type_id = cursor.scalar("I")
     try:
         dtype = gguf.GGMLQuantizationType(type_id).name
     except ValueError:
-        raise cursor.error(f"{name!r} has unknown type {type_id}") from None
+        raise cursor.error(f"{quote(name)} has unknown type {type_id}") from None
     return name, shape, dtype, cursor.scalar("Q")
 
 
@@ -98,7 +98,7 @@ def _place_tensors(
     tensors: dict[str, GgufTensor] = {}
     end, last = data_start, ""
     for name, shape, dtype, relative in sorted(infos, key=lambda info: info[3]):
-        where = f"{file.path}: {name!r}"
+        where = f"{file.path}: {quote(name)}"
         if name in tensors:
             raise ConversionError(f"{where} appears twice")
         if not name or ".." in name or any(ord(char) < 32 or char in "/\\" for char in name):
@@ -111,7 +111,7 @@ def _place_tensors(
         num_bytes = math.prod(shape) // block * block_bytes
         offset = data_start + relative
         if offset < end:
-            raise ConversionError(f"{where} overlaps {last!r}")
+            raise ConversionError(f"{where} overlaps {quote(last)}")
         if offset + num_bytes > file.size:
             raise ConversionError(
                 f"{where} ends at byte {offset + num_bytes} but the file has {file.size}. Was the download complete?"

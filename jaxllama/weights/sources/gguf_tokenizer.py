@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllama.errors import ConversionError
+from jaxllama.errors import ConversionError, quote
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 # What splits text before the merges, by `tokenizer.ggml.pre`.
@@ -46,7 +46,7 @@ def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, where: str) ->
         pre = _PRE_ALIASES.get(metadata.get("tokenizer.ggml.pre", ""), metadata.get("tokenizer.ggml.pre"))
         if pre not in _PRE_TOKENIZERS:
             raise ConversionError(
-                f"{where}: pre-tokenizer {pre!r} is not supported; supported: {', '.join(_PRE_TOKENIZERS)}. "
+                f"{where}: pre-tokenizer {quote(pre)} is not supported; supported: {', '.join(_PRE_TOKENIZERS)}. "
                 "Convert from the safetensors of this model instead"
             )
         add_bos = metadata.get("tokenizer.ggml.add_bos_token", _ADDS_BOS[pre])
@@ -55,7 +55,7 @@ def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, where: str) ->
         add_bos = metadata.get("tokenizer.ggml.add_bos_token", True)
         files = {"tokenizer.model": _sentencepiece_model(vocabulary)}
     else:
-        raise ConversionError(f"{where}: tokenizer model {model!r} is not supported; supported: gpt2, llama")
+        raise ConversionError(f"{where}: tokenizer model {quote(model)} is not supported; supported: gpt2, llama")
     template = metadata.get("tokenizer.chat_template")
     files["tokenizer_config.json"] = _tokenizer_config(vocabulary, model, bool(add_bos))
     if template is not None:
@@ -82,13 +82,13 @@ class _Vocabulary:
         if len(set(self.tokens)) != len(self.tokens):
             seen: set[str] = set()
             twice = next(token for token in self.tokens if token in seen or seen.add(token))  # type: ignore[func-returns-value]
-            raise ConversionError(f"{where}: token {twice!r} appears twice in the vocabulary")
+            raise ConversionError(f"{where}: token {quote(twice)} appears twice in the vocabulary")
 
     def special(self, name: str) -> int | None:
         value = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
         if value is not None and (type(value) is not int or not 0 <= value < len(self.tokens)):
             raise ConversionError(
-                f"{self.where}: {name}_token_id {value!r} is not in the vocabulary of {len(self.tokens)}"
+                f"{self.where}: {name}_token_id {quote(value)} is not in the vocabulary of {len(self.tokens)}"
             )
         return value
 
@@ -97,7 +97,7 @@ class _Vocabulary:
         merges = [merge.split(" ") for merge in self._strings("merges")]
         for merge in merges:
             if len(merge) != 2 or not {*merge, "".join(merge)} <= known:
-                raise ConversionError(f"{self.where}: merge {' '.join(merge)!r} is not of two known tokens")
+                raise ConversionError(f"{self.where}: merge {quote(' '.join(merge))} is not of two known tokens")
         return merges
 
     def scores(self) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from jaxllama.errors import ConversionError
+from jaxllama.errors import ConversionError, listed, one_line
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import ParamSpec, param_specs
 from jaxllama.weights.sources.source import SourceTensor
@@ -16,7 +16,6 @@ EMBED = "model.embed_tokens.weight"
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1")
 READABLE = ("F32", "F16", "BF16", *_BLOCK_TYPES)
-_MAX_LISTED = 40
 _COMPARED_BYTES = 16 * 2**20
 
 
@@ -42,12 +41,10 @@ def match_tensors(
         elif name == LM_HEAD and config.tie_word_embeddings:
             problems += _tied_head_problems(tensor, tensors.get(EMBED))
         elif not _IGNORED.fullmatch(name):
-            problems.append(f"unexpected {name}")
+            problems.append(f"unexpected {one_line(name, 80)}")
     if problems:
-        listed = "; ".join(problems[:_MAX_LISTED])
-        more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
         raise ConversionError(
-            f"{where}: {len(problems)} tensor(s) do not fit config.json: {listed}{more}. "
+            f"{where}: {len(problems)} tensor(s) do not fit config.json: {listed(problems)}. "
             "Is config.json from this model?"
         )
     pairs = [(spec, tensors[name]) for name, spec in specs.items()]

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxllama.errors import ConfigError, ConversionError
+from jaxllama.errors import ConfigError, ConversionError, listed, one_line, quote
+from jaxllama.weights.sources.config_keys import unknown_key_warnings
 from jaxllama.weights.sources.source import MAX_JSON_BYTES, Source, SourceFile, SourceTensor, parse_json
 
 SIDECARS = (
@@ -51,11 +52,9 @@ def open_safetensors(folder: Path) -> Source:
         where = str(folder / "generation_config.json")
         if not isinstance(parse_json(sidecars["generation_config.json"], where), dict):
             raise ConversionError(f"{where}: expected a JSON object")
-    warnings = (
-        ()
-        if {"tokenizer.json", "tokenizer.model"} & set(sidecars)
-        else (f"{folder}: has no tokenizer.json or tokenizer.model; the checkpoint will take token ids only",)
-    )
+    warnings = unknown_key_warnings(config)
+    if not {"tokenizer.json", "tokenizer.model"} & set(sidecars):
+        warnings.append(f"{folder}: has no tokenizer.json or tokenizer.model; the checkpoint will take token ids only")
     tensors = {name: tensor for header in headers.values() for name, tensor in header.items()}
     return Source(
         kind="safetensors",
@@ -64,7 +63,7 @@ def open_safetensors(folder: Path) -> Source:
         tensors=tensors,
         files=files,
         sidecars={"config.json": config_bytes, **sidecars},
-        warnings=warnings,
+        warnings=tuple(warnings),
     )
 
 
@@ -92,14 +91,14 @@ def resolve_inside(folder: Path, name: str) -> Path:
     Raises: ConversionError for a path, a link that leads out, or what is not a regular file.
     """
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise ConversionError(f"{folder}: file name {name!r} must be a name without folders")
+        raise ConversionError(f"{folder}: file name {quote(name)} must be a name without folders")
     root = folder.resolve()
     try:
         real = (root / name).resolve(strict=True)
         mode = real.stat().st_mode
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConversionError(f"{folder / name}: cannot be read ({reason})") from None
+        raise ConversionError(f"{folder / one_line(name)}: cannot be read ({reason})") from None
     allowed = [root]
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         allowed.append(root.parent.parent / "blobs")
@@ -126,7 +125,11 @@ def read_header(file: SourceFile) -> dict[str, SourceTensor]:
     header = parse_json(file.read(8, length).tobytes(), f"{where}: header")
     if not isinstance(header, dict):
         raise ConversionError(f"{where}: header must be a JSON object, got {type(header).__name__}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ConversionError(f"{where}: header: __metadata__ must map names to texts, got {quote(metadata)}")
+    if not header:
+        raise ConversionError(f"{where}: header: has no tensors")
     tensors = [_entry(file, name, entry, 8 + length) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.num_bytes))
     end = 8 + length
@@ -134,7 +137,7 @@ def read_header(file: SourceFile) -> dict[str, SourceTensor]:
         if tensor.offset != end:
             kind = "overlaps the tensor before it" if tensor.offset < end else "leaves a hole before it"
             raise ConversionError(
-                f"{where}: {tensor.name!r} {kind} (it starts at byte {tensor.offset}, expected {end})"
+                f"{where}: {quote(tensor.name)} {kind} (it starts at byte {tensor.offset}, expected {end})"
             )
         end += tensor.num_bytes
     if end != file.size:
@@ -145,18 +148,18 @@ def read_header(file: SourceFile) -> dict[str, SourceTensor]:
 
 
 def _entry(file: SourceFile, name: str, entry: Any, data_start: int) -> SourceTensor:
-    where = f"{file.path}: {name!r}"
+    where = f"{file.path}: {quote(name)}"
     if not name or ".." in name or any(ord(char) < 32 or char in "/\\" for char in name):
         raise ConversionError(f"{where} is not a tensor name that can be used safely")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ConversionError(f"{where} must have dtype, shape and data_offsets, got {str(entry)[:100]}")
+        raise ConversionError(f"{where} must have dtype, shape and data_offsets, got {quote(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEMSIZE:
-        raise ConversionError(f"{where} has unknown dtype {str(dtype)[:40]!r}")
+        raise ConversionError(f"{where} has unknown dtype {quote(dtype)}")
     if not _naturals(shape) or len(shape) > 8:
-        raise ConversionError(f"{where} has a malformed shape {str(shape)[:100]}")
+        raise ConversionError(f"{where} has a malformed shape {quote(shape)}")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ConversionError(f"{where} has malformed data_offsets {str(offsets)[:100]}")
+        raise ConversionError(f"{where} has malformed data_offsets {quote(offsets)}")
     if data_start + offsets[1] > file.size:
         raise ConversionError(
             f"{where} ends at byte {data_start + offsets[1]} but the file has {file.size}. Was the download complete?"
@@ -208,7 +211,7 @@ def _check_index(
 ) -> None:
     problems = [] if "" in weight_map else list(_index_problems(weight_map, headers))
     if problems:
-        raise ConversionError(f"{folder / _INDEX}: {'; '.join(problems)}")
+        raise ConversionError(f"{folder / _INDEX}: {listed(problems)}")
 
 
 def _index_problems(weight_map: Mapping[str, str], headers: Mapping[str, Mapping[str, SourceTensor]]) -> Iterator[str]:
@@ -218,9 +221,9 @@ def _index_problems(weight_map: Mapping[str, str], headers: Mapping[str, Mapping
             found.setdefault(name, []).append(file_name)
     for name, file_name in weight_map.items():
         if file_name not in found.get(name, []):
-            yield f"{name!r} is not in {file_name}"
+            yield f"{quote(name)} is not in {one_line(file_name, 80)}"
     for name, file_names in found.items():
         if len(file_names) > 1:
-            yield f"{name!r} is in several files: {', '.join(file_names)}"
+            yield f"{quote(name)} is in several files: {listed(file_names)}"
         elif name not in weight_map:
-            yield f"{name!r} of {file_names[0]} is not in the index"
+            yield f"{quote(name)} of {file_names[0]} is not in the index"

@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxllama.errors import ConversionError, MissingExtraError
+from jaxllama.errors import ConversionError, MissingExtraError, one_line, quote
 
 MAX_JSON_BYTES = 256 * 2**20
 _GAP_BLOCK_BYTES = 8 * 2**20
@@ -185,10 +185,11 @@ def parse_json(data: bytes, where: str) -> Any:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) != len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+        value: dict[str, Any] = {}
+        for key, item in pairs:
+            if key in value:
+                raise ValueError(f"duplicate key {quote(key)}")
+            value[key] = item
         return value
 
     def refuse(constant: str) -> Any:
@@ -199,7 +200,7 @@ def parse_json(data: bytes, where: str) -> Any:
     except RecursionError:
         raise ConversionError(f"{where}: nested too deeply") from None
     except ValueError as error:
-        raise ConversionError(f"{where}: not valid JSON ({error})") from None
+        raise ConversionError(f"{where}: not valid JSON ({one_line(error)})") from None
 
 
 def _open_gguf(path: Path) -> Source:
@@ -208,7 +209,7 @@ def _open_gguf(path: Path) -> Source:
     except ModuleNotFoundError as error:
         if error.name != "gguf":
             raise
-        raise MissingExtraError("convert", "gguf") from None
+        raise MissingExtraError("gguf", "gguf") from None
     return open_gguf(path)
 
 

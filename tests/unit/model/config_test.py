@@ -184,6 +184,82 @@ def test_a_bad_rope_number_is_named(broken):
         LlamaConfig.from_hf(LLAMA31_8B | {"rope_scaling": LLAMA3_ROPE | broken})
 
 
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("scaling", [{"factor": 2.0}, {"rope_theta": 5.0, "factor": 8.0}, {"mscale": 1.0}])
+def test_rope_scaling_without_a_type_is_refused(key, scaling):
+    with pytest.raises(ConfigError, match="has no rope_type"):
+        LlamaConfig.from_hf(LLAMA2_7B | {"rope_scaling": None, key: scaling})
+
+
+def test_rope_parameters_need_no_type_where_there_is_only_theta():
+    hf = LLAMA2_7B | {"rope_parameters": {"rope_theta": 7.0, "partial_rotary_factor": 1.0}}
+    assert LlamaConfig.from_hf(hf).rope == RopeScaling(7.0)
+
+
+def test_two_rope_scalings_must_be_one():
+    both = LLAMA31_8B | {"rope_parameters": dict(LLAMA3_ROPE)}
+    assert LlamaConfig.from_hf(both) == LlamaConfig.from_hf(LLAMA31_8B)
+    with pytest.raises(ConfigError, match="both rope_parameters and rope_scaling"):
+        LlamaConfig.from_hf(both | {"rope_parameters": LLAMA3_ROPE | {"factor": 4.0}})
+
+
+# What transformers' or another library's Llama would compute with, and this one does not.
+OTHER_COMPUTATIONS: dict[str, Any] = {
+    "partial_rotary_factor": 0.5,
+    "rotary_pct": 0.25,
+    "rotary_dim": 64,
+    "quantization": {"group_size": 64, "bits": 4},
+    "compression_config": {"format": "int-quantized"},
+    "attention_multiplier": 0.0078125,
+    "residual_multiplier": 0.22,
+    "embedding_multiplier": 12.0,
+    "logits_scaling": 8.0,
+    "logit_scale": 0.0625,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
+    "query_pre_attn_scalar": 224,
+    "clip_qkv": 8.0,
+    "sliding_window": 1024,
+    "layer_types": ["full_attention", "sliding_attention"] * 16,
+    "no_rope_layers": [1, 1, 1, 0] * 8,
+    "attention_chunk_size": 8192,
+    "num_local_experts": 8,
+    "use_qk_norm": True,
+    "is_causal": False,
+    "is_encoder_decoder": True,
+    "per_layer_config": {"3": {"num_key_value_heads": 2}},
+    "kv_lora_rank": 512,
+}
+
+
+@pytest.mark.parametrize("key", OTHER_COMPUTATIONS)
+def test_a_key_that_changes_the_computation_is_refused_by_name(key):
+    with pytest.raises(ConfigError) as caught:
+        LlamaConfig.from_hf(LLAMA2_7B | {key: OTHER_COMPUTATIONS[key]})
+    assert key in str(caught.value)
+
+
+def test_all_such_keys_are_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        LlamaConfig.from_hf(LLAMA2_7B | {"clip_qkv": 8.0, "use_qk_norm": True, "sliding_window": 512})
+    assert all(key in str(caught.value) for key in ("clip_qkv", "use_qk_norm", "sliding_window"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict.fromkeys(OTHER_COMPUTATIONS),
+        {"partial_rotary_factor": 1.0, "rotary_dim": 128, "attention_multiplier": 128**-0.5, "logits_scaling": 1},
+        {"sliding_window": 4096},
+        {"sliding_window": 512, "use_sliding_window": False, "max_window_layers": 28},
+        {"layer_types": ["full_attention"] * 32, "no_rope_layers": [1] * 32},
+        {"use_qk_norm": False, "is_causal": True, "num_local_experts": 0, "quantization": {}, "pretraining_tp": 4},
+    ],
+)
+def test_keys_that_change_nothing_pass(changes):
+    assert LlamaConfig.from_hf(LLAMA2_7B | changes) == LlamaConfig.from_hf(LLAMA2_7B)
+
+
 @pytest.mark.parametrize("scaling", ["linear", 4, [1]])
 def test_rope_scaling_must_be_an_object(scaling):
     with pytest.raises(ConfigError, match="rope_scaling"):

@@ -31,6 +31,7 @@ def refuse(src: Path, *patterns: str, error: type[Exception] = ConversionError) 
     for pattern in patterns:
         assert pattern in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 5000
     assert sorted(src.parent.iterdir()) == before
 
 
@@ -87,9 +88,54 @@ BAD_FILES = {
     "negative offset": (raw_safetensors(_header(GOOD | {"data_offsets": [-8, 0]}), b"\0" * 8), "data_offsets"),
     "past the end": (raw_safetensors(_header(GOOD), b"\0" * 7), "Was the download complete"),
     "bytes behind": (raw_safetensors(_header(GOOD), b"\0" * 9), "Was the download complete"),
+    "no tensors": (raw_safetensors({}), "has no tensors"),
+    "nothing but metadata": (raw_safetensors({"__metadata__": {"format": "pt"}}), "has no tensors"),
+    "metadata that are numbers": (raw_safetensors(_header(GOOD, __metadata__={"a": 1}), b"\0" * 8), "__metadata__"),
+    "metadata that are a list": (raw_safetensors(_header(GOOD, __metadata__=["a"]), b"\0" * 8), "__metadata__"),
+    "metadata that are null": (raw_safetensors(_header(GOOD, __metadata__=None), b"\0" * 8), "__metadata__"),
     "overlap": (raw_safetensors(_header(GOOD, a=GOOD), b"\0" * 8), "overlaps"),
     "hole": (raw_safetensors(_header(GOOD | {"data_offsets": [4, 12]}), b"\0" * 12), "hole"),
 }
+
+
+_LONG = "x" * 1_000_000
+LONG_NAMES: dict[str, Any] = {
+    "tensor": {_LONG: GOOD},
+    "unsafe tensor": {f"..{_LONG}": GOOD},
+    "dtype": {"a": GOOD | {"dtype": _LONG}},
+    "shape": {"a": GOOD | {"shape": [1] * 100_000}},
+    "offsets": {"a": GOOD | {"data_offsets": [1] * 100_000}},
+    "entry": {"a": {_LONG: 1}},
+    "metadata": {"__metadata__": {_LONG: 1}},
+    "duplicate key": f'{{"{_LONG}": 1, "{_LONG}": 2}}'.encode(),
+    "many tensors": {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(20_000)},
+}
+
+
+@pytest.mark.parametrize("case", LONG_NAMES)
+def test_a_long_name_makes_a_short_message(tmp_path: Path, case: str) -> None:
+    write_hf(tmp_path / "src")
+    data = b"" if case == "many tensors" else b"\0" * 8
+    (tmp_path / "src" / "model.safetensors").write_bytes(raw_safetensors(LONG_NAMES[case], data))
+    refuse(tmp_path / "src")
+
+
+@pytest.mark.parametrize("index", [{"weight_map": {_LONG: "a.safetensors"}}, {"weight_map": {"a": _LONG}}])
+def test_a_long_name_in_the_index_makes_a_short_message(tmp_path: Path, index: dict[str, Any]) -> None:
+    write_hf(tmp_path / "src", shards=2)
+    save_file(weights(CONFIG), tmp_path / "src" / "a.safetensors")
+    (tmp_path / "src" / INDEX).write_text(json.dumps(index))
+    refuse(tmp_path / "src")
+
+
+@pytest.mark.parametrize("key", ["model_type", "hidden_act", "vocab_size", "rope_scaling", "quantization", _LONG])
+def test_a_long_value_in_the_config_makes_a_short_message(tmp_path: Path, key: str) -> None:
+    write_hf(tmp_path / "src", CONFIG | {key: _LONG}, weights(CONFIG))
+    if key == _LONG:
+        (warning, *_) = convert(tmp_path / "src", tmp_path / "out").warnings
+        assert len(warning) < 500
+    else:
+        refuse(tmp_path / "src", "xxx…xxx", error=ConfigError)
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
@@ -306,6 +352,26 @@ def test_a_hostile_tokenizer_is_one_error(tmp_path: Path, pattern: str) -> None:
     }
     (tmp_path / "src" / "tokenizer.json").write_text(json.dumps(tokenizer))
     refuse(tmp_path / "src", "src: the tokenizer cannot be used")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'])
+def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    write_hf(tmp_path / "src")
+    (tmp_path / "src" / "tokenizer.json").write_text(text)
+    refuse(tmp_path / "src", "src: the tokenizer cannot be used: tokenizer.json")
+
+
+def test_an_unknown_key_is_a_warning_and_a_harmless_one_is_not(tmp_path: Path) -> None:
+    harmless = {"torch_dtype": "float16", "use_cache": True, "pretraining_tp": 2, "top_k": 50, "_name_or_path": "x"}
+    write_hf(tmp_path / "src", CONFIG | harmless | {"fancy_new_thing": 3, "another": {"a": 1}, "unset": None})
+    warnings = convert(tmp_path / "src", tmp_path / "out").warnings
+    (named,) = [warning for warning in warnings if warning.startswith("config.json has")]
+    assert named.endswith("2 key(s) that no Llama knows, which are ignored: another; fancy_new_thing")
+
+
+def test_a_key_that_changes_the_computation_is_refused(tmp_path: Path) -> None:
+    write_hf(tmp_path / "src", CONFIG | {"partial_rotary_factor": 0.5}, weights(CONFIG))
+    refuse(tmp_path / "src", "partial_rotary_factor 0.5", error=ConfigError)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"eos_token_id": 1, "eos_token_id": 2}'])
