@@ -239,8 +239,9 @@ def _check_architecture(hf: Mapping[str, Any]) -> None:
         raise ConfigError(f"config.json: architectures must be a list of names, got {quote(architectures)}")
     others = [name for name in architectures if name != "LlamaForCausalLM"]
     if others or model_type not in (None, "llama"):
+        named = quote(others[0] if others else model_type)
         raise ConfigError(
-            f"config.json: architecture {quote(others[0] if others else model_type)} is not supported; expected LlamaForCausalLM (model_type 'llama')"
+            f"config.json: architecture {named} is not supported; expected LlamaForCausalLM (model_type 'llama')"
         )
     if model_type is None and not architectures:
         raise ConfigError("config.json: neither model_type nor architectures is given; expected model_type 'llama'")
