@@ -28,7 +28,7 @@ from jaxllama.errors import ChatTemplateError, ConfigError, ContextLengthError, 
 from jaxllama.hosts.group import Group
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.mesh import make_mesh
-from jaxllama.model.params import Params
+from jaxllama.model.params import Params, num_params
 from jaxllama.progress import Advance, show_progress
 from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
 from jaxllama.text.constraint import ConstraintMaker, OutputConstraint
@@ -163,6 +163,11 @@ class Llama:
         if self.tokenizer is None:
             raise RequestError("this checkpoint has no tokenizer, which structured output and thinking budgets need")
         return ConstraintMaker(self.tokenizer, self.config.vocab_size, self.config.eos_token_ids)
+
+    @property
+    def num_params(self) -> int:
+        """The number of weights (a tied head counts once)."""
+        return num_params(self.config)
 
     def memory_traffic(self) -> MemoryTraffic:
         """What decoding must read from memory, to compare with what it takes (`Engine.on_steps`)."""

@@ -51,10 +51,9 @@ LAYERS = (
     ("jaxllama.llama", "jaxllama"),
     ("jaxllama_convert", "jaxllama_serving", "jaxllama.__main__"),
 )
-# Within the third layer mesh reads the table of parameters, and `num_params` of a config counts it.
+# Within the third layer mesh reads the table of parameters.
 ALLOWED_UP_OR_ACROSS = {
     ("jaxllama.model.mesh", "jaxllama.model.params"),
-    ("jaxllama.model.config", "jaxllama.model.params"),
     ("jaxllama", "jaxllama.llama"),
 }
 # Library to the modules that may import it.
@@ -71,7 +70,7 @@ CORNERS = {
     "llguidance": ("jaxllama.text",),
     "jinja2": ("jaxllama.text",),
     "matplotlib": ("jaxllama.plan.plot", "jaxllama_serving.client.report"),
-    "flax": ("jaxllama.model.forward",),
+    "flax": ("jaxllama.model.forward", "jaxllama.model.linear"),
 }
 WITHOUT_JAX = (
     "jaxllama.errors",

@@ -18,7 +18,7 @@ import numpy as np
 from jaxllama.errors import CheckpointError, ConversionError, quote
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.int8 import quantize_rows
-from jaxllama.model.params import QUANTIZATIONS, ParamSpec, QuantizedWeight, stored_specs
+from jaxllama.model.params import QUANTIZATIONS, ParamSpec, QuantizedWeight, num_params, stored_specs
 from jaxllama.weights.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -118,7 +118,7 @@ def convert(
         destination,
         dtype,
         quantize,
-        config.num_params,
+        num_params(config),
         job.storage.num_bytes(pairs),
         job.num_resumed,
         time.monotonic() - started,

@@ -18,7 +18,7 @@ from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, DecodeState, StepOutput
 from jaxllama.model.attention.reference import chunk_positions
 from jaxllama.model.cache import KVPool
 from jaxllama.model.config import LlamaConfig
-from jaxllama.model.forward import Llama
+from jaxllama.model.forward import Transformer
 from jaxllama.model.params import Params
 from jaxllama.model.platforms import PLAIN, Platform, program
 
@@ -59,7 +59,7 @@ def prefill_logits(
 ) -> tuple[Float[Array, "chunk vocab"], KVPool]:
     """`prefill` that also returns the logits of every position of the chunk."""
     hidden, pool = _forward_chunk(config, params, pool, tokens, page_table, start, num_tokens, shard, platform)
-    return Llama(config, params, platform).logits(hidden), pool
+    return Transformer(config, params, platform).logits(hidden), pool
 
 
 @partial(jax.jit, donate_argnames="pool", static_argnames=("config", "platform"))
@@ -121,7 +121,7 @@ def _forward_chunk(
         return out[None], pool
 
     once = jnp.minimum(num_tokens, 1)  # 0 in the runs that only compile
-    hidden, pool = Llama(config, params, platform)(tokens[None], positions, pool, page_table[None], attend, once)
+    hidden, pool = Transformer(config, params, platform)(tokens[None], positions, pool, page_table[None], attend, once)
     return hidden[0], pool
 
 
@@ -142,7 +142,7 @@ def decode_steps(
     or budget. Pages for `max_steps` more tokens must be in the page table.
     """
     state = state._replace(rows=state.rows._replace(active=state.rows.active & keep))
-    model = Llama(config, params, platform)
+    model = Transformer(config, params, platform)
     num_top = min(MAX_TOP_LOGPROBS, config.vocab_size)
     once = jnp.minimum(max_steps, 1)
     out = StepOutput(
@@ -165,7 +165,7 @@ def decode_steps(
 
 def _decode_step(
     config: LlamaConfig,
-    model: Llama,
+    model: Transformer,
     state: DecodeState,
     out: StepOutput,
     once: Array,

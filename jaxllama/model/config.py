@@ -180,18 +180,6 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise ConfigError(f"config.json: head_dim must be even for rotary embeddings, got {self.head_dim}")
 
-    @property
-    def q_per_kv(self) -> int:
-        """G, the number of query heads that share one KV head."""
-        return self.num_heads // self.num_kv_heads
-
-    @property
-    def num_params(self) -> int:
-        """The number of stored weights (a tied head counts once)."""
-        from jaxllama.model.params import param_specs
-
-        return sum(spec.size for spec in param_specs(self))
-
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> LlamaConfig:
         """Reads a parsed config.json.

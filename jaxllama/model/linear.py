@@ -1,19 +1,59 @@
-"""Matrix products and rows of a weight, whatever form it has: plain, int8 or packed."""
+"""A linear layer, whatever form its weight has: plain, int8, or packed for a CPU's kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from jaxllama.model import native
 from jaxllama.model.params import PackedWeight, QuantizedWeight
 
+type Weight = Array | QuantizedWeight | PackedWeight
 
-def product(letters: str, x: Array, weight: Array | QuantizedWeight | PackedWeight, dtype: Any) -> Array:
-    """`einsum(letters, x, weight)` in `dtype`."""
+
+class Linear(nnx.Module):
+    """`x @ weight.T + bias` in `dtype`, with a weight that is `[out, in]` in its plain form.
+
+    `weights` holds it by `name`, and a bias by `name_bias` if there is one.
+    """
+
+    def __init__(self, weights: Mapping[str, Any], name: str, dtype: Any) -> None:
+        self.dtype = dtype
+        self.weight = nnx.Param(weights[name])
+        self.bias = nnx.Param(weights[f"{name}_bias"]) if f"{name}_bias" in weights else None
+
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+        return self._with_bias(_product(x, self.weight.get_value(), self.dtype))
+
+    def rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch inputs"]:
+        """The rows `ids` of the weight in float32, as an embedding takes them."""
+        weight: Weight = self.weight.get_value()
+        if isinstance(weight, PackedWeight):
+            width = native.BLOCK_WIDTH
+            return weight.blocks[ids // width, :, ids % width].reshape(*ids.shape, -1).astype(jnp.float32)
+        if isinstance(weight, QuantizedWeight):
+            return weight.values[ids].astype(jnp.float32) * weight.scale[ids][..., None]
+        return weight[ids].astype(jnp.float32)
+
+    @staticmethod
+    def together(x: Float[Array, "*batch inputs"], *layers: Linear) -> list[Float[Array, "*batch _"]]:
+        """Each of `layers` of the same `x`. Packed weights take one call, so that a CPU's threads wait once."""
+        weights = [layer.weight.get_value() for layer in layers]
+        if not all(isinstance(weight, PackedWeight) for weight in weights):
+            return [layer(x) for layer in layers]
+        products = native.multiply(x, *(weight.blocks for weight in weights))
+        return [layer._with_bias(y.astype(layer.dtype)) for layer, y in zip(layers, products, strict=True)]
+
+    def _with_bias(self, y: Float[Array, "*batch outputs"]) -> Float[Array, "*batch outputs"]:
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+def _product(x: Float[Array, "*batch inputs"], weight: Weight, dtype: Any) -> Float[Array, "*batch outputs"]:
     if isinstance(weight, PackedWeight):
         return native.multiply(x, weight.blocks)[0].astype(dtype)
     if isinstance(weight, QuantizedWeight):
@@ -23,17 +63,7 @@ def product(letters: str, x: Array, weight: Array | QuantizedWeight | PackedWeig
         values = jax.lax.platform_dependent(
             weight.values, x, tpu=lambda values, _: values, default=lambda *both: jax.lax.optimization_barrier(both)[0]
         )
-        return (product(letters, x, values.astype(x.dtype), dtype) * weight.scale).astype(dtype)
+        return (_product(x, values.astype(x.dtype), dtype) * weight.scale).astype(dtype)
     # A TPU multiplies float32 in one bfloat16 pass unless told otherwise.
     precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
-    return jnp.einsum(letters, x, weight, precision=precision, preferred_element_type=dtype)
-
-
-def rows(weight: Array | QuantizedWeight | PackedWeight, ids: Array) -> Array:
-    """The rows `ids` of a matrix, in float32."""
-    if isinstance(weight, PackedWeight):
-        width = native.BLOCK_WIDTH
-        return weight.blocks[ids // width, :, ids % width].reshape(*ids.shape, -1).astype(jnp.float32)
-    if isinstance(weight, QuantizedWeight):
-        return weight.values[ids].astype(jnp.float32) * weight.scale[ids][..., None]
-    return weight[ids].astype(jnp.float32)
+    return jnp.einsum("...i,oi->...o", x, weight, precision=precision, preferred_element_type=dtype)

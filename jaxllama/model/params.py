@@ -89,6 +89,11 @@ def _layer_specs(c: LlamaConfig, layer: int) -> Iterator[ParamSpec]:
             yield spec(f"{name}_bias", f"{block}.{name}", shape[:1], axes[:1], "bias")
 
 
+def num_params(config: LlamaConfig) -> int:
+    """The number of stored weights (a tied head counts once)."""
+    return sum(spec.size for spec in param_specs(config))
+
+
 def stored_specs(spec: ParamSpec, quantize: str | None) -> tuple[ParamSpec, ...]:
     """The arrays that a tensor consists of: itself, or a quantised matrix's values and scale."""
     if quantize is None or len(spec.shape) != 2:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxllama.errors import PlanError
+from jaxllama.model.params import num_params
 from jaxllama.plan import roofline
 from jaxllama.plan.compiler import MISSING, Compiled, CompilerError, compile_program, is_available
 from jaxllama.plan.measure import Measurement
@@ -299,7 +300,7 @@ def as_json(p: Plan) -> dict[str, Any]:
         "num_chips": s.topology.num_chips,
         "num_devices": s.topology.num_devices,
         "mesh": dict(s.mesh.shape),
-        "num_params": s.config.num_params,
+        "num_params": num_params(s.config),
         **{name: getattr(s, name) for name in asked},
         "bytes_per_device": dataclasses.asdict(memory) | {"total": memory.total, "free": memory.free},
         "max_rows": p.max_rows,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllama.errors import MissingExtraError
+from jaxllama.model.params import num_params
 from jaxllama.plan.planner import Plan, describe_mesh
 
 _GIB = 2**30
@@ -35,7 +36,7 @@ def save_plot(p: Plan, path: Path) -> None:
     _latency_curve(right, p)
     s = p.setup
     figure.suptitle(
-        f"{s.config.num_params / 1e9:.1f}B, {s.weights} weights, {s.kv} KV on {describe_mesh(s)} ({p.method})",
+        f"{num_params(s.config) / 1e9:.1f}B, {s.weights} weights, {s.kv} KV on {describe_mesh(s)} ({p.method})",
         fontsize=11,
     )
     figure.savefig(path, dpi=150)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from jaxllama.model.params import num_params
 from jaxllama.plan.planner import Estimate, Plan, collectives, describe_mesh
 
 _GIB = 2**30
@@ -18,7 +19,7 @@ def as_text(p: Plan) -> str:
 def _lines(p: Plan) -> Iterator[str]:
     s, memory = p.setup, p.memory
     mesh = " x ".join(f"{name} {size}" for name, size in s.mesh.shape.items())
-    size = f"{s.config.num_params / 1e9:.2f}B parameters in {s.weights}"
+    size = f"{num_params(s.config) / 1e9:.2f}B parameters in {s.weights}"
     yield f"{size}, KV in {s.kv}, {s.rows:,} rows of {s.context:,} tokens"
     yield f"{s.topology.name}: {s.topology.num_chips} chips, {s.topology.num_devices} devices, mesh {mesh}"
     yield ""

@@ -84,7 +84,7 @@ def last_logits_of_one_layer(config: LlamaConfig, weights: tiny.Weights, ids: np
     future = positions > positions[last][:, None]
     heads = []
     for head in range(config.num_heads):
-        kv_head = head // config.q_per_kv
+        kv_head = head // (config.num_heads // config.num_kv_heads)
         scores = q[:, head] @ k[:, kv_head].T / np.sqrt(config.head_dim)
         heads.append(reference.softmax(np.where(future, -np.inf, scores)) @ v[:, kv_head])
     x = embedded[last] + np.concatenate(heads, axis=-1) @ w["self_attn.o_proj.weight"].T

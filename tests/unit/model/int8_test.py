@@ -20,13 +20,21 @@ from unit.weights.sources.sources import CONFIG, weights, write_hf
 import jaxllama
 from jaxllama import SamplingParams
 from jaxllama.decode.state import state_shapes
-from jaxllama.decode.steps import REFERENCE, decode_steps
+from jaxllama.decode.steps import decode_steps
 from jaxllama.errors import CheckpointError, ConfigError, ConversionError
-from jaxllama.model.forward import DecoderLayer
-from jaxllama.model.forward import Llama as Model
+from jaxllama.model.forward import DecoderLayer, Transformer
 from jaxllama.model.int8 import quantize_rows
 from jaxllama.model.mesh import make_mesh, param_shardings
-from jaxllama.model.params import Params, QuantizedWeight, build_params, get_param, param_specs, stored_specs
+from jaxllama.model.params import (
+    Params,
+    QuantizedWeight,
+    build_params,
+    get_param,
+    num_params,
+    param_specs,
+    stored_specs,
+)
+from jaxllama.model.platforms import PLAIN
 from jaxllama.weights.checkpoint import MANIFEST, Checkpoint, restore_params
 from jaxllama.weights.loading import load_params
 
@@ -104,7 +112,7 @@ def test_every_matrix_has_values_and_a_scale_and_nothing_else_changes(name):
         assert (values.shape, values.axes, values.dtype) == (spec.shape, spec.axes, "int8")
         axes = ("embed_scale",) if spec.path == ("embed_tokens",) else spec.axes[:1]
         assert (scale.shape, scale.axes, scale.dtype) == (spec.shape[:1], axes, "float32")
-    assert config.num_params == sum(array.size for array in tiny.weights_of(name).values())
+    assert num_params(config) == sum(array.size for array in tiny.weights_of(name).values())
 
 
 @pytest.mark.parametrize("tp", [1, 4, 8])
@@ -175,7 +183,7 @@ def test_no_product_makes_a_matrix_of_scaled_weights():
 
     def logits(params: Params, hidden: jax.Array) -> jax.Array:
         out = DecoderLayer(config, params["layers"][0], jnp.float32).mlp_parts[0](hidden)
-        return Model(config, params, REFERENCE).logits(out)
+        return Transformer(config, params, PLAIN).logits(out)
 
     jaxpr = jax.make_jaxpr(logits)(params, jnp.ones((3, 2, config.hidden_size)))
     made = [(eqn.primitive.name, var.aval.shape) for eqn in jaxpr.jaxpr.eqns for var in eqn.outvars]
@@ -199,7 +207,7 @@ def test_decoding_does_not_hold_the_weights_in_another_dtype():
         lowered = decode_steps.lower(config, params, shapes, np.int32(1), np.ones(2, bool), num_rows=2)
         temporary.append(lowered.compile().memory_analysis().temp_size_in_bytes)
     # Two matrices or three are in work at a time, of fifteen.
-    assert temporary[1] - temporary[0] < config.num_params * 4 / 2
+    assert temporary[1] - temporary[0] < num_params(config) * 4 / 2
 
 
 @pytest.mark.parametrize("name", ["divisible", "biased", "wide_heads_tied"])

@@ -89,7 +89,7 @@ def test_the_query_heads_of_a_device_use_its_kv_heads():
     k = {shard.device: shard.index[0].start or 0 for shard in layer["k_proj"].addressable_shards}
     for device in mesh.devices.flat:
         query_head, kv_head = q[device] // EIGHT.head_dim, k[device] // EIGHT.head_dim
-        assert query_head // EIGHT.q_per_kv == kv_head
+        assert query_head // (EIGHT.num_heads // EIGHT.num_kv_heads) == kv_head
 
 
 def test_what_the_mesh_does_not_divide_is_replicated():

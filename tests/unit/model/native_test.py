@@ -16,9 +16,10 @@ from attention_cases import Case, Inputs, exact, make_inputs, poisoned
 
 import jaxllama
 from jaxllama import Checkpoint, EngineOptions, Llama, make_mesh
-from jaxllama.model import linear, native
+from jaxllama.model import native
 from jaxllama.model.attention import ReferenceAttention
 from jaxllama.model.attention.cpu import CpuAttention
+from jaxllama.model.linear import Linear
 from jaxllama.model.mesh import param_shardings
 from jaxllama.model.params import PackedWeight, Params, get_param, param_specs
 from jaxllama.model.platforms import describe_platform
@@ -94,7 +95,7 @@ def test_packing_is_undone_and_rows_are_found():
     blocks = packed(jnp.array(weight))
     np.testing.assert_array_equal(unpack(blocks), weight)
     ids = jnp.array([[0, 63], [64, 127]])
-    np.testing.assert_array_equal(linear.rows(blocks, ids), weight[ids])
+    np.testing.assert_array_equal(Linear({"embed": blocks}, "embed", jnp.float32).rows(ids), weight[ids])
 
 
 @needs_kernels
