@@ -25,7 +25,8 @@ import numpy as np
 import jaxllama
 from jaxllama.engine import engine
 from jaxllama.engine.compilation import enable_compilation_cache
-from jaxllama.model.platforms import Platform, describe_platform
+from jaxllama.model.platforms.describe import describe_platform
+from jaxllama.model.platforms.platform import Platform
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ("README.md", "convert/README.md", "LICENSE", "Makefile", "jaxllama/decode/sampling.py", "tests/reference.py")

@@ -27,7 +27,7 @@ from jaxllama.decode.steps import decode_steps, prefill
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.mesh import make_mesh, num_page_shards, param_shardings
 from jaxllama.model.params import build_params
-from jaxllama.model.platforms import describe_platform
+from jaxllama.model.platforms.describe import describe_platform
 
 PAGE_SIZE = 16
 TOKENS_PER_ROW = 2048  # EngineOptions' default

@@ -20,7 +20,7 @@ import numpy as np
 from jaxllama.model import native
 from jaxllama.model.attention.reference import paged_attention
 from jaxllama.model.cache import KVPool
-from jaxllama.model.platforms import PLAIN
+from jaxllama.model.platforms.cpu import PLAIN
 from jaxllama.weights.forms import pack
 
 MATRICES = ((1536, 576, 30), (576, 1536, 30), (576, 576, 60), (49152, 576, 1))

@@ -16,12 +16,14 @@ from jaxllama.decode.controls import Boolean, Control, Integer, Strings
 from jaxllama.decode.params import CONTROLS
 from jaxllama.engine.compilation import enable_compilation_cache
 from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError, RequestError, one_line
+from jaxllama.model.platforms.startup import prepare_jax
 from jaxllama.plan import cli as plan_cli
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns 0, 1 (failure) or 2 (bad input)."""
     args = _parser().parse_args(argv)
+    prepare_jax()
     try:
         if getattr(args, "compilation_cache", "off") != "off":
             enable_compilation_cache(args.compilation_cache)

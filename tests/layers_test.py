@@ -26,7 +26,7 @@ PACKAGES = {
 # DESIGN.md, "The tree": a module imports from layers above its own line and from its own package only.
 LAYERS = (
     ("jaxllama.errors",),
-    ("jaxllama.model.config", "jaxllama.engine.compilation"),
+    ("jaxllama.model.config", "jaxllama.engine.compilation", "jaxllama.model.platforms.startup"),
     (
         "jaxllama.model.params",
         "jaxllama.model.rope",

@@ -24,7 +24,7 @@ from jaxllama import EngineOptions, Llama, LlamaConfig, make_mesh
 from jaxllama.model.int8 import quantize_rows
 from jaxllama.model.mesh import param_shardings
 from jaxllama.model.params import Params, QuantizedWeight, build_params, get_param, param_specs, stored_specs
-from jaxllama.model.platforms import describe_platform
+from jaxllama.model.platforms.describe import describe_platform
 from jaxllama.weights.checkpoint import MANIFEST, Manifest, ParamsWriter, hash_file
 from jaxllama.weights.forms import fit
 

@@ -18,7 +18,7 @@ from jaxllama.decode.steps import prefill_logits
 from jaxllama.errors import NonFiniteLogitsError
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import Params
-from jaxllama.model.platforms import Platform
+from jaxllama.model.platforms.platform import Platform
 
 _CHUNK = 128
 _LEAST_CHUNKS = 8

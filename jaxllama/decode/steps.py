@@ -20,7 +20,9 @@ from jaxllama.model.cache import KVPool
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.forward import Transformer
 from jaxllama.model.params import Params
-from jaxllama.model.platforms import PLAIN, Platform, program
+from jaxllama.model.platforms.cpu import PLAIN
+from jaxllama.model.platforms.platform import Platform
+from jaxllama.model.platforms.program import program
 
 
 @program(donate_argnames="pool", static_argnames=("config",))

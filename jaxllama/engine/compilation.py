@@ -20,20 +20,6 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 _MAX_WORKERS = 8
 
 
-_LARGE_TILES = "--xla_tpu_impure_use_large_2nd_minor_layout_for_x16"
-
-
-def keep_weights_as_they_are() -> None:
-    """Has libtpu, unless it is loaded or told otherwise, read bfloat16 weights in the tiles they lie in.
-
-    On a tpu7x it would copy all of them into other tiles at every dispatch: 17 GB a device and 26 ms a
-    step for the 70B instead of 0.15 GB and 12 ms (bench/LOG.md). v5e, v5p and v6e do the same either way.
-    """
-    given = os.environ.get("LIBTPU_INIT_ARGS", "")
-    if _LARGE_TILES not in given:
-        os.environ["LIBTPU_INIT_ARGS"] = f"{given} {_LARGE_TILES}=false".strip()
-
-
 def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:
     """Keeps compiled programs in `folder` (None: `~/.cache/jaxllama/xla`) and reuses them in later processes.
 

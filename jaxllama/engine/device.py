@@ -18,7 +18,7 @@ from jaxllama.engine.compilation import OnProgress, compile_all
 from jaxllama.model.cache import KVPool
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import Params
-from jaxllama.model.platforms import Platform
+from jaxllama.model.platforms.platform import Platform
 
 PAGES_PER_COPY = 16
 

@@ -40,7 +40,7 @@ from jaxllama.errors import (
 from jaxllama.hosts.group import Group
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import Params
-from jaxllama.model.platforms import describe_platform
+from jaxllama.model.platforms.describe import describe_platform
 
 logger = logging.getLogger("jaxllama.engine")
 

@@ -29,8 +29,8 @@ from typing import Any
 
 import jax
 
-from jaxllama.engine.compilation import keep_weights_as_they_are
 from jaxllama.errors import ConfigError, LockstepError, one_line
+from jaxllama.model.platforms.startup import prepare_jax
 
 _HEAD = struct.Struct("!BI")
 _HELLO, _START, _BEAT, _MESSAGE, _STOP, _FAILED, _QUESTION, _ANSWER = range(1, 9)
@@ -310,7 +310,7 @@ def join(
     group = Group(process_id, links, num_processes, heartbeat_timeout_s, relay)
     atexit.register(_end_now)
     try:
-        keep_weights_as_they_are()
+        prepare_jax()
         # JAX would take SIGTERM for itself.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(

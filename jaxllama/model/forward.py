@@ -25,7 +25,7 @@ from jaxllama.model.cache import KVPool, interleave_kv
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.linear import Linear
 from jaxllama.model.params import Params
-from jaxllama.model.platforms import Platform
+from jaxllama.model.platforms.platform import Platform
 from jaxllama.model.rope import RotaryAngles, rotary_angles, rotate
 
 type Attend = Callable[[Array, Array, KVPool, Array], tuple[Array, KVPool]]

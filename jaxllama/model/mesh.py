@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxllama.engine.compilation import keep_weights_as_they_are
 from jaxllama.errors import ConfigError
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import Params, build_params
+from jaxllama.model.platforms.startup import prepare_jax
 
 MESH_AXES = ("data", "kv", "rep")
 
@@ -46,7 +46,7 @@ def make_mesh(
     Raises: ConfigError if there are fewer devices than data × tp.
     """
     if devices is None:
-        keep_weights_as_they_are()
+        prepare_jax()
         devices = jax.devices()
     devices = list(devices)
     if data < 1 or (tp is not None and tp < 1):

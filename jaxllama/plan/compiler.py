@@ -26,13 +26,14 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from jaxllama.decode.steps import decode_steps, prefill
-from jaxllama.engine.compilation import keep_weights_as_they_are
 from jaxllama.errors import PlanError
 from jaxllama.model.attention.reference import BLOCK_TOKENS
 from jaxllama.model.config import LlamaConfig, RopeScaling
 from jaxllama.model.mesh import make_mesh
-from jaxllama.model.platforms import Platform, describe_platform
 from jaxllama.model.platforms.chips import GIB
+from jaxllama.model.platforms.describe import describe_platform
+from jaxllama.model.platforms.platform import Platform
+from jaxllama.model.platforms.startup import keep_weights_as_they_are
 from jaxllama.plan import roofline
 from jaxllama.plan.measure import KernelWork, LargeCopy, Measurement, measure
 from jaxllama.plan.setup import Setup

@@ -17,7 +17,8 @@ from jaxllama.model import cache
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.mesh import MESH_AXES, mesh_shape, num_page_shards, partition_spec
 from jaxllama.model.params import Params, ParamSpec, build_params, param_specs, stored_specs
-from jaxllama.model.platforms import Platform, tpu
+from jaxllama.model.platforms import tpu
+from jaxllama.model.platforms.platform import Platform
 from jaxllama.plan.topology import Topology
 from jaxllama.weights.forms import fit
 

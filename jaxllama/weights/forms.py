@@ -16,7 +16,7 @@ from jaxtyping import Array, BFloat16
 
 from jaxllama.model import native
 from jaxllama.model.params import PackedWeight, Params, ParamSpec
-from jaxllama.model.platforms import Platform
+from jaxllama.model.platforms.platform import Platform
 from jaxllama.weights.parts import joined, num_ffn_parts, split_ffn
 
 _WIDTH = native.BLOCK_WIDTH

@@ -20,7 +20,7 @@ from jaxllama.model.params import (
     get_param,
     param_specs,
 )
-from jaxllama.model.platforms import describe_platform
+from jaxllama.model.platforms.describe import describe_platform
 from jaxllama.weights.checkpoint import Checkpoint, restore_params
 from jaxllama.weights.forms import fit
 

@@ -17,7 +17,7 @@ from jaxllama.decode.state import MAX_STEPS, insert, make_state, row_state, stat
 from jaxllama.decode.steps import decode_steps, prefill
 from jaxllama.model.cache import kv_pool_shapes
 from jaxllama.model.mesh import make_mesh
-from jaxllama.model.platforms import PLAIN
+from jaxllama.model.platforms.cpu import PLAIN
 
 pytestmark = pytest.mark.optimized
 

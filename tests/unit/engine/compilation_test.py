@@ -22,7 +22,6 @@ from jaxllama import Llama, SamplingParams
 from jaxllama.engine.compilation import (
     compile_all,
     enable_compilation_cache,
-    keep_weights_as_they_are,
     num_compilations,
 )
 
@@ -174,23 +173,6 @@ def _restored_config() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_restored_config")
-@pytest.mark.parametrize(
-    ("given", "want"),
-    [
-        (None, "--xla_tpu_impure_use_large_2nd_minor_layout_for_x16=false"),
-        ("--other=1", "--other=1 --xla_tpu_impure_use_large_2nd_minor_layout_for_x16=false"),
-        ("--xla_tpu_impure_use_large_2nd_minor_layout_for_x16=true",) * 2,
-    ],
-)
-def test_libtpu_is_told_to_keep_tiles_unless_the_user_says_otherwise(monkeypatch, given, want):
-    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)  # `make_mesh` may have set it
-    if given is not None:
-        monkeypatch.setenv("LIBTPU_INIT_ARGS", given)
-    for _ in range(2):
-        keep_weights_as_they_are()
-        assert os.environ["LIBTPU_INIT_ARGS"] == want
-
-
 def test_the_folder_is_made_and_used(tmp_path):
     folder = tmp_path / "a" / "b"
     assert enable_compilation_cache(folder) == folder

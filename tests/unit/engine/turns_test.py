@@ -13,7 +13,7 @@ from collector import TIMEOUT_S, Collector, held, run
 
 from jaxllama import EngineOptions, Llama, SamplingParams, TokenOutput
 from jaxllama.engine.device import Device
-from jaxllama.model.platforms import PLAIN
+from jaxllama.model.platforms.cpu import PLAIN
 
 NAME = "divisible"
 type Calls = list[tuple[str, int]]

@@ -12,7 +12,7 @@ from attention_cases import CASES, Case, Inputs, exact, make_inputs, poisoned
 
 from jaxllama.model.attention.reference import ReferenceAttention, paged_attention
 from jaxllama.model.cache import KVPool
-from jaxllama.model.platforms import PLAIN
+from jaxllama.model.platforms.cpu import PLAIN
 
 pytestmark = pytest.mark.optimized
 

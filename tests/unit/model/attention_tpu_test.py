@@ -20,7 +20,8 @@ from jaxllama.model.cache import KVPool
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.int8 import quantize_rows
 from jaxllama.model.mesh import make_mesh
-from jaxllama.model.platforms import describe_platform, tpu
+from jaxllama.model.platforms import tpu
+from jaxllama.model.platforms.describe import describe_platform
 
 pytestmark = pytest.mark.optimized
 

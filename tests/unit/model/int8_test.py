@@ -34,7 +34,7 @@ from jaxllama.model.params import (
     param_specs,
     stored_specs,
 )
-from jaxllama.model.platforms import PLAIN
+from jaxllama.model.platforms.cpu import PLAIN
 from jaxllama.weights.checkpoint import MANIFEST, Checkpoint, restore_params
 from jaxllama.weights.loading import load_params
 

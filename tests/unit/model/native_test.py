@@ -22,7 +22,7 @@ from jaxllama.model.attention.cpu import CpuAttention
 from jaxllama.model.linear import Linear
 from jaxllama.model.mesh import param_shardings
 from jaxllama.model.params import PackedWeight, Params, get_param, param_specs
-from jaxllama.model.platforms import describe_platform
+from jaxllama.model.platforms.describe import describe_platform
 from jaxllama.weights.checkpoint import restore_params
 from jaxllama.weights.forms import fit, pack, unpack
 from jaxllama.weights.loading import load_params

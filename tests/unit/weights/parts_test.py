@@ -12,7 +12,8 @@ import tiny
 import jaxllama.llama
 from jaxllama import make_mesh
 from jaxllama.model.params import Params, QuantizedWeight, get_param, param_specs, stored_specs
-from jaxllama.model.platforms import describe_platform, tpu
+from jaxllama.model.platforms import tpu
+from jaxllama.model.platforms.describe import describe_platform
 from jaxllama.weights.checkpoint import Checkpoint
 from jaxllama.weights.forms import get_whole
 from jaxllama.weights.loading import load_params
