@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxllama.decode.state import state_shapes, state_shardings
+from jaxllama.decode.state import Chunk, Place, state_shapes, state_shardings
 from jaxllama.decode.steps import decode_steps, prefill
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.mesh import make_mesh, num_page_shards, param_shardings
@@ -70,7 +70,7 @@ def compile_prefill(config: LlamaConfig, mesh: Mesh, *, rows: int, context: int,
     pool = _state(config, mesh, rows, context).pool
     scalar = _whole(mesh, (), jnp.int32)
     tokens, pages = _whole(mesh, (chunk,), jnp.int32), _whole(mesh, (-(-context // PAGE_SIZE),), jnp.int32)
-    args = (config, _params(config, mesh), pool, tokens, pages, scalar, scalar, scalar)
+    args = (config, _params(config, mesh), pool, Place(pages, scalar), Chunk(tokens, scalar, scalar))
     return prefill.lower(*args, platform=describe_platform(config, mesh, dtype=DTYPE)).compile()
 
 

@@ -13,20 +13,18 @@ import itertools
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import jaxllama
+from jaxllama.engine.calls import Decode, SetPageTable
 from jaxllama.engine.compilation import enable_compilation_cache
 
-PARTS = {
-    "launch the program": ("_programs", "decode"),
-    "send the page table": ("_programs", "set_page_table"),
-    "take pages": ("", "_make_room"),
-    "deliver the tokens": ("", "_deliver"),
-}
+CALLS = {Decode: "launch the program", SetPageTable: "send the page table"}
+PARTS = {"take pages": "_make_room", "deliver the tokens": "_deliver"}
 
 
 class Watch:
@@ -42,10 +40,11 @@ class Watch:
             self.reads.append((time.perf_counter(), time.thread_time(), int(dispatch.output.num_steps)))
 
         engine._read = reading
-        for part, (owner, name) in PARTS.items():
-            self._time(part, getattr(engine, owner) if owner else engine, name)
+        for part, name in PARTS.items():
+            self._time(engine, name, lambda *_, part=part: part)
+        self._time(engine._programs, "run", lambda call: CALLS.get(type(call), "other calls"))
 
-    def _time(self, part: str, owner: Any, name: str) -> None:
+    def _time(self, owner: Any, name: str, part_of: Callable[..., str]) -> None:
         method = getattr(owner, name)
 
         def timed(*args: Any) -> Any:
@@ -53,7 +52,7 @@ class Watch:
             try:
                 return method(*args)
             finally:
-                self.cpu_s[part] += time.thread_time() - start
+                self.cpu_s[part_of(*args)] += time.thread_time() - start
 
         setattr(owner, name, timed)
 

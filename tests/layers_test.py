@@ -44,6 +44,7 @@ LAYERS = (
     ("jaxllama.model.attention",),
     ("jaxllama.model.platforms",),
     ("jaxllama.model.forward", "jaxllama.weights.forms"),
+    ("jaxllama.hosts.lockstep",),
     ("jaxllama.decode.state", "jaxllama.weights.checkpoint", "jaxllama.weights.sources"),
     ("jaxllama.decode.steps",),
     ("jaxllama.engine", "jaxllama.weights.loading", "jaxllama.weights.saving", "jaxllama.decode.scoring"),

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxllama.decode.sampling import top_logprobs
-from jaxllama.decode.state import make_pool
+from jaxllama.decode.state import Chunk, Place, make_pool
 from jaxllama.decode.steps import prefill_logits
 from jaxllama.errors import NonFiniteLogitsError
 from jaxllama.model.config import LlamaConfig
@@ -56,12 +56,12 @@ def logits_of(
     num_chunks = min(num_chunks, -(-config.max_position_embeddings // chunk))
     num_pages = num_chunks * chunk // page_size
     pool = make_pool(config, mesh, num_pages=num_pages, page_size=page_size, dtype=kv_dtype)
-    table = np.arange(num_pages, dtype=np.int32)
+    place = Place(np.arange(num_pages, dtype=np.int32), np.int32(0))
     for start in range(0, len(tokens), chunk):
         part = tokens[start : start + chunk]
         padded = np.pad(part, (0, chunk - len(part)))
-        at = (np.int32(start), np.int32(len(part)), np.int32(0))
-        scores, pool = prefill_logits(config, params, pool, padded, table, *at, platform=platform)
+        given = Chunk(padded, np.int32(start), np.int32(len(part)))
+        scores, pool = prefill_logits(config, params, pool, place, given, platform=platform)
         yield scores
 
 

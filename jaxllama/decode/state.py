@@ -49,6 +49,27 @@ class DecodeState(NamedTuple):
     rows: RowState
 
 
+class Place(NamedTuple):
+    """Where the tokens of one row are kept: its page table, and the shard (`ShardedAttention`) whose pages those are.
+
+    NumPy's arrays on the host, as in `Chunk`.
+    """
+
+    page_table: Int[Any, " max_pages"]
+    shard: Int[Any, ""]
+
+
+class Chunk(NamedTuple):
+    """Some tokens of one row: `tokens[:num_tokens]` stand at positions `start …`, the rest is padding.
+
+    `start` and the size of the chunk are multiples of the page size.
+    """
+
+    tokens: Int[Any, " chunk"]
+    start: Int[Any, ""]
+    num_tokens: Int[Any, ""]
+
+
 class StepOutput(NamedTuple):
     """The first `num_steps` of it count. A token is -1 where the row was inactive, `NOT_FINITE` where it failed."""
 

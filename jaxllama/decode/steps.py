@@ -6,15 +6,13 @@ place and a prefill never needs the head.
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllama.decode.params import MAX_TOP_LOGPROBS
 from jaxllama.decode.sampling import sample, top_logprobs
-from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, DecodeState, StepOutput
+from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, Chunk, DecodeState, Place, StepOutput
 from jaxllama.model.attention.reference import chunk_positions
 from jaxllama.model.cache import KVPool
 from jaxllama.model.config import LlamaConfig
@@ -30,20 +28,13 @@ def prefill(
     config: LlamaConfig,
     params: Params,
     pool: KVPool,
-    tokens: Int[Array, " chunk"],
-    page_table: Int[Array, " max_pages"],
-    start: Int[Array, ""],
-    num_tokens: Int[Array, ""],
-    shard: Int[Array, ""],
+    place: Place,
+    chunk: Chunk,
     *,
     platform: Platform = PLAIN,
 ) -> KVPool:
-    """Writes the keys and values of one chunk of one row's prompt and returns the pool.
-
-    `tokens[:num_tokens]` stand at positions `start …`; the rest is padding. `start` and the chunk's size are multiples
-    of the page size. The row is one of `shard`.
-    """
-    return _forward_chunk(config, params, pool, tokens, page_table, start, num_tokens, shard, platform)[1]
+    """Writes the keys and values of one chunk of one row's prompt and returns the pool."""
+    return _forward_chunk(config, params, pool, place, chunk, platform)[1]
 
 
 @program(donate_argnames="pool", static_argnames=("config",))
@@ -51,71 +42,25 @@ def prefill_logits(
     config: LlamaConfig,
     params: Params,
     pool: KVPool,
-    tokens: Int[Array, " chunk"],
-    page_table: Int[Array, " max_pages"],
-    start: Int[Array, ""],
-    num_tokens: Int[Array, ""],
-    shard: Int[Array, ""],
+    place: Place,
+    chunk: Chunk,
     *,
     platform: Platform = PLAIN,
 ) -> tuple[Float[Array, "chunk vocab"], KVPool]:
     """`prefill` that also returns the logits of every position of the chunk."""
-    hidden, pool = _forward_chunk(config, params, pool, tokens, page_table, start, num_tokens, shard, platform)
+    hidden, pool = _forward_chunk(config, params, pool, place, chunk, platform)
     return Transformer(config, params, platform).logits(hidden), pool
-
-
-@partial(jax.jit, donate_argnames="pool", static_argnames=("config", "platform"))
-def clear(
-    config: LlamaConfig,
-    pool: KVPool,
-    pages: Int[Array, " max_pages"],
-    count: Int[Array, ""],
-    shard: Int[Array, ""],
-    *,
-    platform: Platform = PLAIN,
-) -> KVPool:
-    """Zeros in the first `count` of `pages`, for attention that must not meet a failed row's NaN there."""
-    return platform.attention.clear_pages(pool, pages, count, shard, config.num_layers)
-
-
-@partial(jax.jit, static_argnames=("config", "platform"))
-def copy_out(
-    config: LlamaConfig,
-    pool: KVPool,
-    pages: Int[Array, " some"],
-    shard: Int[Array, ""],
-    *,
-    platform: Platform = PLAIN,
-) -> KVPool:
-    """What `pages` hold, as `cache.read_pages`."""
-    return platform.attention.read_pages(pool, pages, shard, config.num_layers)
-
-
-@partial(jax.jit, donate_argnames="pool", static_argnames=("config", "platform"))
-def copy_in(
-    config: LlamaConfig,
-    pool: KVPool,
-    pages: Int[Array, " some"],
-    copy: KVPool,
-    shard: Int[Array, ""],
-    *,
-    platform: Platform = PLAIN,
-) -> KVPool:
-    """Puts back what `copy_out` gave, as `cache.put_pages`."""
-    return platform.attention.put_pages(pool, pages, copy, shard, config.num_layers)
 
 
 def _forward_chunk(
     config: LlamaConfig,
     params: Params,
     pool: KVPool,
-    tokens: Array,
-    page_table: Array,
-    start: Array,
-    num_tokens: Array,
-    shard: Array,
+    place: Place,
+    chunk: Chunk,
     platform: Platform,
 ) -> tuple[Float[Array, "chunk embed"], KVPool]:
+    (page_table, shard), (tokens, start, num_tokens) = place, chunk
     positions = chunk_positions(tokens.shape[0], start, num_tokens)[None]
 
     def attend(q: Array, kv: Array, pool: KVPool, pages: Array) -> tuple[Array, KVPool]:

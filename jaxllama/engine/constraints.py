@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import UInt32
 
-from jaxllama.engine.device import Programs
+from jaxllama.engine.calls import Programs, SetMasks
 from jaxllama.engine.request import EngineRequest
 from jaxllama.errors import RequestError
 from jaxllama.text.structured import num_mask_words
@@ -73,7 +73,7 @@ class Constraints:
                     failed.append((request, error))
         if was_masked or self._is_masked.any():
             # A copy: the devices may read it after this returns.
-            self._programs.set_masks(self._masks.copy(), self._is_masked.copy())
+            self._programs.run(SetMasks(self._masks.copy(), self._is_masked.copy()))
         return failed
 
 

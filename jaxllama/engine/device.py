@@ -1,72 +1,48 @@
-"""The device programs in the order the engine calls them, and the state they change."""
+"""This process's devices: the programs in the order they are called, and the state they change."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, overload
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
-from jaxtyping import Bool, Int, UInt32
+from jaxtyping import Int
 
-from jaxllama.decode.state import DecodeState, RowState, StepOutput, any_row, insert, make_state, state_shardings
-from jaxllama.decode.steps import clear, copy_in, copy_out, decode_steps, prefill
+from jaxllama.decode.state import (
+    Chunk,
+    DecodeState,
+    Place,
+    StepOutput,
+    any_row,
+    insert,
+    make_state,
+    state_shardings,
+)
+from jaxllama.decode.steps import decode_steps, prefill
+from jaxllama.engine.calls import (
+    Call,
+    ClearPages,
+    Compile,
+    Decode,
+    ForgetPages,
+    Insert,
+    Prefill,
+    RestorePages,
+    SavePages,
+    SetMasks,
+    SetPageTable,
+)
 from jaxllama.engine.compilation import OnProgress, compile_all
-from jaxllama.model.cache import KVPool
+from jaxllama.model.cache import KVPool, clear_pages, put_pages, read_pages
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import Params
 from jaxllama.model.platforms.platform import Platform
 
 PAGES_PER_COPY = 16
-
-
-class Programs(Protocol):
-    """What the engine asks of the devices. Arguments are NumPy's; calls return before the devices are done."""
-
-    def compile(
-        self, chunk_sizes: Int[np.ndarray, " sizes"], row_buckets: Int[np.ndarray, " buckets"], on_progress: OnProgress
-    ) -> None:
-        """Compiles what the other calls run, for these chunks and numbers of rows. Returns when it is done."""
-
-    def prefill(
-        self,
-        tokens: Int[np.ndarray, " chunk"],
-        table: Int[np.ndarray, " max_pages"],
-        start: np.int32,
-        num_tokens: np.int32,
-        shard: np.int32,
-    ) -> None:
-        """As `decode.prefill`."""
-
-    def clear(self, pages: Int[np.ndarray, " max_pages"], count: np.int32, shard: np.int32) -> None:
-        """As `decode.clear`."""
-
-    def save(self, name: np.int32, pages: Int[np.ndarray, " pages"], shard: np.int32) -> None:
-        """Copies `pages` to the hosts, under a number."""
-
-    def restore(self, name: np.int32, pages: Int[np.ndarray, " pages"], shard: np.int32) -> None:
-        """Copies what was saved to these pages instead, but nothing where they are 0. It can be done once."""
-
-    def forget(self, name: np.int32) -> None:
-        """Drops what was saved."""
-
-    def insert(self, row: np.int32, new: RowState) -> None:
-        """As `decode.insert`."""
-
-    def set_page_table(self, table: Int[np.ndarray, "rows max_pages"]) -> None:
-        """Replaces every row's page table."""
-
-    def set_masks(self, masks: UInt32[np.ndarray, "rows words"], is_masked: Bool[np.ndarray, " rows"]) -> None:
-        """Replaces every row's `token_mask` and `is_masked`."""
-
-    def decode(self, max_steps: np.int32, keep: Bool[np.ndarray, " rows"], num_rows: int) -> StepOutput:
-        """As `decode.decode_steps`; this process can read the whole output."""
-
-    def wait(self) -> None:
-        """Returns when the devices have done all that was asked."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +80,15 @@ def _blocks(pages: Int[np.ndarray, " pages"]) -> list[Int[np.ndarray, " block"]]
 
 
 class Device:
-    """`Programs` on this process's share of `mesh`. The state is made at the first call."""
+    """`Programs` on this process's share of `mesh`. The state is made at the first call.
+
+    `on_progress` is told how far a `Compile` has come.
+    """
 
     def __init__(
         self, config: LlamaConfig, params: Params, mesh: Mesh, shapes: DecodeState, platform: Platform
     ) -> None:
+        self.on_progress: OnProgress = lambda done, total, names: None
         self._config = config
         self._platform = platform
         self._params = params
@@ -117,103 +97,84 @@ class Device:
         self._state: DecodeState | None = None
         self._saved: dict[int, list[HostCopy]] = {}
         self._replicate = jax.jit(lambda output: output, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-    def compile(
-        self, chunk_sizes: Int[np.ndarray, " sizes"], row_buckets: Int[np.ndarray, " buckets"], on_progress: OnProgress
-    ) -> None:
-        """Compiles several programs at a time, those that take longest first."""
-        config, params, state = self._config, self._params, self._get_state()
-        num_rows, table_width = self._shapes.page_table.shape
-        zero, pages = np.int32(0), np.zeros(table_width, np.int32)
-        row = any_row(config)
-        keep = np.zeros(num_rows, np.bool_)
-
-        def lower_decode(bucket: int) -> Any:
-            return decode_steps.lower(config, params, state, zero, keep, num_rows=bucket, platform=self._platform)
-
-        def lower_prefill(size: int) -> Any:
-            tokens = np.zeros(size, np.int32)
-            at = (zero,) * 3
-            return prefill.lower(config, params, state.pool, tokens, pages, *at, platform=self._platform)
-
-        programs: dict[str, Callable[[], Any]] = {
-            f"decode of {n} rows": partial(lower_decode, n) for n in sorted(row_buckets.tolist(), reverse=True)
-        }
-        programs |= {
-            f"prefill of {n} tokens": partial(lower_prefill, n) for n in sorted(chunk_sizes.tolist(), reverse=True)
-        }
-        programs["insert"] = lambda: insert.lower(state, zero, row)
-        if self._platform.needs_clean_pages:
-            programs["clear"] = lambda: clear.lower(config, state.pool, pages, zero, zero, platform=self._platform)
-        compile_all(programs, on_progress)
-
-    def prefill(
-        self,
-        tokens: Int[np.ndarray, " chunk"],
-        table: Int[np.ndarray, " max_pages"],
-        start: np.int32,
-        num_tokens: np.int32,
-        shard: np.int32,
-    ) -> None:
-        """Writes a chunk into the cache."""
-        state, at = self._get_state(), (start, num_tokens, shard)
-        pool = prefill(self._config, self._params, state.pool, tokens, table, *at, platform=self._platform)
-        self._state = state._replace(pool=pool)
-
-    def clear(self, pages: Int[np.ndarray, " max_pages"], count: np.int32, shard: np.int32) -> None:
-        """Zeros in the first `count` of `pages`."""
-        state = self._get_state()
-        pool = clear(self._config, state.pool, pages, count, shard, platform=self._platform)
-        self._state = state._replace(pool=pool)
-
-    def save(self, name: np.int32, pages: Int[np.ndarray, " pages"], shard: np.int32) -> None:
-        """Copies `pages` to this process's memory. Waits for the device."""
-        pool = self._get_state().pool
-        copies = [copy_out(self._config, pool, block, shard, platform=self._platform) for block in _blocks(pages)]
-        self._saved[int(name)] = [HostCopy.of(copy) for copy in copies]
-
-    def restore(self, name: np.int32, pages: Int[np.ndarray, " pages"], shard: np.int32) -> None:
-        """Copies what was saved to `pages`, and drops it."""
-        state = self._get_state()
-        pool = state.pool
-        for block, copy in zip(_blocks(pages), self._saved.pop(int(name)), strict=True):
-            pool = copy_in(self._config, pool, block, copy.on_devices(), shard, platform=self._platform)
-        self._state = state._replace(pool=pool)
-
-    def forget(self, name: np.int32) -> None:
-        """Drops what was saved."""
-        del self._saved[int(name)]
-
-    def insert(self, row: np.int32, new: RowState) -> None:
-        """Puts a row in place."""
-        self._state = insert(self._get_state(), row, new)
-
-    def set_page_table(self, table: Int[np.ndarray, "rows max_pages"]) -> None:
-        """Replaces every row's page table."""
-        self._state = self._get_state()._replace(page_table=_put(table, self._shardings.page_table))
-
-    def set_masks(self, masks: UInt32[np.ndarray, "rows words"], is_masked: Bool[np.ndarray, " rows"]) -> None:
-        """Replaces every row's mask."""
-        state, shardings = self._get_state(), self._shardings.rows.sampling
-        sampling = state.rows.sampling._replace(
-            token_mask=_put(masks, shardings.token_mask), is_masked=_put(is_masked, shardings.is_masked)
+        layers = {"num_layers": config.num_layers, "mesh": platform.attention.mesh}
+        self._clear_pages, self._read_pages, self._put_pages = (
+            partial(move, **layers) for move in (clear_pages, read_pages, put_pages)
         )
-        self._state = state._replace(rows=state.rows._replace(sampling=sampling))
 
-    def decode(self, max_steps: np.int32, keep: Bool[np.ndarray, " rows"], num_rows: int) -> StepOutput:
-        """Runs up to `max_steps` steps."""
-        state = self._get_state()
-        self._state, output = decode_steps(
-            self._config, self._params, state, max_steps, keep, num_rows=num_rows, platform=self._platform
-        )
-        if all(array.is_fully_addressable or array.is_fully_replicated for array in output):
-            return output
-        replicated: StepOutput = self._replicate(output)
-        return replicated
+    @overload
+    def run(self, call: Decode) -> StepOutput: ...
+    @overload
+    def run(self, call: Call) -> StepOutput | None: ...
+    def run(self, call: Call) -> StepOutput | None:
+        """Makes `call`. All but `Compile` and `SavePages` return before the device is done."""
+        state, output = self._get_state(), None
+        match call:
+            case Compile(chunk_sizes, row_buckets):
+                self._compile(state, chunk_sizes.tolist(), row_buckets.tolist())
+            case Prefill(place, chunk):
+                pool = prefill(self._config, self._params, state.pool, place, chunk, platform=self._platform)
+                state = state._replace(pool=pool)
+            case Insert(row, new):
+                state = insert(state, row, new)
+            case Decode(max_steps, keep, num_rows):
+                args = (self._config, self._params, state, max_steps, keep)
+                state, output = decode_steps(*args, num_rows=int(num_rows), platform=self._platform)
+                if not all(array.is_fully_addressable or array.is_fully_replicated for array in output):
+                    output = self._replicate(output)
+            case SetPageTable(table):
+                state = state._replace(page_table=_put(table, self._shardings.page_table))
+            case SetMasks():
+                state = self._set_masks(state, call)
+            case ClearPages(pages, num_pages, shard):
+                state = state._replace(pool=self._clear_pages(state.pool, pages, num_pages, shard))
+            case SavePages(name, pages, shard):
+                copies = [self._read_pages(state.pool, block, shard) for block in _blocks(pages)]
+                self._saved[int(name)] = [HostCopy.of(copy) for copy in copies]
+            case RestorePages(name, pages, shard):
+                pool = state.pool
+                for block, copy in zip(_blocks(pages), self._saved.pop(int(name)), strict=True):
+                    pool = self._put_pages(pool, block, copy.on_devices(), shard)
+                state = state._replace(pool=pool)
+            case ForgetPages(name):
+                del self._saved[int(name)]
+        self._state = state
+        return output
 
     def wait(self) -> None:
         """Returns when the devices have done all that was asked."""
         jax.block_until_ready(self._state)
+
+    def _compile(self, state: DecodeState, chunk_sizes: list[int], row_buckets: list[int]) -> None:
+        """Several programs at a time, those that take longest first."""
+        config, params, platform = self._config, self._params, self._platform
+        num_rows, table_width = self._shapes.page_table.shape
+        zero, pages = np.int32(0), np.zeros(table_width, np.int32)
+        keep = np.zeros(num_rows, np.bool_)
+
+        def lower_decode(bucket: int) -> Any:
+            return decode_steps.lower(config, params, state, zero, keep, num_rows=bucket, platform=platform)
+
+        def lower_prefill(size: int) -> Any:
+            at = (Place(pages, zero), Chunk(np.zeros(size, np.int32), zero, zero))
+            return prefill.lower(config, params, state.pool, *at, platform=platform)
+
+        programs: dict[str, Callable[[], Any]] = {
+            f"decode of {n} rows": partial(lower_decode, n) for n in sorted(row_buckets, reverse=True)
+        }
+        programs |= {f"prefill of {n} tokens": partial(lower_prefill, n) for n in sorted(chunk_sizes, reverse=True)}
+        programs["insert"] = lambda: insert.lower(state, zero, any_row(config))
+        if platform.needs_clean_pages:
+            layers = {"num_layers": config.num_layers, "mesh": platform.attention.mesh}
+            programs["clear pages"] = lambda: clear_pages.lower(state.pool, pages, zero, zero, **layers)
+        compile_all(programs, self.on_progress)
+
+    def _set_masks(self, state: DecodeState, call: SetMasks) -> DecodeState:
+        shardings = self._shardings.rows.sampling
+        sampling = state.rows.sampling._replace(
+            token_mask=_put(call.token_mask, shardings.token_mask), is_masked=_put(call.is_masked, shardings.is_masked)
+        )
+        return state._replace(rows=state.rows._replace(sampling=sampling))
 
     def _get_state(self) -> DecodeState:
         if self._state is None:

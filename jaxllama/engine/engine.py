@@ -18,16 +18,26 @@ from jax.sharding import Mesh
 
 from jaxllama.decode.params import SamplingParams
 from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, any_row, state_shapes
-from jaxllama.engine.chunks import ChunkPlan
+from jaxllama.engine.calls import (
+    CALLS,
+    ClearPages,
+    Compile,
+    Decode,
+    Insert,
+    Programs,
+    RestorePages,
+    SavePages,
+    SetPageTable,
+)
+from jaxllama.engine.chunks import ChunkPlan, Span
 from jaxllama.engine.compilation import OnProgress, num_compilations
 from jaxllama.engine.constraints import Constraint, Constraints, advance, attach, needs_new_row
-from jaxllama.engine.device import Device, Programs
+from jaxllama.engine.device import Device
 from jaxllama.engine.dispatch import Dispatch
-from jaxllama.engine.lockstep import Leading, check_processes, follow
 from jaxllama.engine.options import EngineOptions, EngineStats, StepReport
 from jaxllama.engine.placement import Placement
 from jaxllama.engine.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
-from jaxllama.engine.scheduler import Chunk, Scheduler
+from jaxllama.engine.scheduler import Scheduler
 from jaxllama.errors import (
     ConfigError,
     ContextLengthError,
@@ -38,6 +48,7 @@ from jaxllama.errors import (
     RequestError,
 )
 from jaxllama.hosts.group import Group
+from jaxllama.hosts.lockstep import Leading, check_processes, follow
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import Params
 from jaxllama.model.platforms.describe import describe_platform
@@ -174,18 +185,18 @@ class Engine:
 
         Call it before the first `submit`.
         """
-        programs = self._programs
-        programs.compile(np.array(self.chunk_sizes, np.int32), np.array(self._row_buckets, np.int32), on_progress)
+        programs, self._device.on_progress = self._programs, on_progress
+        programs.run(Compile(np.array(self.chunk_sizes, np.int32), np.array(self._row_buckets, np.int32)))
         nothing = self._make_request([0], SamplingParams(), lambda _: None, 0, b"")
-        self._placement.prefill(Chunk(nothing, 0, 0, min(self.chunk_sizes)))
+        self._placement.prefill(nothing, Span(0, 0, min(self.chunk_sizes)))
         zero, none = np.int32(0), np.zeros(1, np.int32)
-        programs.insert(zero, any_row(self.config))
-        programs.save(zero, none, zero)
-        programs.restore(zero, none, zero)
+        programs.run(Insert(zero, any_row(self.config)))
+        programs.run(SavePages(zero, none, zero))
+        programs.run(RestorePages(zero, none, zero))
         if self.platform.needs_clean_pages:
-            programs.clear(np.zeros(self._table_width, np.int32), zero, zero)
+            programs.run(ClearPages(np.zeros(self._table_width, np.int32), zero, zero))
         for num_rows in self._row_buckets:
-            programs.decode(np.int32(1), np.zeros(self._num_rows, np.bool_), num_rows)
+            programs.run(Decode(np.int32(1), np.zeros(self._num_rows, np.bool_), np.int32(num_rows)))
         programs.wait()
         self._is_warm = True
 
@@ -240,7 +251,7 @@ class Engine:
         """
         assert self.group is not None
         try:
-            follow(self.config, self._device, self.group)
+            follow(self._device.run, CALLS, self.group)
         except Exception as error:
             self.group.fail(error)
 
@@ -357,9 +368,9 @@ class Engine:
             rows[request.row] = request
         if not np.array_equal(table, self._page_table):
             self._page_table = table
-            self._programs.set_page_table(table)
+            self._programs.run(SetPageTable(table))
         bucket = next(size for size in self._row_buckets if size > max(rows))
-        output = self._programs.decode(np.int32(max_steps), keep, bucket)
+        output = self._programs.run(Decode(np.int32(max_steps), keep, np.int32(bucket)))
         output.tokens.copy_to_host_async()
         self._in_flight.append(Dispatch(output, rows, max_steps, time.monotonic()))
         return True

@@ -7,10 +7,11 @@ import itertools
 import numpy as np
 from jaxtyping import Int
 
-from jaxllama.decode.state import row_state
-from jaxllama.engine.device import Programs
+from jaxllama.decode.state import Chunk, Place, row_state
+from jaxllama.engine.calls import ClearPages, ForgetPages, Insert, Prefill, Programs, RestorePages, SavePages
+from jaxllama.engine.chunks import Span
 from jaxllama.engine.request import EngineRequest
-from jaxllama.engine.scheduler import Chunk, Scheduler
+from jaxllama.engine.scheduler import Scheduler
 from jaxllama.model.config import LlamaConfig
 
 
@@ -48,45 +49,45 @@ class Placement:
                 return
             if request.saved_as is not None:
                 self._bring_back(request, request.saved_as)
-            for chunk in self._scheduler.chunks(request):
-                if chunk.size > tokens_left:
+            for span in self._scheduler.spans(request):
+                if span.size > tokens_left:
                     return
-                tokens_left -= chunk.size
-                self.prefill(chunk)
-                self._scheduler.advance(chunk)
+                tokens_left -= span.size
+                self.prefill(request, span)
+                self._scheduler.advance(request, span)
             self.activate(request)
 
-    def prefill(self, chunk: Chunk) -> None:
-        """Writes a chunk into the cache."""
-        request = chunk.request
-        tokens = np.zeros(chunk.size, np.int32)
-        tokens[: chunk.num_tokens] = request.prompt[chunk.start : chunk.start + chunk.num_tokens]
-        table, at = self._table(request.pages), (np.int32(chunk.start), np.int32(chunk.num_tokens))
-        self._programs.prefill(tokens, table, *at, np.int32(request.shard))
+    def prefill(self, request: EngineRequest, span: Span) -> None:
+        """Writes `span` of a request's prompt into the cache."""
+        tokens = np.zeros(span.size, np.int32)
+        tokens[: span.num_tokens] = request.prompt[span.start : span.start + span.num_tokens]
+        place = Place(self._table(request.pages), np.int32(request.shard))
+        self._programs.run(Prefill(place, Chunk(tokens, np.int32(span.start), np.int32(span.num_tokens))))
 
     def set_aside(self, request: EngineRequest) -> None:
         """Takes a request's row and pages. If it runs, the hosts keep a copy: prefill might not give the same bits."""
         if request.is_running:
             request.saved_as = next(self._numbers)
-            self._programs.save(np.int32(request.saved_as), self._written_pages(request), np.int32(request.shard))
+            saved = (np.int32(request.saved_as), self._written_pages(request), np.int32(request.shard))
+            self._programs.run(SavePages(*saved))
         self.clear(request, self._scheduler.set_aside(request))
 
     def _bring_back(self, request: EngineRequest, saved_as: int) -> None:
         pages = self._written_pages(request)
         pages[: request.num_shared_pages] = 0  # others have filled them with the same bits
-        self._programs.restore(np.int32(saved_as), pages, np.int32(request.shard))
+        self._programs.run(RestorePages(np.int32(saved_as), pages, np.int32(request.shard)))
         request.saved_as, request.num_prefilled = None, request.num_to_prefill
 
     def forget(self, request: EngineRequest) -> None:
         """Drops the copy of a request that has ended."""
         if request.saved_as is not None:
-            self._programs.forget(np.int32(request.saved_as))
+            self._programs.run(ForgetPages(np.int32(request.saved_as)))
             request.saved_as = None
 
     def clear(self, request: EngineRequest, pages: list[int]) -> None:
         """Clears pages that `request` has left and that may hold NaN, if the platform needs it."""
         if self._needs_clean_pages and pages:
-            self._programs.clear(self._table(pages), np.int32(len(pages)), np.int32(request.shard))
+            self._programs.run(ClearPages(self._table(pages), np.int32(len(pages)), np.int32(request.shard)))
 
     def activate(self, request: EngineRequest) -> None:
         """Makes the row of a request whose keys and values are in its pages; again if what halts it has changed."""
@@ -101,7 +102,7 @@ class Placement:
             halt_id=request.halt_id,
         )
         assert request.row is not None
-        self._programs.insert(np.int32(request.row), new)
+        self._programs.run(Insert(np.int32(request.row), new))
         request.is_running = True
 
     def _written_pages(self, request: EngineRequest) -> Int[np.ndarray, " pages"]:

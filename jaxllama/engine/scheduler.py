@@ -10,23 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from jaxllama.engine.chunks import ChunkPlan
+from jaxllama.engine.chunks import ChunkPlan, Span
 from jaxllama.engine.pages import PagePool
 from jaxllama.engine.request import EngineRequest
 
 MAX_STEPS_AHEAD = 32
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens `start … start + num_tokens` of a request, to run in a program made for `size` tokens."""
-
-    request: EngineRequest
-    start: int
-    num_tokens: int
-    size: int
 
 
 class Scheduler:
@@ -116,21 +105,19 @@ class Scheduler:
             if other.shard == shard and not other.is_saved
         )
 
-    def chunks(self, request: EngineRequest) -> Iterator[Chunk]:
-        """The chunks that a request's prefill still needs: a function of its own length, unless programs agree."""
-        for span in self._plan.spans(request.num_prefilled, request.num_to_prefill, self.max_prefill_tokens):
-            yield Chunk(request, *span)
+    def spans(self, request: EngineRequest) -> Iterator[Span]:
+        """What a request's prefill still needs: a function of its own length, unless programs agree."""
+        return self._plan.spans(request.num_prefilled, request.num_to_prefill, self.max_prefill_tokens)
 
     @property
     def max_prefill_tokens(self) -> int:
         """How many tokens to prefill at once, while those who run wait."""
         return self._plan.longest(has_streams=bool(self.running))
 
-    def advance(self, chunk: Chunk) -> None:
-        """Takes note that `chunk` is on its way to the device: who comes later finds the pages it fills."""
-        request = chunk.request
-        request.num_prefilled += chunk.num_tokens
-        full = slice(chunk.start // self._page_size, request.num_prefilled // self._page_size)
+    def advance(self, request: EngineRequest, span: Span) -> None:
+        """Takes note that `span` is on its way to the device: who comes later finds the pages it fills."""
+        request.num_prefilled += span.num_tokens
+        full = slice(span.start // self._page_size, request.num_prefilled // self._page_size)
         self.pools[request.shard].publish(request.pages[full], request.page_keys[full])
 
     def grow(self, request: EngineRequest, num_tokens: int) -> bool:

@@ -10,14 +10,18 @@ multiple of 32, which one head a device is not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int8
 
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.int8 import quantize_rows
+from jaxllama.model.mesh import RULES, num_page_shards, splitting
 
 
 class KVPool(NamedTuple):
@@ -125,32 +129,126 @@ def write_pages(
     return jax.tree.map(write, pool, stored(kv, pool))
 
 
-def clear_pages(pool: KVPool, pages: Int[Array, " max_pages"], count: Int[Array, ""], num_layers: int) -> KVPool:
-    """Zeros in the first `count` of `pages` (numbers of layer 0), in every layer."""
+@partial(jax.jit, donate_argnames="pool", static_argnames=("num_layers", "mesh"))
+def clear_pages(
+    pool: KVPool,
+    pages: Int[Array, " some"],
+    count: Int[Array, ""],
+    shard: Int[Array, ""],
+    *,
+    num_layers: int,
+    mesh: Mesh | None = None,
+) -> KVPool:
+    """Zeros in the first `count` of `pages` (numbers of layer 0) of `shard`, in every layer.
 
-    def clear_in(array: Array) -> Array:
-        layers = array.reshape(num_layers, -1, *array.shape[1:])
-        zeros = jnp.zeros((num_layers, 1, *array.shape[1:]), array.dtype)
+    `mesh` None is one device.
+    """
 
-        def clear(index: Array, layers: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(layers, zeros, pages[index], axis=1)
+    def clear(pool: KVPool, pages: Array, count: Array, shard: Array) -> KVPool:
+        count = jnp.where(_owns(shard, mesh), count, 0)
 
-        return jax.lax.fori_loop(0, count, clear, layers).reshape(array.shape)
+        def clear_in(array: Array) -> Array:
+            layers = array.reshape(num_layers, -1, *array.shape[1:])
+            zeros = jnp.zeros((num_layers, 1, *array.shape[1:]), array.dtype)
 
-    return jax.tree.map(clear_in, pool)
+            def clear_one(index: Array, layers: Array) -> Array:
+                return jax.lax.dynamic_update_slice_in_dim(layers, zeros, pages[index], axis=1)
+
+            return jax.lax.fori_loop(0, count, clear_one, layers).reshape(array.shape)
+
+        return jax.tree.map(clear_in, pool)
+
+    spec, everywhere = pool_spec(pool, mesh), PartitionSpec()
+    return on_devices(clear, mesh, (spec, *[everywhere] * 3), spec)(pool, pages, count, shard)
 
 
-def read_pages(pool: KVPool, pages: Int[Array, " some"], num_layers: int) -> KVPool:
-    """A copy of `pages` (numbers of layer 0) of every layer, `[layers * some, …]`. Of page 0 it is of no use."""
-    index = _in_every_layer(pool, pages, num_layers)
-    return jax.tree.map(lambda part: part[index], pool)
+@partial(jax.jit, static_argnames=("num_layers", "mesh"))
+def read_pages(
+    pool: KVPool, pages: Int[Array, " some"], shard: Int[Array, ""], *, num_layers: int, mesh: Mesh | None = None
+) -> KVPool:
+    """A copy of `pages` (numbers of layer 0) of `shard`, in every layer, `[layers * some, …]`. Every shard gets it.
+
+    Where `pages` is 0 the copy means nothing: no row has page 0. `mesh` None is one device.
+    """
+
+    def read(pool: KVPool, pages: Array, shard: Array) -> KVPool:
+        index = _in_every_layer(pool, pages, num_layers)
+        copy = jax.tree.map(lambda part: part[index], pool)
+        return copy if _num_shards(mesh) == 1 else jax.tree.map(lambda part: _of_owner(part, shard), copy)
+
+    spec, everywhere = pool_spec(pool, mesh), PartitionSpec()
+    copy_spec = pool_spec(pool, mesh, pages=())
+    return on_devices(read, mesh, (spec, everywhere, everywhere), copy_spec)(pool, pages, shard)
 
 
-def put_pages(pool: KVPool, pages: Int[Array, " some"], copy: KVPool, num_layers: int) -> KVPool:
-    """The inverse of `read_pages`. What was read where `pages` is 0 now is left out."""
-    index = _in_every_layer(pool, pages, num_layers)
-    index = jnp.where(jnp.tile(pages, num_layers) == 0, pool.pages.shape[0], index)
-    return jax.tree.map(lambda part, new: part.at[index].set(new, mode="drop"), pool, copy)
+@partial(jax.jit, donate_argnames="pool", static_argnames=("num_layers", "mesh"))
+def put_pages(
+    pool: KVPool,
+    pages: Int[Array, " some"],
+    copy: KVPool,
+    shard: Int[Array, ""],
+    *,
+    num_layers: int,
+    mesh: Mesh | None = None,
+) -> KVPool:
+    """Writes what `read_pages` gave to `pages` of `shard`, which need not be those it was read from.
+
+    What was read where `pages` is 0 now is left out. `mesh` None is one device.
+    """
+
+    def put(pool: KVPool, pages: Array, copy: KVPool, shard: Array) -> KVPool:
+        pages = jnp.where(_owns(shard, mesh), pages, 0)
+        index = _in_every_layer(pool, pages, num_layers)
+        index = jnp.where(jnp.tile(pages, num_layers) == 0, pool.pages.shape[0], index)
+        return jax.tree.map(lambda part, new: part.at[index].set(new, mode="drop"), pool, copy)
+
+    spec, everywhere = pool_spec(pool, mesh), PartitionSpec()
+    specs = (spec, everywhere, pool_spec(pool, mesh, pages=()), everywhere)
+    return on_devices(put, mesh, specs, spec)(pool, pages, copy, shard)
+
+
+def pool_spec(pool: KVPool, mesh: Mesh | None, pages: tuple[str, ...] = RULES["pages"]) -> Any:
+    """A `KVPool` of specs; `pages` are the mesh axes that split the pages."""
+    return jax.tree.map(
+        lambda axes: spec_of(mesh, pages, *(RULES[name] for name in axes[1:])),
+        kv_pool_axes(pool.pages.dtype),
+        is_leaf=lambda x: type(x) is tuple,
+    )
+
+
+def spec_of(mesh: Mesh | None, *names: tuple[str, ...]) -> PartitionSpec:
+    """Each dimension's mesh axes, of those that split anything."""
+    if mesh is None:
+        return PartitionSpec()
+    return PartitionSpec(*(splitting(axes, mesh) or None for axes in names))
+
+
+def on_devices(run: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`run` on each device of `mesh` with its own part of the arguments; `mesh` None: `run` itself."""
+    if mesh is None:
+        return run
+    return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def is_own(shard: Int[Array, ""]) -> Bool[Array, ""]:
+    """Whether this device holds pages of `shard`; inside `on_devices`."""
+    own: Array = jax.lax.axis_index(RULES["pages"]) == shard
+    return own
+
+
+def _num_shards(mesh: Mesh | None) -> int:
+    return 1 if mesh is None else num_page_shards(mesh)
+
+
+def _owns(shard: Array, mesh: Mesh | None) -> Array | bool:
+    return _num_shards(mesh) == 1 or is_own(shard)
+
+
+def _of_owner(part: Array, shard: Array) -> Array:
+    """What `shard` has, bit for bit: a sum of floats would make -0 a 0."""
+    bits = jax.lax.bitcast_convert_type(part, jnp.dtype(f"uint{8 * part.dtype.itemsize}"))
+    bits = jax.lax.psum(jnp.where(is_own(shard), bits, 0), RULES["pages"])
+    return jax.lax.bitcast_convert_type(bits, part.dtype)
 
 
 def _in_every_layer(pool: KVPool, pages: Array, num_layers: int) -> Array:

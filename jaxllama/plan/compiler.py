@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from jaxllama.decode.state import Chunk, Place
 from jaxllama.decode.steps import decode_steps, prefill
 from jaxllama.errors import PlanError
 from jaxllama.model.attention.reference import BLOCK_TOKENS
@@ -179,8 +180,8 @@ def _lower(setup: Setup, program: str, mesh: Mesh, platform: Platform) -> Any:
     if program == "prefill":
         tokens = jax.ShapeDtypeStruct((setup.chunk_tokens,), jnp.int32)
         table = jax.ShapeDtypeStruct(state.page_table.shape[1:], jnp.int32)
-        at = (number,) * 3
-        return prefill.lower(setup.config, params, state.pool, tokens, table, *at, platform=platform)
+        at = (Place(table, number), Chunk(tokens, number, number))
+        return prefill.lower(setup.config, params, state.pool, *at, platform=platform)
     raise PlanError(f"program must be one of {', '.join(PROGRAMS)}, got {program!r}")
 
 

@@ -13,7 +13,7 @@ import tiny
 from collector import Collector, held
 
 from jaxllama import EngineOptions, Llama, SamplingParams
-from jaxllama.decode.state import MAX_STEPS, insert, make_state, row_state, state_shapes, state_shardings
+from jaxllama.decode.state import MAX_STEPS, Chunk, Place, insert, make_state, row_state, state_shapes, state_shardings
 from jaxllama.decode.steps import decode_steps, prefill
 from jaxllama.model.cache import kv_pool_shapes
 from jaxllama.model.mesh import make_mesh
@@ -138,7 +138,8 @@ class Rows:
         for start in range(0, len(known), size):
             part = np.array(known[start : start + size], np.int32)
             padded = np.pad(part, (0, size - len(part)))
-            pool = prefill(config, weights, pool, padded, table, np.int32(start), np.int32(len(part)), np.int32(0))
+            chunk = Chunk(padded, np.int32(start), np.int32(len(part)))
+            pool = prefill(config, weights, pool, Place(table, np.int32(0)), chunk)
         self.state = insert(self.state._replace(pool=pool), np.int32(row), new)
 
     def steps(self, num: int, keep: tuple[bool, ...] = (True,) * 4) -> np.ndarray:

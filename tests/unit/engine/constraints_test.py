@@ -131,8 +131,8 @@ def test_masks_go_to_the_device_only_when_there_are_any():
     sent = []
 
     class Programs:
-        def set_masks(self, masks, is_masked):
-            sent.append((masks, is_masked))
+        def run(self, call):
+            sent.append(call)
 
     class Request:
         row = 1

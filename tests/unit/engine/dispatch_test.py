@@ -11,6 +11,7 @@ import tiny
 from collector import Collector, held, run
 
 from jaxllama import Engine, SamplingParams
+from jaxllama.engine.calls import Decode
 
 FREE = SamplingParams(temperature=0, ignore_eos=True, max_tokens=60)
 
@@ -29,17 +30,18 @@ def engine() -> Iterator[Engine]:
 def watch(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> list[tuple[str, int]]:
     """("launch", its steps) and ("read", its steps that ran) of every dispatch, in their order."""
     events: list[tuple[str, int]] = []
-    decode, read = engine._programs.decode, engine._read
+    run, read = engine._programs.run, engine._read
 
-    def launching(max_steps: Any, *rest: Any) -> Any:
-        events.append(("launch", int(max_steps)))
-        return decode(max_steps, *rest)
+    def launching(call: Any) -> Any:
+        if isinstance(call, Decode):
+            events.append(("launch", int(call.max_steps)))
+        return run(call)
 
     def reading(dispatch: Any) -> None:
         events.append(("read", int(dispatch.output.num_steps)))
         read(dispatch)
 
-    monkeypatch.setattr(engine._programs, "decode", launching)
+    monkeypatch.setattr(engine._programs, "run", launching)
     monkeypatch.setattr(engine, "_read", reading)
     return events
 

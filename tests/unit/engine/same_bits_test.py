@@ -16,9 +16,11 @@ from collector import Collector, assert_idle, held
 
 import jaxllama
 from jaxllama import EngineOptions, Llama, SamplingParams, make_mesh
-from jaxllama.decode.steps import copy_out
+from jaxllama.decode.state import Chunk, Place
+from jaxllama.engine.calls import Prefill, SavePages
 from jaxllama.engine.device import Device
 from jaxllama.model import native
+from jaxllama.model.cache import read_pages
 from jaxllama.weights.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.optimized
@@ -123,13 +125,14 @@ def as_first_of_four(llama: Llama, requests: list[Request]) -> list[Outcome]:
 def set_aside(llama: Llama, requests: list[Request], monkeypatch: pytest.MonkeyPatch) -> list[Outcome]:
     """So few pages that rows are set aside again and again, and single steps."""
     saved: list[int] = []
-    save = Device.save
+    run = Device.run
 
-    def spy(self: Device, name: np.int32, pages: np.ndarray, shard: np.int32) -> None:
-        saved.append(len(pages))
-        save(self, name, pages, shard)
+    def spy(self: Device, call: Any) -> Any:
+        if isinstance(call, SavePages):
+            saved.append(len(call.pages))
+        return run(self, call)
 
-    monkeypatch.setattr(Device, "save", spy)
+    monkeypatch.setattr(Device, "run", spy)
     with held(llama.engine):
         got = [submit(llama, request, "shared") for request in requests]
     outcomes = [outcome(done) for done in got]
@@ -209,7 +212,8 @@ def bfloat16(request: pytest.FixtureRequest) -> Iterator[Llama]:
 def kv_of(llama: Llama, pages: list[int], num_tokens: int) -> list[np.ndarray]:
     """The keys and values in `pages`, by layer and token."""
     device = llama.engine._device
-    copy = copy_out(llama.config, device._get_state().pool, np.array(pages, np.int32), np.int32(0))
+    pool, index = device._get_state().pool, np.array(pages, np.int32)
+    copy = read_pages(pool, index, np.int32(0), num_layers=llama.config.num_layers)
     kv = np.asarray(copy.pages.astype(jnp.float32))
     return [layer.reshape(-1, *kv.shape[2:])[:num_tokens] for layer in np.split(kv, llama.config.num_layers)]
 
@@ -235,7 +239,8 @@ def test_programs_agree_where_they_are_said_to(bfloat16: Llama):
             num = min(size, 120 - start)
             tokens = np.zeros(size, np.int32)
             tokens[:num] = ids[start : start + num]
-            device.prefill(tokens, table, np.int32(start), np.int32(num), np.int32(0))
+            chunk = Chunk(tokens, np.int32(start), np.int32(num))
+            device.run(Prefill(Place(table, np.int32(0)), chunk))
             start += num
         assert start == 120
         for layer, (got, decoded) in enumerate(zip(kv_of(llama, table[:30].tolist(), 120), want, strict=True)):

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from jaxllama.decode.params import SamplingParams
 from jaxllama.decode.state import MAX_STEPS
+from jaxllama.engine.calls import ClearPages, ForgetPages, Insert, Prefill, RestorePages, SavePages
 from jaxllama.engine.chunks import ChunkPlan
 from jaxllama.engine.pages import PagePool
 from jaxllama.engine.placement import Placement
@@ -58,14 +59,14 @@ def make_scheduler(*, rows: int = 3, pages: int = 20, plan: ChunkPlan | None = N
 
 
 def spans_of(scheduler: Scheduler, request: EngineRequest) -> list[tuple[int, int, int]]:
-    return [(chunk.start, chunk.num_tokens, chunk.size) for chunk in scheduler.chunks(request)]
+    return [tuple(span) for span in scheduler.spans(request)]
 
 
 def prefill(scheduler: Scheduler, *requests: EngineRequest) -> None:
     """Prefills and activates admitted requests."""
     for request in requests:
-        for chunk in scheduler.chunks(request):
-            scheduler.advance(chunk)
+        for span in scheduler.spans(request):
+            scheduler.advance(request, span)
         request.is_running = True
 
 
@@ -321,8 +322,8 @@ def test_choices_wait_for_the_first_one_s_prefill_and_share_it():
         scheduler.enqueue(request)
     scheduler.admit()
     assert [request.row is not None for request in choices] == [True, False, False, False]
-    chunks = [*scheduler.chunks(choices[0])]
-    scheduler.advance(chunks[0])
+    spans = [*scheduler.spans(choices[0])]
+    scheduler.advance(choices[0], spans[0])
     scheduler.admit()
     assert choices[1].row is None, "the second chunk is to come"
     prefill(scheduler, choices[0])
@@ -508,26 +509,23 @@ class FakeDevice:
         memory = self.memory[request.shard]
         return [int(memory[request.pages[i // PAGE], i % PAGE]) for i in range(num_tokens)]
 
-    def prefill(self, tokens: Any, table: Any, start: Any, num_tokens: Any, shard: Any) -> None:
-        for i in range(num_tokens):
-            self.put(table, int(start) + i, int(tokens[i]), (int(start), len(tokens)), int(shard))
-
-    def clear(self, pages: Any, count: Any, shard: Any) -> None:
-        self.memory[shard, pages[:count]] = 0
-
-    def save(self, name: Any, pages: Any, shard: Any) -> None:
-        assert 0 not in pages
-        self.saved[int(name)] = self.memory[shard, pages]
-
-    def restore(self, name: Any, pages: Any, shard: Any) -> None:
-        saved = self.saved.pop(int(name))
-        self.memory[shard, pages[pages > 0]] = saved[pages > 0]
-
-    def forget(self, name: Any) -> None:
-        del self.saved[int(name)]
-
-    def insert(self, row: Any, new: Any) -> None:
-        pass
+    def run(self, call: Any) -> None:
+        match call:
+            case Prefill((table, shard), (tokens, start, num_tokens)):
+                for i in range(num_tokens):
+                    self.put(table, int(start) + i, int(tokens[i]), (int(start), len(tokens)), int(shard))
+            case ClearPages(pages, num_pages, shard):
+                self.memory[shard, pages[:num_pages]] = 0
+            case SavePages(name, pages, shard):
+                assert 0 not in pages
+                self.saved[int(name)] = self.memory[shard, pages]
+            case RestorePages(name, pages, shard):
+                saved = self.saved.pop(int(name))
+                self.memory[shard, pages[pages > 0]] = saved[pages > 0]
+            case ForgetPages(name):
+                del self.saved[int(name)]
+            case _:
+                assert isinstance(call, Insert)
 
 
 class Life(RuleBasedStateMachine):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ import tiny
 from collector import TIMEOUT_S, Collector, held, run
 
 from jaxllama import EngineOptions, Llama, SamplingParams, TokenOutput
+from jaxllama.engine.calls import Decode, Insert, Prefill
 from jaxllama.engine.device import Device
 from jaxllama.model.platforms.cpu import PLAIN
 
@@ -23,19 +24,19 @@ type Calls = list[tuple[str, int]]
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Calls of the device's programs: ("prefill", size), ("decode", rows that may run), ("insert", row)."""
     log: Calls = []
+    run = Device.run
 
-    def spy(name: str, what: Callable[..., int]) -> None:
-        call = getattr(Device, name)
+    def spied(self: Device, call: Any) -> Any:
+        match call:
+            case Prefill(_, chunk):
+                log.append(("prefill", len(chunk.tokens)))
+            case Decode(_, keep, _):
+                log.append(("decode", int(keep.sum())))
+            case Insert(row, _):
+                log.append(("insert", int(row)))
+        return run(self, call)
 
-        def spied(self: Device, *args: Any) -> Any:
-            log.append((name, what(*args)))
-            return call(self, *args)
-
-        monkeypatch.setattr(Device, name, spied)
-
-    spy("prefill", lambda tokens, *_: len(tokens))
-    spy("decode", lambda max_steps, keep, num_rows: int(keep.sum()))
-    spy("insert", lambda row, new: int(row))
+    monkeypatch.setattr(Device, "run", spied)
     return log
 
 

@@ -27,11 +27,12 @@ from processes import START_TIMEOUT_S, Process, free_port
 
 from jaxllama import Engine, SamplingParams
 from jaxllama.decode.state import row_state
+from jaxllama.engine.calls import CALLS, Decode, ForgetPages, Insert, RestorePages, SavePages, SetPageTable
 from jaxllama.engine.device import Device
-from jaxllama.engine.lockstep import check_processes, decode, encode, follow
 from jaxllama.errors import ConfigError, LockstepError
 from jaxllama.hosts import group as distributed
 from jaxllama.hosts.group import join
+from jaxllama.hosts.lockstep import check_processes, follow, from_bytes, to_bytes
 from jaxllama.weights import array_files as zarr
 
 REQUEST_TIMEOUT_S = 240.0
@@ -48,15 +49,25 @@ REQUESTS: list[dict[str, Any]] = [
 # ---- Calls as bytes ----
 
 
-def test_a_call_survives_its_encoding():
+KINDS: dict[str, type] = {kind.__name__: kind for kind in CALLS}
+TABLE = to_bytes(SetPageTable(np.zeros(4, np.int32)))
+
+
+def test_a_call_survives_its_bytes():
     config = tiny.config_of("divisible")
     row = row_state(config, SamplingParams(seed=1), prompt=[1, 2], generated=[3], remaining=4, seed=2**40)
-    arrays = [np.int32(-3), np.array([True, False]), np.zeros((0, 4), np.int32), *jax.tree.leaves(row)]
-    name, got = decode(encode("insert", arrays))
-    assert name == "insert"
-    for array, want in zip(got, arrays, strict=True):
-        assert (array.shape, array.dtype) == (np.shape(want), np.asarray(want).dtype)
-        assert np.array_equal(array, want)
+    calls: list[tuple[Any, ...]] = [
+        Insert(np.int32(-3), row),
+        Decode(np.int32(1), np.array([True, False]), np.int32(2)),
+        SetPageTable(np.zeros((0, 4), np.int32)),
+    ]
+    for call in calls:
+        got = from_bytes(to_bytes(call), KINDS)
+        assert type(got) is type(call)
+        assert jax.tree.structure(got) == jax.tree.structure(call)
+        for array, want in zip(jax.tree.leaves(got), jax.tree.leaves(call), strict=True):
+            assert (array.shape, array.dtype) == (np.shape(want), np.asarray(want).dtype)
+            assert np.array_equal(array, want)
 
 
 @pytest.mark.parametrize(
@@ -65,15 +76,28 @@ def test_a_call_survives_its_encoding():
         b"",
         b"\0\0\0\2{}",
         b"\0\0\0\xff[]",
-        encode("decode", [np.zeros(4, np.int32)])[:-1],
-        encode("decode", [np.zeros(4, np.int32)]) + b"x",
-        encode("decode", [np.zeros(4, np.int32)]).replace(b"int32", b"int99"),
-        encode("decode", [np.zeros(4, np.int32)]).replace(b"[4]", b"[-]"),
+        TABLE[:-1],
+        TABLE + b"x",
+        TABLE.replace(b"int32", b"int99"),
+        TABLE.replace(b"[4]", b"[-]"),
     ],
 )
 def test_bytes_that_are_no_call_are_refused(message: bytes):
     with pytest.raises(LockstepError, match="process 0 sent"):
-        decode(message)
+        from_bytes(message, KINDS)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [
+        ({}, "asks for 'SetPageTable', which this version does not know"),
+        ({"SetPageTable": Decode}, "1 arrays, which are too few"),
+        ({"SetPageTable": tuple}, "1 arrays, which are too many"),
+    ],
+)
+def test_a_call_of_another_version_is_refused(kinds: dict[str, type], said: str):
+    with pytest.raises(LockstepError, match=said):
+        from_bytes(TABLE, kinds)
 
 
 def test_a_follower_holds_the_same_bits_when_rows_were_set_aside():
@@ -94,10 +118,11 @@ def test_a_follower_holds_the_same_bits_when_rows_were_set_aside():
         cancelled.request.cancel()
         assert [collector.wait().finish_reason for collector in done] == ["length"] * 5
         engine.close()
-        names = [decode(message)[0] for message in messages]
-        assert names.count("save") == names.count("restore") + names.count("forget") >= 2
+        kinds = [type(from_bytes(message, KINDS)) for message in messages]
+        assert kinds.count(SavePages) == kinds.count(RestorePages) + kinds.count(ForgetPages) >= 2
         follower = Device(config, llama.params, mesh, engine._shapes, engine.attention)
-        follow(config, follower, SimpleNamespace(is_leader=False, messages=lambda: iter(messages)))  # type: ignore[arg-type]
+        group: Any = SimpleNamespace(is_leader=False, messages=lambda: iter(messages))
+        follow(follower.run, CALLS, group)
         pair = (engine._device, follower)
         for got, want in zip(*(jax.tree.leaves(device._get_state()) for device in pair), strict=True):
             np.testing.assert_array_equal(np.asarray(got), np.asarray(want))

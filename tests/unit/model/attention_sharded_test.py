@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jaxllama.model.attention import Attention, ReferenceAttention, ShardedAttention
 from jaxllama.model.attention.tpu import TpuAttention
 from jaxllama.model.attention.tpu_int8 import Int8TpuAttention
-from jaxllama.model.cache import KVPool, kv_pool_axes
+from jaxllama.model.cache import KVPool, clear_pages, kv_pool_axes, put_pages, read_pages
 from jaxllama.model.int8 import quantize_rows
 from jaxllama.model.mesh import make_mesh, num_page_shards, partition_spec
 
@@ -183,21 +183,23 @@ def test_the_kernels_prefill_on_a_mesh_too(kv_dtype):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_pages_are_cleared_and_copied_in_their_own_shard(case):
     inputs = Inputs(case)
-    attention = ShardedAttention(REFERENCE, inputs.mesh)
-    last = case.num_shards - 1
+    last, where = case.num_shards - 1, {"num_layers": LAYERS, "mesh": inputs.mesh}
+
+    def pool() -> KVPool:
+        """A copy: what writes to a pool takes it away."""
+        return jax.tree.map(jnp.copy, inputs.pool)
+
     pages = jnp.asarray([3, 1], jnp.int32)
-    copy = jax.jit(attention.read_pages, static_argnums=3)(inputs.pool, pages, jnp.int32(last), LAYERS)
+    copy = read_pages(inputs.pool, pages, jnp.int32(last), **where)
     index = np.concatenate([np.array([3, 1]) + layer * inputs.pages_per_layer for layer in range(LAYERS)])
     for part, whole in zip(jax.tree.leaves(copy), jax.tree.leaves(inputs.pools[last]), strict=True):
         np.testing.assert_array_equal(np.asarray(part), np.asarray(whole)[index])
     # Into another shard's pages 2 and 0: the second is left out.
-    put = jax.jit(attention.put_pages, static_argnums=4)
-    moved = put(inputs.pool, jnp.asarray([2, 0]), copy, jnp.int32(0), LAYERS)
+    moved = put_pages(pool(), jnp.asarray([2, 0]), copy, jnp.int32(0), **where)
     target = np.array([2 + layer * inputs.pages_per_layer for layer in range(LAYERS)])
     want = jax.tree.map(lambda part, new: part.at[target].set(new[::2]), inputs.pools[0], copy)
     assert_pools(moved, [want, *inputs.pools[1:]])
-    clear = jax.jit(attention.clear_pages, static_argnums=4)
-    cleared = clear(inputs.pool, jnp.asarray([1, 2, 0]), jnp.int32(2), jnp.int32(last), LAYERS)
+    cleared = clear_pages(pool(), jnp.asarray([1, 2, 0]), jnp.int32(2), jnp.int32(last), **where)
     gone = np.array([page + layer * inputs.pages_per_layer for layer in range(LAYERS) for page in (1, 2)])
     want = jax.tree.map(lambda part: part.at[gone].set(0), inputs.pools[last])
     assert_pools(cleared, [*inputs.pools[:last], want])

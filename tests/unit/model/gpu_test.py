@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from jaxllama.decode.state import state_shapes
+from jaxllama.decode.state import Chunk, Place, state_shapes
 from jaxllama.decode.steps import decode_steps, prefill, prefill_logits
 from jaxllama.model.params import build_params
 
@@ -31,7 +31,7 @@ def traced(name: str):
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     tokens, pages = (jax.ShapeDtypeStruct((size,), jnp.int32) for size in (8, CONTEXT // PAGE_SIZE))
     keep = jax.ShapeDtypeStruct((ROWS,), jnp.bool_)
-    chunk = (config, params, state.pool, tokens, pages, scalar, scalar, scalar)
+    chunk = (config, params, state.pool, Place(pages, scalar), Chunk(tokens, scalar, scalar))
     return {
         "decode_steps": decode_steps.trace(config, params, state, scalar, keep, num_rows=ROWS),
         "prefill": prefill.trace(*chunk),

@@ -1,0 +1,116 @@
+"""What the engine asks of the devices, as data: a call is a tuple of NumPy arrays, which `Programs.run` makes.
+
+`hosts.lockstep` sends any of them to the other processes, so that a call is written here and in `device` alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, overload
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt32
+
+from jaxllama.decode.state import Chunk, Place, RowState, StepOutput
+
+
+class Compile(NamedTuple):
+    """Compile what the other calls run, for these sizes of chunks and numbers of rows."""
+
+    chunk_sizes: Int[np.ndarray, " sizes"]
+    row_buckets: Int[np.ndarray, " buckets"]
+
+
+class Prefill(NamedTuple):
+    """As `decode.steps.prefill`."""
+
+    place: Place
+    chunk: Chunk
+
+
+class Insert(NamedTuple):
+    """As `decode.state.insert`."""
+
+    row: np.int32
+    new: RowState
+
+
+class Decode(NamedTuple):
+    """As `decode.steps.decode_steps`."""
+
+    max_steps: np.int32
+    keep: Bool[np.ndarray, " rows"]
+    num_rows: np.int32
+
+
+class SetPageTable(NamedTuple):
+    """Replace every row's page table."""
+
+    table: Int[np.ndarray, "rows max_pages"]
+
+
+class SetMasks(NamedTuple):
+    """Replace every row's `token_mask` and `is_masked`."""
+
+    token_mask: UInt32[np.ndarray, "rows words"]
+    is_masked: Bool[np.ndarray, " rows"]
+
+
+class ClearPages(NamedTuple):
+    """As `model.cache.clear_pages`."""
+
+    pages: Int[np.ndarray, " max_pages"]
+    num_pages: np.int32
+    shard: np.int32
+
+
+class SavePages(NamedTuple):
+    """Copy `pages` to the hosts, under a number."""
+
+    name: np.int32
+    pages: Int[np.ndarray, " pages"]
+    shard: np.int32
+
+
+class RestorePages(NamedTuple):
+    """Copy what was saved to these pages, but nothing where they are 0, and drop it."""
+
+    name: np.int32
+    pages: Int[np.ndarray, " pages"]
+    shard: np.int32
+
+
+class ForgetPages(NamedTuple):
+    """Drop what was saved."""
+
+    name: np.int32
+
+
+type Call = (
+    Compile | Prefill | Insert | Decode | SetPageTable | SetMasks | ClearPages | SavePages | RestorePages | ForgetPages
+)
+CALLS = (
+    Compile,
+    Prefill,
+    Insert,
+    Decode,
+    SetPageTable,
+    SetMasks,
+    ClearPages,
+    SavePages,
+    RestorePages,
+    ForgetPages,
+)
+
+
+class Programs(Protocol):
+    """What makes the calls: the devices of this process, or of all processes."""
+
+    @overload
+    def run(self, call: Decode) -> StepOutput: ...
+    @overload
+    def run(self, call: Call) -> StepOutput | None: ...
+    def run(self, call: Call) -> StepOutput | None:
+        """Makes `call`, and returns before the devices are done. This process can read the whole output."""
+
+    def wait(self) -> None:
+        """Returns when the devices of this process have done all that was asked."""
