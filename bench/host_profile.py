@@ -24,7 +24,6 @@ from jaxllama.engine.calls import Decode, SetPageTable
 from jaxllama.engine.compilation import enable_compilation_cache
 
 CALLS = {Decode: "launch the program", SetPageTable: "send the page table"}
-PARTS = {"take pages": "_make_room", "deliver the tokens": "_deliver"}
 
 
 class Watch:
@@ -40,8 +39,8 @@ class Watch:
             self.reads.append((time.perf_counter(), time.thread_time(), int(dispatch.output.num_steps)))
 
         engine._read = reading
-        for part, name in PARTS.items():
-            self._time(engine, name, lambda *_, part=part: part)
+        self._time(engine._dispatches, "_make_room", lambda _: "take pages")
+        self._time(engine, "_deliver", lambda *_: "deliver the tokens")
         self._time(engine._programs, "run", lambda call: CALLS.get(type(call), "other calls"))
 
     def _time(self, owner: Any, name: str, part_of: Callable[..., str]) -> None:

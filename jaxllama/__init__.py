@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jaxllama.decode.scoring import PromptLogprob
     from jaxllama.engine.engine import Engine
     from jaxllama.engine.options import EngineOptions, EngineStats
-    from jaxllama.engine.request import EngineRequest, TokenLogprob, TokenOutput
+    from jaxllama.engine.scheduling.request import EngineRequest, TokenLogprob, TokenOutput
     from jaxllama.llama import Completion, CompletionDelta, Llama, load
     from jaxllama.model.config import LlamaConfig, RopeScaling
     from jaxllama.model.mesh import make_mesh
@@ -52,7 +52,7 @@ _MODULES = {
     "decode.scoring": ("PromptLogprob",),
     "engine.engine": ("Engine",),
     "engine.options": ("EngineOptions", "EngineStats"),
-    "engine.request": ("EngineRequest", "TokenLogprob", "TokenOutput"),
+    "engine.scheduling.request": ("EngineRequest", "TokenLogprob", "TokenOutput"),
     "llama": ("Completion", "CompletionDelta", "Llama", "load"),
     "model.config": ("LlamaConfig", "RopeScaling"),
     "model.mesh": ("make_mesh",),

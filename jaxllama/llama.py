@@ -22,7 +22,7 @@ from jaxllama.decode.params import MAX_TOP_LOGPROBS, SamplingParams
 from jaxllama.decode.scoring import PromptLogprob, logits_of, prompt_logprobs
 from jaxllama.engine.engine import Engine
 from jaxllama.engine.options import EngineOptions
-from jaxllama.engine.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
+from jaxllama.engine.scheduling.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
 from jaxllama.engine.traffic import MemoryTraffic, memory_traffic
 from jaxllama.errors import ChatTemplateError, ConfigError, ContextLengthError, QueueFullError, RequestError
 from jaxllama.hosts.group import Group

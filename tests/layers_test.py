@@ -79,10 +79,7 @@ WITHOUT_JAX = (
     "jaxllama.text",
     "jaxllama.decode.controls",
     "jaxllama.decode.params",
-    "jaxllama.engine.scheduler",
-    "jaxllama.engine.pages",
-    "jaxllama.engine.chunks",
-    "jaxllama.engine.request",
+    "jaxllama.engine.scheduling",
     "jaxllama_serving.protocol",
 )
 # The applications use what `jaxllama` exports, its errors and text; the server also the controls of sampling, the
@@ -183,7 +180,7 @@ def test_the_walk_sees_every_kind_of_import(tmp_path):
     path = tmp_path / "sample.py"
     path.write_text(
         "import aiohttp\nfrom jaxllama.model import config\nfrom jaxllama import load\n"
-        "if 1:\n    from jaxllama.engine import scheduler as s\n"
+        "if 1:\n    from jaxllama.engine.scheduling import scheduler as s\n"
         "def f():\n    import jax.numpy as jnp\n    from jaxllama.errors import ConfigError\n"
     )
     found = {(item.target, item.name) for item in imports_of("sample", path)}
@@ -191,7 +188,7 @@ def test_the_walk_sees_every_kind_of_import(tmp_path):
         ("aiohttp", None),
         ("jaxllama.model.config", None),
         ("jaxllama", "load"),
-        ("jaxllama.engine.scheduler", None),
+        ("jaxllama.engine.scheduling.scheduler", None),
         ("jax.numpy", None),
         ("jaxllama.errors", "ConfigError"),
     }

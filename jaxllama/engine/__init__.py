@@ -1,1 +1,1 @@
-"""Continuous batching: who runs when (no JAX), and the thread that owns the devices."""
+"""Continuous batching: the thread that owns the devices, and what it asks of them."""

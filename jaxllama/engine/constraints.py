@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt32
 
 from jaxllama.engine.calls import Programs, SetMasks
-from jaxllama.engine.request import EngineRequest
+from jaxllama.engine.scheduling.request import EngineRequest
 from jaxllama.errors import RequestError
 from jaxllama.text.structured import num_mask_words
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxllama.decode.params import SamplingParams
-from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, any_row, state_shapes
+from jaxllama.decode.state import any_row
 from jaxllama.engine.calls import (
     CALLS,
     ClearPages,
@@ -27,25 +27,21 @@ from jaxllama.engine.calls import (
     Programs,
     RestorePages,
     SavePages,
-    SetPageTable,
 )
-from jaxllama.engine.chunks import ChunkPlan, Span
 from jaxllama.engine.compilation import OnProgress, num_compilations
-from jaxllama.engine.constraints import Constraint, Constraints, advance, attach, needs_new_row
+from jaxllama.engine.constraints import Constraint, Constraints, attach, needs_new_row
 from jaxllama.engine.device import Device
-from jaxllama.engine.dispatch import Dispatch
+from jaxllama.engine.dispatch import Dispatch, Dispatches
 from jaxllama.engine.options import EngineOptions, EngineStats, StepReport
 from jaxllama.engine.placement import Placement
-from jaxllama.engine.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
-from jaxllama.engine.scheduler import Scheduler
+from jaxllama.engine.scheduling.chunks import ChunkPlan, Span
+from jaxllama.engine.scheduling.request import EngineRequest, FinishReason, TokenOutput, checked_prompt
+from jaxllama.engine.scheduling.scheduler import Scheduler
+from jaxllama.engine.sizes import size_engine
 from jaxllama.errors import (
-    ConfigError,
-    ContextLengthError,
     EngineStoppedError,
     LockstepError,
-    NonFiniteLogitsError,
     QueueFullError,
-    RequestError,
 )
 from jaxllama.hosts.group import Group
 from jaxllama.hosts.lockstep import Leading, check_processes, follow
@@ -73,54 +69,44 @@ class Engine:
         self.max_context = min(options.max_context or config.max_position_embeddings, config.max_position_embeddings)
         self.kv_dtype = jnp.dtype(options.kv_dtype or params["norm"].dtype)
         self.platform = platform = describe_platform(config, mesh, dtype=params["norm"].dtype, kv_dtype=self.kv_dtype)
-        num_shards = platform.num_shards
-        # XLA multiplies one row by another path, with other bits, than two: a row must not notice its batch.
-        rows_per_shard = max(2, options.max_rows) if num_shards == 1 else -(-options.max_rows // num_shards)
-        self._num_rows = rows_per_shard * num_shards
-        self._row_buckets = platform.row_buckets(self._num_rows)
-        self.page_size = page_size = options.page_size or platform.page_size
-        self.chunk_sizes = platform.chunk_sizes if options.chunk_sizes is None else options.chunk_sizes
-        if not self.chunk_sizes or any(size < 1 or size % page_size for size in self.chunk_sizes):
-            raise ConfigError(f"chunk_sizes must be multiples of page_size ({page_size}), got {self.chunk_sizes}")
-        context_pages = -(-self.max_context // page_size)
-        default_pages = 1 + max(context_pages, rows_per_shard * min(context_pages, 2048 // page_size))
-        num_pages = options.num_pages or default_pages
-        if num_pages <= context_pages:
-            raise ConfigError(
-                f"num_pages ({num_pages}) cannot hold one context of {self.max_context} tokens, which needs "
-                f"{context_pages + 1} pages of {page_size}. Lower max_context or raise num_pages"
-            )
-        self._table_width = context_pages + max(self.chunk_sizes) // page_size
-        platform.kernel.validate(page_size=page_size, num_rows=rows_per_shard, table_width=self._table_width)
-        self._shapes = state_shapes(
-            config,
-            num_rows=self._num_rows,
-            num_pages=num_pages,
-            page_size=page_size,
-            max_context=self._table_width * page_size,
-            dtype=self.kv_dtype,
-            num_shards=num_shards,
+        self.sizes = sizes = size_engine(
+            max_rows=options.max_rows,
+            max_context=self.max_context,
+            page_size=options.page_size or platform.page_size,
+            chunk_sizes=platform.chunk_sizes if options.chunk_sizes is None else options.chunk_sizes,
+            num_shards=platform.num_shards,
+            num_pages=options.num_pages,
         )
+        platform.kernel.validate(
+            page_size=sizes.page_size, num_rows=sizes.rows_per_shard, table_width=sizes.table_width
+        )
+        self._row_buckets = platform.row_buckets(sizes.num_rows)
+        self._shapes = sizes.state_shapes(config, self.kv_dtype)
         self._device = Device(config, params, mesh, self._shapes, platform)
         self._programs: Programs = self._device if group is None else Leading(self._device, group)
-        self._page_table = np.zeros((self._num_rows, self._table_width), np.int32)
-        self._plan = ChunkPlan(tuple(sorted(self.chunk_sizes)), page_size, platform.programs_agree)
+        self._plan = ChunkPlan(tuple(sorted(sizes.chunk_sizes)), sizes.page_size, platform.programs_agree)
         self._scheduler = Scheduler(
-            num_rows=self._num_rows if options.max_rows > 1 or num_shards > 1 else 1,
-            num_pages=num_pages,
+            # Who asks for one row gets one, though the programs have two.
+            num_rows=sizes.num_rows if options.max_rows > 1 or sizes.num_shards > 1 else 1,
+            num_pages=sizes.num_pages,
             plan=self._plan,
-            num_shards=num_shards,
+            num_shards=sizes.num_shards,
         )
         self._placement = Placement(
             config,
             self._programs,
             self._scheduler,
-            table_width=self._table_width,
+            table_width=sizes.table_width,
             needs_clean_pages=platform.needs_clean_pages,
         )
-        self._constraints = Constraints(self._programs, self._num_rows, config.vocab_size)
-        self._in_flight: deque[Dispatch] = deque()
-        self._step_s = 0.02
+        self._dispatches = Dispatches(
+            self._programs,
+            self._scheduler,
+            self._placement,
+            Constraints(self._programs, sizes.num_rows, config.vocab_size),
+            table_shape=(sizes.num_rows, sizes.table_width),
+            row_buckets=self._row_buckets,
+        )
         self._inbox: deque[EngineRequest] = deque()
         self._arrivals = itertools.count()
         self._changed = threading.Condition()
@@ -135,6 +121,16 @@ class Engine:
         """Called on the engine's thread after every dispatch; must return at once."""
         if group is not None:
             group.on_failure(self._abandon)
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page of the cache."""
+        return self.sizes.page_size
+
+    @property
+    def chunk_sizes(self) -> tuple[int, ...]:
+        """Tokens of the programs for prefill."""
+        return self.sizes.chunk_sizes
 
     @property
     def kv_bytes(self) -> int:
@@ -194,9 +190,9 @@ class Engine:
         programs.run(SavePages(zero, none, zero))
         programs.run(RestorePages(zero, none, zero))
         if self.platform.needs_clean_pages:
-            programs.run(ClearPages(np.zeros(self._table_width, np.int32), zero, zero))
+            programs.run(ClearPages(np.zeros(self.sizes.table_width, np.int32), zero, zero))
         for num_rows in self._row_buckets:
-            programs.run(Decode(np.int32(1), np.zeros(self._num_rows, np.bool_), np.int32(num_rows)))
+            programs.run(Decode(np.int32(1), np.zeros(self.sizes.num_rows, np.bool_), np.int32(num_rows)))
         programs.wait()
         self._is_warm = True
 
@@ -265,17 +261,7 @@ class Engine:
         priority: int,
         cache_scope: str | bytes,
     ) -> EngineRequest:
-        prompt = [int(token_id) for token_id in prompt_ids]
-        if not prompt:
-            raise RequestError("the prompt is empty; it needs at least one token", "prompt")
-        if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
-            raise RequestError(f"the prompt has token ids outside 0 to {self.config.vocab_size - 1}", "prompt")
-        if len(prompt) >= self.max_context:
-            raise ContextLengthError(
-                f"the prompt has {len(prompt)} tokens; this model's context is {self.max_context}, which must hold at "
-                "least one more",
-                "prompt",
-            )
+        prompt = checked_prompt(prompt_ids, self.config.vocab_size, self.max_context)
         params.validate_vocab(self.config.vocab_size)
         room = self.max_context - len(prompt)
         scope = cache_scope.encode("utf-8", "surrogatepass") if isinstance(cache_scope, str) else cache_scope
@@ -325,7 +311,7 @@ class Engine:
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            if not self._scheduler.has_work and not self._in_flight:
+            if not self._scheduler.has_work and not self._dispatches.in_flight:
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._inbox or self._is_closing)
                 self._last_progress = time.monotonic()
@@ -341,126 +327,47 @@ class Engine:
             elif request.budget == 0:
                 self._finish(request, "length")
         self._placement.fill_rows()
-        launched = self._launch()
-        if not self._in_flight:
+        launched = self._dispatches.launch(
+            self.options.dispatch_s, lambda request, error: self._finish(request, "error", error=error)
+        )
+        in_flight = self._dispatches.in_flight
+        if not in_flight:
             # Prefill alone: wait for it, or chunks would pile up on the device while cancellations wait behind them.
             self._programs.wait()
             self._last_progress = time.monotonic()
-        while len(self._in_flight) > (1 if launched else 0):
-            self._read(self._in_flight.popleft())
-
-    def _launch(self) -> bool:
-        max_steps = self._constraints.max_steps(self._scheduler.running, self._choose_steps(), self._steps_in_flight)
-        if not max_steps or not self._make_room(max_steps):
-            return False
-        for request, error in self._constraints.send_masks(self._scheduler.running):
-            self._finish(request, "error", error=error)
-        running = self._scheduler.running
-        if not running or all(self._is_spent(request) for request in running):
-            return False
-        table = np.zeros_like(self._page_table)
-        keep = np.zeros(self._num_rows, np.bool_)
-        rows: dict[int, EngineRequest] = {}
-        for request in running:
-            assert request.row is not None
-            table[request.row, : len(request.pages)] = request.pages
-            keep[request.row] = True
-            rows[request.row] = request
-        if not np.array_equal(table, self._page_table):
-            self._page_table = table
-            self._programs.run(SetPageTable(table))
-        bucket = next(size for size in self._row_buckets if size > max(rows))
-        output = self._programs.run(Decode(np.int32(max_steps), keep, np.int32(bucket)))
-        output.tokens.copy_to_host_async()
-        self._in_flight.append(Dispatch(output, rows, max_steps, time.monotonic()))
-        return True
-
-    def _choose_steps(self) -> int:
-        """Steps of the next dispatch: what takes about `dispatch_s`, but one while a row is empty and others wait."""
-        running, waiting = self._scheduler.running, self._scheduler.waiting
-        if self._scheduler.prefilling:
-            return 1
-        left = [r.budget - len(r.generated) - self._steps_in_flight(r) for r in running] if waiting else []
-        return max(1, min([MAX_STEPS, round(self.options.dispatch_s / self._step_s), *left]))
-
-    def _steps_in_flight(self, request: EngineRequest) -> int:
-        return sum(
-            d.max_steps for d in self._in_flight if request.row is not None and d.rows.get(request.row) is request
-        )
-
-    def _is_spent(self, request: EngineRequest) -> bool:
-        """Whether what is in flight uses up the request's budget, so that another dispatch would find it inactive."""
-        return len(request.generated) + self._steps_in_flight(request) >= request.budget
-
-    def _make_room(self, max_steps: int) -> bool:
-        """Takes the pages that `max_steps` more steps need. False if what is in flight must be read first."""
-        for request in sorted(self._scheduler.running, key=lambda r: r.order):
-            while request.is_running:
-                steps = min(self._steps_in_flight(request) + max_steps, request.budget - len(request.generated))
-                if self._scheduler.grow(request, len(request.prompt) + len(request.generated) + steps):
-                    break
-                if self._in_flight:
-                    return False
-                self._placement.set_aside(self._scheduler.youngest(request.shard))
-        return True
+        while len(in_flight) > (1 if launched else 0):
+            self._read(in_flight.popleft())
 
     def _read(self, dispatch: Dispatch) -> None:
-        num_steps = int(dispatch.output.num_steps)
-        tokens = np.asarray(dispatch.output.tokens)
+        num_steps = len(dispatch.tokens)
         now = time.monotonic()
         if num_steps:
-            took_s = (now - max(dispatch.launched, self._last_progress)) / num_steps
-            self._step_s = 0.5 * self._step_s + 0.5 * max(took_s, 1e-4)
+            step_s = (now - max(dispatch.launched, self._last_progress)) / num_steps
+            self._dispatches.learn(step_s)
             if self.on_steps is not None:
-                self.on_steps(dispatch.report(num_steps, took_s))
+                self.on_steps(dispatch.report(step_s))
         self._last_progress = now
         for row, request in dispatch.rows.items():
             if not request.is_finished:
-                self._deliver(request, row, tokens[:num_steps, row], dispatch)
+                self._deliver(request, dispatch.take(request, row))
 
-    def _deliver(self, request: EngineRequest, row: int, tokens: np.ndarray, dispatch: Dispatch) -> None:
-        new: list[int] = []
-        entries: list[TokenLogprob] = []
-        for step, token in enumerate(tokens.tolist()):
-            if token == NOT_FINITE:
-                error = NonFiniteLogitsError("the model produced NaN or infinity for this request")
-                self._finish(request, "error", tuple(new), tuple(entries), error=error)
-                return
-            if token < 0:
-                break
-            new.append(token)
-            request.generated.append(token)
-            if request.params.logprobs is not None:
-                entries.append(dispatch.token_logprob(token, request.params.logprobs, step, row))
-            if (reason := advance(request, token)) is not None:
-                self._finish(request, "error", tuple(new), tuple(entries), error=reason)
-                return
-            if token in request.stop_ids:
-                self._finish(request, "stop", tuple(new), tuple(entries), stop_token_id=token)
-                return
-            if len(request.generated) >= request.budget:
-                self._finish(request, "length", tuple(new), tuple(entries))
-                return
-        if new:
-            self._tell(request, TokenOutput(tuple(new), tuple(entries)))
+    def _deliver(self, request: EngineRequest, output: TokenOutput) -> None:
+        if output.finish_reason is not None:
+            self._end(request, output)
+        elif output.token_ids:
+            self._tell(request, output)
             if needs_new_row(request):
                 self._placement.activate(request)
 
-    def _finish(
-        self,
-        request: EngineRequest,
-        reason: FinishReason,
-        token_ids: tuple[int, ...] = (),
-        logprobs: tuple[TokenLogprob, ...] = (),
-        *,
-        stop_token_id: int | None = None,
-        error: Exception | None = None,
-    ) -> None:
-        self._tell(request, TokenOutput(token_ids, logprobs, reason, stop_token_id, error))
+    def _finish(self, request: EngineRequest, reason: FinishReason, *, error: Exception | None = None) -> None:
+        self._end(request, TokenOutput(finish_reason=reason, error=error))
+
+    def _end(self, request: EngineRequest, last: TokenOutput) -> None:
+        self._tell(request, last)
         if not self._is_closing and self._failure is None:
             self._placement.forget(request)
         with self._changed:
-            unclean = self._scheduler.remove(request, has_failed=reason == "error")
+            unclean = self._scheduler.remove(request, has_failed=last.finish_reason == "error")
             self._changed.notify_all()
         if not self._is_closing and self._failure is None:
             self._placement.clear(request, unclean)
@@ -485,7 +392,7 @@ class Engine:
         with self._changed:
             left = [*self._inbox, *self._scheduler.waiting, *(r for r in self._scheduler.rows if r is not None)]
             self._inbox.clear()
-            self._in_flight.clear()
+            self._dispatches.in_flight.clear()
         last = TokenOutput(finish_reason="cancelled")
         if self._failure is not None:
             error = EngineStoppedError(f"the engine has failed: {self._failure}")

@@ -9,9 +9,9 @@ from jaxtyping import Int
 
 from jaxllama.decode.state import Chunk, Place, row_state
 from jaxllama.engine.calls import ClearPages, ForgetPages, Insert, Prefill, Programs, RestorePages, SavePages
-from jaxllama.engine.chunks import Span
-from jaxllama.engine.request import EngineRequest
-from jaxllama.engine.scheduler import Scheduler
+from jaxllama.engine.scheduling.chunks import Span
+from jaxllama.engine.scheduling.request import EngineRequest
+from jaxllama.engine.scheduling.scheduler import Scheduler
 from jaxllama.model.config import LlamaConfig
 
 

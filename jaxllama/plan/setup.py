@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from jaxllama.decode.state import DecodeState, state_shapes, state_shardings
+from jaxllama.decode.state import DecodeState, state_shardings
+from jaxllama.engine.sizes import EngineSizes, size_engine
 from jaxllama.errors import PlanError
 from jaxllama.model import cache
 from jaxllama.model.config import LlamaConfig
@@ -84,21 +85,28 @@ class Setup:
     @property
     def num_rows(self) -> int:
         """`rows`, and those that the engine adds so that every shard of the cache has equally many."""
-        return self.rows_per_shard * self._num_shards
+        return self._sizes.num_rows
 
     @property
     def rows_per_shard(self) -> int:
         """How many a device attends for."""
-        return -(-self.rows // self._num_shards)
+        return self._sizes.rows_per_shard
 
     @property
     def rows_per_replica(self) -> int:
         """How many a device multiplies its weights with."""
         return self.num_rows // self.data
 
-    @property
-    def _num_shards(self) -> int:
-        return num_page_shards(_as_mesh(self))
+    @cached_property
+    def _sizes(self) -> EngineSizes:
+        return size_engine(
+            max_rows=self.rows,
+            max_context=self.context,
+            page_size=self.page_size,
+            chunk_sizes=(self.chunk_tokens,),
+            num_shards=num_page_shards(_as_mesh(self)),
+            tokens_per_row=self.context,
+        )
 
     @cached_property
     def mesh(self) -> AbstractMesh:
@@ -107,18 +115,7 @@ class Setup:
 
     def state_shapes(self) -> DecodeState:
         """The arrays of the decode state as the engine would make them."""
-        pages_per_row = -(-self.context // self.page_size)
-        # The engine's page tables have room for a last chunk past the context.
-        width = pages_per_row + self.chunk_tokens // self.page_size
-        return state_shapes(
-            self.config,
-            num_rows=self.num_rows,
-            num_pages=self.rows_per_shard * pages_per_row + 1,
-            page_size=self.page_size,
-            max_context=width * self.page_size,
-            dtype=self.kv_dtype,
-            num_shards=self._num_shards,
-        )
+        return self._sizes.state_shapes(self.config, self.kv_dtype)
 
     def inputs(self, mesh: Mesh, platform: Platform) -> tuple[Params, DecodeState]:
         """Shapes, dtypes and shardings of the real programs' weights and state, for ahead-of-time compilation."""

@@ -232,7 +232,7 @@ def test_programs_agree_where_they_are_said_to(bfloat16: Llama):
     assert len(found) == 30
     want = kv_of(llama, found, 120)
     for cuts in ([8] * 15, [32] * 4, [96] * 2, [8, 96, 32], [32, 8, 8, 96]):
-        table = np.zeros(llama.engine._table_width, np.int32)
+        table = np.zeros(llama.engine.sizes.table_width, np.int32)
         table[:30] = range(199, 169, -1)
         start = 0
         for size in cuts:

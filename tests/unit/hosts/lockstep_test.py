@@ -120,7 +120,7 @@ def test_a_follower_holds_the_same_bits_when_rows_were_set_aside():
         engine.close()
         kinds = [type(from_bytes(message, KINDS)) for message in messages]
         assert kinds.count(SavePages) == kinds.count(RestorePages) + kinds.count(ForgetPages) >= 2
-        follower = Device(config, llama.params, mesh, engine._shapes, engine.attention)
+        follower = Device(config, llama.params, mesh, engine._shapes, engine.platform)
         group: Any = SimpleNamespace(is_leader=False, messages=lambda: iter(messages))
         follow(follower.run, CALLS, group)
         pair = (engine._device, follower)

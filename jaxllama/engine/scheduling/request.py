@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from jaxllama.decode.params import SamplingParams
+from jaxllama.errors import ContextLengthError, RequestError
 
 if TYPE_CHECKING:
     from jaxllama.engine.constraints import Constraint
@@ -97,3 +98,19 @@ class EngineRequest:
     def order(self) -> tuple[int, int]:
         """Lower goes first: priority, then arrival."""
         return (self.priority, self.arrival)
+
+
+def checked_prompt(prompt_ids: Sequence[int], vocab_size: int, max_context: int) -> list[int]:
+    """A prompt that can run. Raises: RequestError, ContextLengthError."""
+    prompt = [int(token_id) for token_id in prompt_ids]
+    if not prompt:
+        raise RequestError("the prompt is empty; it needs at least one token", "prompt")
+    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+        raise RequestError(f"the prompt has token ids outside 0 to {vocab_size - 1}", "prompt")
+    if len(prompt) >= max_context:
+        raise ContextLengthError(
+            f"the prompt has {len(prompt)} tokens; this model's context is {max_context}, which must hold at "
+            "least one more",
+            "prompt",
+        )
+    return prompt

@@ -17,11 +17,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from jaxllama.decode.params import SamplingParams
 from jaxllama.decode.state import MAX_STEPS
 from jaxllama.engine.calls import ClearPages, ForgetPages, Insert, Prefill, RestorePages, SavePages
-from jaxllama.engine.chunks import ChunkPlan
-from jaxllama.engine.pages import PagePool
 from jaxllama.engine.placement import Placement
-from jaxllama.engine.request import EngineRequest
-from jaxllama.engine.scheduler import MAX_STEPS_AHEAD, Scheduler
+from jaxllama.engine.scheduling.chunks import ChunkPlan
+from jaxllama.engine.scheduling.pages import PagePool
+from jaxllama.engine.scheduling.request import EngineRequest
+from jaxllama.engine.scheduling.scheduler import MAX_STEPS_AHEAD, Scheduler
 
 
 def make_request(

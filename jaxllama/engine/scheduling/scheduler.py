@@ -11,9 +11,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from jaxllama.engine.chunks import ChunkPlan, Span
-from jaxllama.engine.pages import PagePool
-from jaxllama.engine.request import EngineRequest
+from jaxllama.engine.scheduling.chunks import ChunkPlan, Span
+from jaxllama.engine.scheduling.pages import PagePool
+from jaxllama.engine.scheduling.request import EngineRequest
 
 MAX_STEPS_AHEAD = 32
 

@@ -1,0 +1,85 @@
+"""How large the engine makes what it holds: rows, pages, page tables. The planner works with the same numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxllama.decode.state import DecodeState, state_shapes
+from jaxllama.errors import ConfigError
+from jaxllama.model.config import LlamaConfig
+
+TOKENS_PER_ROW = 2048
+"""For so many tokens of each row there are pages, unless the options say how many pages."""
+
+
+@dataclass(frozen=True)
+class EngineSizes:
+    """`rows_per_shard` rows and `num_pages` pages (page 0 is nobody's) on each of `num_shards`.
+
+    A page table is wider than a context, because a prompt's last chunk may reach past it.
+    """
+
+    max_context: int
+    page_size: int
+    chunk_sizes: tuple[int, ...]
+    num_shards: int
+    rows_per_shard: int
+    num_pages: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in all."""
+        return self.rows_per_shard * self.num_shards
+
+    @property
+    def table_width(self) -> int:
+        """Pages of a row's page table."""
+        return _num_pages(self.max_context, self.page_size) + max(self.chunk_sizes) // self.page_size
+
+    def state_shapes(self, config: LlamaConfig, kv_dtype: Any) -> DecodeState:
+        """The arrays of the decode state."""
+        return state_shapes(
+            config,
+            num_rows=self.num_rows,
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+            max_context=self.table_width * self.page_size,
+            dtype=kv_dtype,
+            num_shards=self.num_shards,
+        )
+
+
+def size_engine(
+    *,
+    max_rows: int,
+    max_context: int,
+    page_size: int,
+    chunk_sizes: tuple[int, ...],
+    num_shards: int,
+    num_pages: int | None = None,
+    tokens_per_row: int = TOKENS_PER_ROW,
+) -> EngineSizes:
+    """The sizes for `max_rows` rows; every shard has equally many.
+
+    `num_pages` None holds `tokens_per_row` tokens of each row, and at least one context.
+
+    Raises: ConfigError for chunks that are not whole pages, or pages that hold no context.
+    """
+    if not chunk_sizes or any(size < 1 or size % page_size for size in chunk_sizes):
+        raise ConfigError(f"chunk_sizes must be multiples of page_size ({page_size}), got {chunk_sizes}")
+    # XLA multiplies one row by another path, with other bits, than two: a row must not notice its batch.
+    rows_per_shard = max(2, max_rows) if num_shards == 1 else -(-max_rows // num_shards)
+    context_pages = _num_pages(max_context, page_size)
+    if num_pages is None:
+        num_pages = 1 + max(context_pages, rows_per_shard * min(context_pages, _num_pages(tokens_per_row, page_size)))
+    if num_pages <= context_pages:
+        raise ConfigError(
+            f"num_pages ({num_pages}) cannot hold one context of {max_context} tokens, which needs "
+            f"{context_pages + 1} pages of {page_size}. Lower max_context or raise num_pages"
+        )
+    return EngineSizes(max_context, page_size, chunk_sizes, num_shards, rows_per_shard, num_pages)
+
+
+def _num_pages(num_tokens: int, page_size: int) -> int:
+    return -(-num_tokens // page_size)
