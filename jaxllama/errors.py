@@ -51,7 +51,14 @@ class TokenizerError(JaxLlamaError):
 
 
 class ChatTemplateError(JaxLlamaError, ValueError):
-    """A chat template is missing, refuses the messages or exceeds its bounds."""
+    """A chat template is missing, refuses the messages or exceeds its bounds.
+
+    `param` is the path of what is malformed (`"messages[2].content"`), if it is one message.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class PlanError(JaxLlamaError, ValueError):

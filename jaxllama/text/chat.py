@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jaxllama.errors import ChatTemplateError, quote
+from jaxllama.errors import ChatTemplateError
 from jaxllama.text.encoding.backend import named_token, tokenizer_config
 from jaxllama.text.encoding.specials import RenderedChat, Spellings, StandIns
 from jaxllama.text.encoding.tokenizer import special_spellings
+from jaxllama.text.messages import for_template, normalized
 from jaxllama.text.reasoning import CLOSE_TAG, OPEN_TAG
 from jaxllama.text.sandbox import TemplateEnvironment
+from jaxllama.text.tools import Tool, ToolFormat, choose_format
 
 __all__ = ["ChatTemplate", "RenderedChat", "has_chat_template", "load_chat_template"]
 
 _MAX_TEMPLATE_CHARS = 1_000_000
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 _OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -28,6 +28,7 @@ class ChatTemplate:
     """A model's chat template, and what it needs to know of the tokenizer.
 
     `spellings` are the special tokens' (`Tokenizer.special_tokens`), `named_tokens` the variables such as `bos_token`.
+    `tool_use` is the source of a second template, for chats with tools.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class ChatTemplate:
         *,
         spellings: Iterable[str],
         named_tokens: Mapping[str, str] | None = None,
+        tool_use: str | None = None,
         timeout_s: float = 5.0,
         max_chars: int = 8_000_000,
     ) -> None:
@@ -58,11 +60,24 @@ class ChatTemplate:
         """The names that are not for callers to set: `render` gives them itself, or Jinja's environment has them."""
         self.has_reasoning = CLOSE_TAG in source or CLOSE_TAG in self._spellings.all
         """Whether replies may hold `<think>` … `</think>`: the template or the tokenizer knows the tags."""
+        self.tool_format = choose_format(source)
+        """How the model writes calls."""
+        self._names = self._environment.names_in(source) | self.variables
+        self._tool_use = None
+        if tool_use is not None:
+            bounds: dict[str, Any] = {"timeout_s": timeout_s, "max_chars": max_chars}
+            self._tool_use = ChatTemplate(tool_use, spellings=spellings, named_tokens=named_tokens, **bounds)
+
+    def variant(self, *, with_tools: bool) -> ChatTemplate:
+        """The template for chats with tools, or for those without; most models have one for both."""
+        return self._tool_use if with_tools and self._tool_use is not None else self
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Tool] = (),
+        tool_format: ToolFormat | None = None,
         add_generation_prompt: bool = True,
         continue_last: bool = False,
         close_reasoning: bool = False,
@@ -70,9 +85,10 @@ class ChatTemplate:
     ) -> RenderedChat:
         """The prompt for `messages`.
 
-        A system (or developer) message moves to the front. Content is a text, or a list of text parts, which are
-        joined; None only where the assistant calls tools. `reasoning_content` is dropped. Special tokens that message
-        texts spell stay ordinary text. `variables` are further ones that the template may ask for.
+        Messages are normalised first (`messages.normalized`). A template that knows `tools` shows them; for another
+        they, calls and results are written out in `tool_format` (None: the template's own). Earlier reasoning goes to
+        templates that ask for it. Special tokens that message texts spell stay ordinary text. `variables` are further
+        ones that the template may ask for.
 
         With `continue_last` the last message, the assistant's, is not rendered but begun: the prompt ends with its
         content, or with its `reasoning_content` where it has no content. `close_reasoning` ends the reasoning before it
@@ -80,18 +96,23 @@ class ChatTemplate:
 
         Raises: ChatTemplateError if the messages are malformed, or the template refuses them or exceeds its bounds.
         """
-        plain = [_plain_message(message, i) for i, message in enumerate(messages)]
+        if tools and self._tool_use is not None:
+            options: dict[str, Any] = {"continue_last": continue_last, "close_reasoning": close_reasoning}
+            options |= {"tools": tools, "tool_format": tool_format, "variables": variables}
+            return self._tool_use.render(messages, add_generation_prompt=add_generation_prompt, **options)
+        plain = normalized(messages, keep_last=continue_last and not self.has_reasoning)
         reasoning, content = "", ""
         if continue_last:
             reasoning, content = self._begun(messages, plain)
-            plain.pop()
-        plain = _in_order(plain)
+            plain = [message for message in plain if message is not plain[-1]]
+        plain = for_template(plain, tools, tool_format or self.tool_format, self._names)
+        definitions = [tool.definition for tool in tools] or None
         try:
             texts = [self.source, reasoning, content, *_texts(self._named_tokens), *_texts(plain), *_texts(variables)]
-            stand_ins = StandIns(self._spellings, texts)
+            stand_ins = StandIns(self._spellings, [*texts, *_texts(definitions)])
             given = {
                 **self._named_tokens,
-                "tools": None,
+                "tools": _protect_value(definitions, stand_ins),
                 "documents": None,
                 **{name: _protect_value(value, stand_ins) for name, value in variables.items()},
                 "messages": [_protect(message, stand_ins) for message in plain],
@@ -117,15 +138,18 @@ class ChatTemplate:
 
     def _begun(self, messages: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         """Reasoning and content of the message to continue."""
-        where = f"messages[{len(messages) - 1}]"
-        if len(messages) < 2 or plain[-1]["role"] != "assistant" or plain[-1].get("tool_calls"):
+        where, last = f"messages[{len(messages) - 1}]", plain[-1]
+        if len(plain) < 2 or messages[-1].get("role") != "assistant" or last.get("tool_calls"):
             raise ChatTemplateError(
                 f"{where} cannot be continued: the last message must be the assistant's, after another, without calls."
             )
-        reasoning = messages[-1].get("reasoning_content") or ""
+        reasoning = last.get("reasoning_content", "")
         if reasoning and not self.has_reasoning:
-            raise ChatTemplateError(f"{where}.reasoning_content cannot be continued: this model does not reason.")
-        return reasoning, plain[-1]["content"]
+            raise ChatTemplateError(
+                f"{where}.reasoning_content cannot be continued: this model does not reason.",
+                f"{where}.reasoning_content",
+            )
+        return reasoning, last["content"]
 
     def _begin(
         self, protected: str, is_open: bool | None, reasoning: str, content: str, stand_ins: StandIns
@@ -144,14 +168,6 @@ class ChatTemplate:
         # A begun answer has left its reasoning behind, and may speak of the tags.
         return protected + stand_ins.protect(content), None
 
-    @functools.cached_property
-    def opens_reasoning(self) -> bool:
-        """Whether the prompt for a reply ends inside `<think>`, as that of R1."""
-        try:
-            return bool(self.render([{"role": "user", "content": "Hello"}]).starts_in_reasoning)
-        except ChatTemplateError:
-            return False
-
 
 def has_chat_template(folder: Path) -> bool:
     """Whether the files in `folder` hold a template, be it damaged.
@@ -162,64 +178,38 @@ def has_chat_template(folder: Path) -> bool:
 
 
 def load_chat_template(folder: Path) -> ChatTemplate:
-    """The template of chat_template.jinja, or else of tokenizer_config.json; of several the one named "default".
+    """The template of chat_template.jinja, or else of tokenizer_config.json.
+
+    Of several there, the one named "default", and for chats with tools the one named "tool_use".
 
     Raises: ChatTemplateError if there is none, or it is damaged. TokenizerError if the tokenizer's files are.
     """
     folder = Path(folder)
     config = tokenizer_config(folder)
-    source = _find_source(folder, config)
+    source, tool_use = _find_sources(folder, config)
     named = {name: token for name in _NAMED_TOKENS if (token := named_token(config, name)) is not None}
     try:
-        return ChatTemplate(source, spellings=special_spellings(folder), named_tokens=named)
+        return ChatTemplate(source, spellings=special_spellings(folder), named_tokens=named, tool_use=tool_use)
     except ChatTemplateError as error:
         raise ChatTemplateError(f"{folder}: {error}") from None
 
 
-def _find_source(folder: Path, config: Mapping[str, Any]) -> str:
+def _find_sources(folder: Path, config: Mapping[str, Any]) -> tuple[str, str | None]:
     path = folder / "chat_template.jinja"
     if path.exists():
         try:
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8"), None
         except (OSError, UnicodeDecodeError) as error:
             raise ChatTemplateError(f"{path}: cannot be read: {error}") from None
-    source = config.get("chat_template")
+    source: Any = config.get("chat_template")
+    tool_use: Any = None
     if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
+        source = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+    if isinstance(source, dict):
+        source, tool_use = source.get("default"), source.get("tool_use")
     if not isinstance(source, str):
         raise ChatTemplateError(f"{folder}: no chat_template.jinja, and no chat_template in tokenizer_config.json.")
-    return source
-
-
-def _plain_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A checked copy of a message, its content one text."""
-    where = f"messages[{index}]"
-    if not isinstance(message, Mapping):
-        raise ChatTemplateError(f"{where} must be an object, got {type(message).__name__}.")
-    role = message.get("role")
-    if role not in _ROLES:
-        raise ChatTemplateError(f"{where}.role must be one of {', '.join(_ROLES)}; got {quote(role)}.")
-    content = message.get("content")
-    if isinstance(content, list | tuple):
-        for part in content:
-            if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-                raise ChatTemplateError(f'{where}.content: every part must be {{"type": "text", "text": …}}.')
-        content = "".join(part["text"] for part in content)
-    if (content is None and not message.get("tool_calls")) or (content is not None and not isinstance(content, str)):
-        raise ChatTemplateError(f"{where}.content must be a text or a list of text parts.")
-    others = {key: value for key, value in message.items() if key not in ("role", "content", "reasoning_content")}
-    return {"role": "system" if role == "developer" else role, "content": content, **others}
-
-
-def _in_order(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with the system message first."""
-    if not messages:
-        raise ChatTemplateError("messages is empty: at least one is needed.")
-    system = [message for message in messages if message["role"] == "system"]
-    if len(system) > 1:
-        raise ChatTemplateError(f"messages holds {len(system)} system or developer messages: at most one is possible.")
-    return system + [message for message in messages if message["role"] != "system"]
+    return source, tool_use if isinstance(tool_use, str) else None
 
 
 def _protect(message: Mapping[str, Any], stand_ins: StandIns) -> dict[str, Any]:

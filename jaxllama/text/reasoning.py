@@ -12,6 +12,18 @@ type Kind = Literal["reasoning", "content"]
 type Part = tuple[Kind, str]
 
 
+def split_reasoning(content: str) -> tuple[str, str]:
+    """The reasoning that a message begins with between its tags, else nothing, and the rest of the message.
+
+    The newlines next to the tags belong to neither, as `ReasoningSplitter` has it.
+    """
+    start = content.lstrip()
+    reasoning, found, rest = start.removeprefix(OPEN_TAG).partition(CLOSE_TAG)
+    if not start.startswith(OPEN_TAG) or not found:
+        return "", content
+    return reasoning.strip(_NEWLINES), rest.lstrip(_NEWLINES)
+
+
 class ReasoningSplitter:
     """Splits streamed text at `<think>` and `</think>`; the newlines next to the tags belong to neither side.
 

@@ -87,6 +87,12 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         """The names that a template takes from its surroundings."""
         return frozenset(meta.find_undeclared_variables(self.parse(source)))
 
+    def names_in(self, source: str) -> frozenset[str]:
+        """What a template may read of its variables' insides, or look for there: attributes and short texts."""
+        tree = self.parse(source)
+        texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+        return frozenset(texts | {node.attr for node in tree.find_all(nodes.Getattr)})
+
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return _AddTicks().visit(super()._parse(source, name, filename))
 

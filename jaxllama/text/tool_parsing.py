@@ -163,7 +163,6 @@ class LiveParser:
         self._first = {f.before + f.head_of(name): name for name in names}
         self._next = {f.between + f.head_of(name): name for name in names}
         self._tail, self._end, self._opening = f.tail, f.after, f.opening
-        self._must_call = must_call
         self._state = "head" if must_call else "text"
         self._heads = self._first
         self._held = ""

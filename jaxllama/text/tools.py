@@ -157,7 +157,7 @@ def write_out(
             # Some templates refuse two messages of a user in a row.
             written[-1]["content"] += f"\n{content}"
         else:
-            calls = [(c["function"]["name"], c["function"]["arguments"]) for c in message.get("tool_calls") or ()]
+            calls = [(c["function"]["name"], _as_json(c["function"])) for c in message.get("tool_calls") or ()]
             if calls:
                 content += ("\n" if content else "") + tool_format.write_calls(calls)
             others = {key: value for key, value in message.items() if key not in ("content", "tool_calls")}
@@ -166,6 +166,11 @@ def write_out(
     if results:
         written.append({"role": "user", "content": tool_format.write_results(results)})
     return written
+
+
+def _as_json(function: Mapping[str, Any]) -> str:
+    arguments = function["arguments"]
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def with_parsed_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -182,7 +187,7 @@ def _parsed_call(call: Mapping[str, Any]) -> dict[str, Any]:
     function = call["function"]
     try:
         arguments = json.loads(function["arguments"])
-    except ValueError:
+    except (TypeError, ValueError):
         arguments = function["arguments"]
     return {**call, "function": {**function, "arguments": arguments}}
 

@@ -27,7 +27,9 @@ from unit.serving.fakes import BOS, EOS, FIRST_WORD, FakeEngine, FakeLlama, Fake
 
 from jaxllama.decode.sampling import SamplingParams
 from jaxllama.text.encoding.detokenize import ByteDecoder
+from jaxllama.text.messages import for_template, normalized
 from jaxllama.text.structured import GrammarSource, quote
+from jaxllama.text.tools import HERMES, Tool
 
 _CONTEXT = 200_000
 
@@ -59,12 +61,16 @@ class ByteTokenizer:
 class JsonTemplate:
     """Renders a chat as JSON, which the fake reads again."""
 
-    source = "<|im_start|>"
-    variables = frozenset({"tools"})
+    variables = own_variables = frozenset({"tools"})
     has_reasoning = False
+    tool_format = HERMES
 
-    def render(self, messages: Sequence[dict[str, Any]], **options: Any) -> Any:
-        chat = {"messages": list(messages), "tools": options.get("variables", {}).get("tools", [])}
+    def variant(self, *, with_tools: bool) -> JsonTemplate:
+        return self
+
+    def render(self, messages: Sequence[dict[str, Any]], *, tools: Sequence[Tool] = (), **options: Any) -> Any:
+        given = for_template(normalized(messages), tools, HERMES, self.variables)
+        chat = {"messages": given, "tools": [tool.definition for tool in tools]}
         return SimpleNamespace(text=json.dumps(chat), starts_in_reasoning=None, continued="")
 
 

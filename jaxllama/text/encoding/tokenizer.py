@@ -27,7 +27,7 @@ class Tokenizer:
         self.specials = tuple(backend.specials)
         self.special_tokens: Mapping[str, int] = MappingProxyType({t.content: t.id for t in backend.specials})
         self.bos_token_id = self._named_id(backend.bos_token)
-        self.eos_token_id = self._named_id(backend.eos_token)
+        self._named_id(backend.eos_token)  # one that does not exist is a damaged file
         self._spellings = frozenset(self.special_tokens)
         self._hidden = frozenset(token.id for token in backend.specials if token.is_hidden)
 

@@ -46,7 +46,8 @@ def make_openapi(
     modes: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in dict.fromkeys(models)]
     _, schemas = models_json_schema(modes, ref_template="#/components/schemas/{model}")
     for body in {route.body.__name__ for route in routes if route.body is not None}:
-        schemas["$defs"][body]["properties"]["model"]["enum"] = model_names
+        model = schemas["$defs"][body]["properties"]["model"]
+        model["enum"] = [*model_names, *([None] if "anyOf" in model else [])]
     if strict_fields:
         for schema in schemas["$defs"].values():
             if "properties" in schema:

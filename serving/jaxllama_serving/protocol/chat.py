@@ -106,10 +106,19 @@ class ChatMessage(Strict):
         """The reasoning under either of its names."""
         return self.reasoning_content if self.reasoning_content is not None else self.reasoning
 
-    @property
-    def text(self) -> str:
-        """The content as one string; parts are joined with nothing between."""
-        return "".join(part.text for part in self.content)
+    def for_template(self) -> dict[str, Any]:
+        """The message as `ChatTemplate.render` takes it; parts of the content are joined with nothing between."""
+        text = "".join(part.text for part in self.content)
+        fields = {"name": self.name, "tool_call_id": self.tool_call_id, "reasoning_content": self.reasoning_text}
+        plain: dict[str, Any] = {
+            "role": self.role,
+            "content": text,
+            **{key: value for key, value in fields.items() if value},
+        }
+        if self.tool_calls:
+            calls = [call.model_dump(include={"id", "type", "function"}) for call in self.tool_calls]
+            plain |= {"content": text or None, "tool_calls": calls}
+        return plain
 
 
 class ChatRequest(GuidedFields, GenerationRequest):

@@ -71,7 +71,7 @@ def from_exception(error: BaseException, request_id: str) -> ApiError:
         case RequestError():
             return invalid(str(error), error.param)
         case ChatTemplateError():
-            return invalid(str(error), "messages")
+            return invalid(str(error), error.param or "messages")
         case QueueFullError():
             return ApiError(
                 429,

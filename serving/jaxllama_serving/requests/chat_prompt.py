@@ -17,9 +17,6 @@ from jaxllama.text.tools import (
     ToolFormat,
     auto_grammar,
     calls_grammar,
-    choose_format,
-    with_parsed_arguments,
-    write_out,
 )
 from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.protocol.base import refuse_unknown
@@ -29,6 +26,7 @@ from jaxllama_serving.protocol.output_format import Form
 
 if TYPE_CHECKING:
     from jaxllama import ChatTemplate, Llama
+    from jaxllama.text.chat import RenderedChat
 
 EFFORT_BUDGETS: Mapping[str, int | None] = {"minimal": 256, "low": 1024, "medium": 8192, "high": None, "xhigh": None}
 """Tokens of reasoning for models whose template knows no efforts."""
@@ -73,7 +71,7 @@ def shape_chat(llama: Llama, config: ServerConfig, request: ChatRequest, num_cho
 
     Raises: ApiError (400), RequestError, ChatTemplateError.
     """
-    template = template_of(llama)
+    template = template_of(llama).variant(with_tools=bool(request.offered_tools))
     effort = _effort(request, template)
     ignored = _check_kwargs(request, template)
     if config.strict_fields:
@@ -85,14 +83,14 @@ def shape_chat(llama: Llama, config: ServerConfig, request: ChatRequest, num_cho
     tools = None
     if offered:
         is_held = _holds_calls(request, offered) or content is not None
-        tools = Tools(offered, _format(config, template), request.forces_tools, is_held)
+        tools = Tools(offered, tool_format(config, template), request.forces_tools, is_held)
     tools_source, name = _tools_source(llama, request, tools, content)
     close, variables = _reasoning_variables(request, template, effort)
     prompt_ids, rendered = render_chat(
         llama,
         config,
         request.messages,
-        shown_tools=shown if tools is not None else [],
+        tools=shown if tools is not None else (),
         continue_last=request.continues,
         add_generation_prompt=request.add_generation_prompt is not False,
         close_reasoning=close,
@@ -128,57 +126,22 @@ def template_of(llama: Llama) -> ChatTemplate:
 
 
 def render_chat(
-    llama: Llama,
-    config: ServerConfig,
-    messages: Sequence[ChatMessage],
-    *,
-    shown_tools: Sequence[Tool] = (),
-    **options: Any,
-) -> tuple[list[int], Any]:
+    llama: Llama, config: ServerConfig, messages: Sequence[ChatMessage], **options: Any
+) -> tuple[list[int], RenderedChat]:
     """Returns the prompt's ids, and the `RenderedChat` they are of. `options` are those of `ChatTemplate.render`.
 
     Raises: ApiError (400), RequestError, ChatTemplateError.
     """
     template = template_of(llama)
     assert llama.tokenizer is not None
-    plain = template_messages(messages)
-    if "tools" in template.variables:
-        plain = with_parsed_arguments(plain)
-        if shown_tools:
-            shown = {"tools": [tool.definition for tool in shown_tools]}
-            options["variables"] = {**options.get("variables", {}), **shown}
-    elif shown_tools or any(message["role"] == "tool" or message.get("tool_calls") for message in plain):
-        plain = write_out(plain, shown_tools, _format(config, template))
-    rendered = template.render(plain, **options)
+    written = [message.for_template() for message in messages]
+    rendered = template.render(written, tool_format=tool_format(config, template), **options)
     return llama.tokenizer.encode_rendered(rendered), rendered
 
 
-def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Returns the messages as templates want them: text content, `developer` as `system`, the system message first.
-
-    Raises: ApiError for a second system message.
-    """
-    system: list[dict[str, Any]] = []
-    rest: list[dict[str, Any]] = []
-    for i, message in enumerate(messages):
-        named = {"name": message.name} if message.name is not None else {}
-        if message.role in ("system", "developer"):
-            if system:
-                raise invalid(
-                    f"messages[{i}] is a second system message, at most one is allowed", f"messages[{i}].role"
-                )
-            system.append({"role": "system", "content": message.text, **named})
-        elif message.role == "tool":
-            rest.append({"role": "tool", "content": message.text, "tool_call_id": message.tool_call_id, **named})
-        else:
-            plain: dict[str, Any] = {"role": message.role, "content": message.text, **named}
-            if message.reasoning_text:
-                plain["reasoning_content"] = message.reasoning_text
-            if message.tool_calls:
-                calls = [call.model_dump(exclude={"index"}) for call in message.tool_calls]
-                plain |= {"content": message.text or None, "tool_calls": calls}
-            rest.append(plain)
-    return system + rest
+def tool_format(config: ServerConfig, template: ChatTemplate) -> ToolFormat:
+    """How calls are written and read."""
+    return template.tool_format if config.tool_parser is None else TOOL_FORMATS[config.tool_parser]
 
 
 def _check_kwargs(request: ChatRequest, template: ChatTemplate) -> tuple[str, ...]:
@@ -238,10 +201,6 @@ def _reasoning_variables(
     if knows_efforts and variables.setdefault("reasoning_effort", effort) != effort:
         raise invalid("reasoning_effort and chat_template_kwargs.reasoning_effort differ.", "reasoning_effort")
     return effort == "none" and not known and not request.continues, variables
-
-
-def _format(config: ServerConfig, template: ChatTemplate) -> ToolFormat:
-    return choose_format(template.source) if config.tool_parser is None else TOOL_FORMATS[config.tool_parser]
 
 
 def _tools(request: ChatRequest) -> list[Tool]:

@@ -14,6 +14,8 @@ from jaxllama.decode.params import SamplingParams
 from jaxllama.engine.options import EngineStats
 from jaxllama.errors import ChatTemplateError, ContextLengthError, EngineStoppedError, QueueFullError
 from jaxllama.text.encoding.detokenize import ByteDecoder
+from jaxllama.text.messages import for_template, normalized
+from jaxllama.text.tools import ToolFormat, choose_format
 
 EOS = 0
 THINK, END_THINK = 1, 2
@@ -98,9 +100,19 @@ class FakeTemplate:
     def has_reasoning(self) -> bool:
         return self.starts_in_reasoning is not None
 
-    def render(self, messages: Sequence[dict[str, Any]], **options: Any) -> Any:
-        self.seen.append([dict(message) for message in messages])
-        self.options = options
+    @property
+    def tool_format(self) -> ToolFormat:
+        return choose_format(self.source)
+
+    def variant(self, *, with_tools: bool) -> FakeTemplate:
+        return self
+
+    def render(
+        self, messages: Sequence[dict[str, Any]], *, tools: Sequence[Any] = (), tool_format: Any, **options: Any
+    ) -> Any:
+        messages = for_template(normalized(messages), tools, tool_format, self.variables)
+        self.seen.append(messages)
+        self.options = {**options, "tools": [tool.definition for tool in tools]}
         time.sleep(self.delay_s)
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
         if "refuse me" in text:

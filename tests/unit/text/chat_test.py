@@ -16,6 +16,7 @@ from jaxllama.errors import ChatTemplateError
 from jaxllama.text.chat import ChatTemplate, load_chat_template
 from jaxllama.text.encoding.specials import RenderedChat, Spellings, StandIns
 from jaxllama.text.encoding.tokenizer import Tokenizer, load_tokenizer
+from jaxllama.text.tools import Tool
 
 LAW = settings(deadline=None, max_examples=80)
 USER = {"role": "user", "content": "Hello"}
@@ -153,32 +154,29 @@ def test_r1_renders_as_documented(r1: Path) -> None:
     rendered = template.render([{"role": "user", "content": "你好"}])
     assert rendered.text == "<｜begin▁of▁sentence｜><｜User｜>你好<｜Assistant｜><think>\n"
     assert tokenizer.encode_rendered(rendered) == [128000, 128011, 57668, 53901, 128012, 128013, 198]
-    assert template.opens_reasoning
     assert rendered.starts_in_reasoning is True
 
 
 def test_the_first_r1_template_leaves_the_tag_to_the_model(r1: Path) -> None:
     source = (r1 / "chat_template_2025-01-20.jinja").read_text(encoding="utf-8")
     template = template_of(source, "<think>", "</think>")
-    assert not template.opens_reasoning
     assert template.render([USER]).starts_in_reasoning is False
 
 
 @pytest.mark.parametrize("name", ["r1_like", "r1"])
-def test_earlier_reasoning_is_cut_by_the_template(name: str, request: pytest.FixtureRequest) -> None:
+def test_earlier_reasoning_is_cut(name: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(name)
     tokenizer, _ = loaded(folder)
     messages = [USER, {"role": "assistant", "content": "<think>\nsecret\n</think>\n\nan<think>swer"}, USER]
     rendered, ids = ids_of(folder, messages)
     assert "secret" not in rendered.text
-    assert "\n\nan<think>swer<｜end▁of▁sentence｜>" in rendered.text
+    assert "an<think>swer<｜end▁of▁sentence｜>" in rendered.text
     assert ids.count(tokenizer.special_tokens["<think>"]) == 1
 
 
 def test_models_without_tags_do_not_reason(chatml: Path) -> None:
     _, template = loaded(chatml)
     assert template.render([{"role": "user", "content": "end in <think>"}]).starts_in_reasoning is None
-    assert not template.opens_reasoning
 
 
 def test_a_system_message_moves_to_the_front(chatml: Path) -> None:
@@ -235,6 +233,79 @@ def test_templates_come_from_either_file(tmp_path: Path, chatml: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(ChatTemplateError, match="compile"):
         load_chat_template(tmp_path)
+
+
+def test_a_list_of_templates_has_one_for_tools_and_rag_is_never_used(tmp_path: Path, chatml: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((chatml / "tokenizer.json").read_bytes())
+    named = {"default": "plain", "rag": "rag", "tool_use": "{{ tools[0].function.name }} {{ level }}"}
+    for config in ([{"name": name, "template": text} for name, text in named.items()], named):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": config}))
+        template = load_chat_template(tmp_path)
+        assert template.render([USER]).text == "plain"
+        tool = Tool("add", "Adds.")
+        assert template.render([USER], tools=[tool], variables={"level": 3}).text == "add 3"
+        assert "level" in template.variant(with_tools=True).variables
+        assert template.variant(with_tools=False) is template
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": "rag", "template": "r"}]}))
+    with pytest.raises(ChatTemplateError, match="no chat_template"):
+        load_chat_template(tmp_path)
+
+
+SPEAKING = "{% for m in messages %}[{{ m.role }}|{{ m.NAME }}|{{ m.content }}]{% endfor %}"
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("given", ["reasoning_content", "reasoning", "thinking", "content"])
+def test_a_template_gets_earlier_reasoning_under_the_name_it_asks_for(name: str, given: str) -> None:
+    said = {"role": "assistant", "content": "b", given: "a"}
+    if given == "content":
+        said = {"role": "assistant", "content": " <think>\na\n</think>\n\nb"}
+    messages = [USER, said, USER]
+    assert (
+        template_of(SPEAKING.replace("NAME", name)).render(messages).text == "[user||Hello][assistant|a|b][user||Hello]"
+    )
+    assert template_of("{% for m in messages %}{{ m }}{% endfor %}").render(messages).text.count("'a'") == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("<think>a</think>b", "b"),
+        ("<think></think>b", "b"),
+        ("\n<think>\na\n</think>\n\nb</think>c", "b</think>c"),
+        ("b<think>a</think>", "b<think>a</think>"),
+        ("<think>a", "<think>a"),
+        ("a</think>b", "a</think>b"),
+        ("<think>a</think>", ""),
+    ],
+)
+def test_only_reasoning_at_the_start_is_split_off_and_only_of_assistants(content: str, text: str) -> None:
+    template = template_of("{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}")
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+    assert template.render(messages).text == f"user:{content};assistant:{text};"
+
+
+def test_reasoning_in_the_content_of_a_message_to_continue_is_its_reasoning(chatml: Path, r1_like: Path) -> None:
+    said = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nIt is"}
+    rendered = loaded(r1_like)[1].render([USER, said], continue_last=True)
+    assert rendered.text.endswith("<think>\nHm.\n</think>\n\nIt is")
+    ids = loaded(r1_like)[0].encode_rendered(rendered)
+    assert ids.count(loaded(r1_like)[0].special_tokens["</think>"]) == 1
+    # A model that does not reason goes on with what it was given.
+    assert loaded(chatml)[1].render([USER, said], continue_last=True).text.endswith(said["content"])
+
+
+def test_what_is_malformed_is_told_by_its_path() -> None:
+    system = {"role": "system", "content": "x"}
+    for messages, param in (
+        ([USER, {"role": "user", "content": 3}], "messages[1].content"),
+        ([system, USER, system], "messages[2].role"),
+        ([{"role": "robot"}], "messages[0].role"),
+        ([], "messages"),
+    ):
+        with pytest.raises(ChatTemplateError) as caught:
+            template_of("x").render(messages)
+        assert caught.value.param == param
 
 
 def test_private_characters_in_messages_survive() -> None:

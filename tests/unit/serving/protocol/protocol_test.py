@@ -51,7 +51,7 @@ def test_what_official_clients_send_by_default_is_accepted():
     messages = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, message]
     harmless = {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "response_format": {"type": "text"}}
     request = parse(messages=messages, user="u", metadata={"a": "b"}, store=False, service_tier="auto", **harmless)
-    assert [m.text for m in request.messages] == ["Hi", "Yes."]
+    assert [m.for_template()["content"] for m in request.messages] == ["Hi", "Yes."]
 
 
 def test_a_template_in_a_request_is_refused_by_name():

@@ -259,7 +259,7 @@ def test_the_template_gets_what_templates_want():
     assert llama.chat_template.seen[-1] == [
         {"role": "system", "content": "rules"},
         {"role": "user", "content": "ab"},
-        {"role": "assistant", "content": "c", "reasoning_content": "for templates that ask for it"},
+        {"role": "assistant", "content": "c"},
         {"role": "tool", "content": "42", "tool_call_id": "t1"},
         {"role": "user", "content": ""},
     ]

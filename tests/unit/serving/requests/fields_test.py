@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from unit.serving.fakes import END_THINK, FakeLlama
 from unit.serving.live import CHAT, body, run, serving
 from unit.serving.requests.chat_test import answer_of, joined, stream_of
+from unit.serving.requests.tools_test import TOOLS
+
+from jaxllama.text.tools import HERMES
 
 IGNORED = "X-Jaxllama-Ignored"
 
@@ -95,3 +100,64 @@ def test_names_reach_the_template():
 def test_many_choices_stream_beside_stream_options_null():
     events = stream_of(FakeLlama(["a"]), n=3, stream_options=None)
     assert [joined(events, i)[0]["content"] for i in range(3)] == ["a", "a", "a"]
+
+
+CALLS = HERMES.write_calls([("add", '{"q": 1}'), ("look_up", "{}")])
+ANSWERS = {
+    "text": (["Hello"], None, {}),
+    "nothing": ([], None, {}),
+    "reasoning": (["Hm", END_THINK, "\n\nYes"], True, {}),
+    "reasoning cut": (["Hm", ", so"], True, {"max_tokens": 1}),
+    "calls": (list(CALLS), None, {"tools": TOOLS}),
+    "text and calls": (list("Well.\n" + CALLS), None, {"tools": TOOLS}),
+    "reasoning and calls": (["Hm", END_THINK, *("\n\n" + CALLS)], True, {"tools": TOOLS}),
+}
+OTHERS = {"annotations": [], "audio": None, "function_call": None, "name": None, "refusal": None}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "both"])
+def test_whatever_an_answer_holds_is_accepted_back_as_history(name, field):
+    pieces, starts, fields = ANSWERS[name]
+    extras = [{}, {"logprobs": True, "top_logprobs": 2, "return_token_ids": True, "n": 2, "service_tier": "auto"}]
+    config = {"reasoning_field": field, "strict_fields": True}
+
+    def make():
+        return FakeLlama(pieces, starts_in_reasoning=starts, batch=4)
+
+    messages = []
+    for more in extras:
+        answer = answer_of(make(), config=config, **fields, **more)
+        messages += [choice["message"] for choice in answer["choices"]]
+        chunks = stream_of(make(), config, **fields, **more)
+        messages.append(streamed(chunks))
+    for message in messages:
+        for said in (message, {**OTHERS, **message}, {key: value for key, value in message.items() if value}):
+            if set(said) == {"role"}:
+                continue  # nothing was said
+            history = [*body()["messages"], said]
+            results = [{"role": "tool", "tool_call_id": c["id"], "content": "1"} for c in said.get("tool_calls") or ()]
+            llama = make()
+            answer_of(llama, config=config, **fields, messages=[*history, *results, *body()["messages"]])
+            (seen,) = [message for message in llama.chat_template.seen[0] if message["role"] == "assistant"]
+            assert (message.get("content") or "") in (seen["content"] or "")
+
+
+def streamed(events):
+    """The message that a stream's deltas make, the calls with their `index` as clients keep it."""
+    message = {"role": "assistant", "content": ""}
+    for event in events[:-1]:
+        for choice in event["choices"]:
+            if choice["index"] != 0:
+                continue
+            for name, value in choice["delta"].items():
+                if name == "tool_calls":
+                    calls = message.setdefault("tool_calls", [])
+                    for call in value:
+                        if call["index"] == len(calls):
+                            calls.append(json.loads(json.dumps(call)))
+                        else:
+                            calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+                elif name != "role":
+                    message[name] = message.get(name, "") + value
+    return message

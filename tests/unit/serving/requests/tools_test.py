@@ -136,7 +136,7 @@ def test_a_template_that_knows_tools_gets_them_with_parsed_arguments():
     both_ways(llama, tools=TOOLS, messages=messages)
     seen = llama.chat_template.seen[-1]
     assert seen[1]["tool_calls"][0]["function"]["arguments"] == {"q": 1}
-    assert [tool["function"]["name"] for tool in llama.chat_template.options["variables"]["tools"]] == [
+    assert [tool["function"]["name"] for tool in llama.chat_template.options["tools"]] == [
         "look_up",
         "add",
     ]

@@ -1,0 +1,86 @@
+"""Messages of a chat as templates want them, whoever wrote them and however: the one place that normalises them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxllama.errors import ChatTemplateError, quote
+from jaxllama.text.reasoning import split_reasoning
+from jaxllama.text.tools import Tool, ToolFormat, with_parsed_arguments, write_out
+
+REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
+"""What messages, and the templates that ask for it, call an earlier answer's reasoning."""
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def normalized(messages: Sequence[Mapping[str, Any]], *, keep_last: bool = False) -> list[dict[str, Any]]:
+    """Checked copies of `messages`: content is one text, developers are systems, and the system message comes first.
+
+    An assistant's reasoning is in `reasoning_content` alone, whatever name it had, or where it was: `<think>…</think>`
+    at the start of the content is split off. With `keep_last` the last message's content stays as it is. Content is
+    None only where the assistant calls tools.
+
+    Raises: ChatTemplateError, whose param is the path of what is malformed.
+    """
+    if not messages:
+        raise ChatTemplateError("messages is empty: at least one is needed.", "messages")
+    plain = [
+        _plain(message, f"messages[{i}]", splits=not keep_last or i < len(messages) - 1)
+        for i, message in enumerate(messages)
+    ]
+    at = [i for i, message in enumerate(plain) if message["role"] == "system"]
+    if len(at) > 1:
+        raise ChatTemplateError(
+            f"messages[{at[1]}] is a second system message (or developer's), at most one is allowed.",
+            f"messages[{at[1]}].role",
+        )
+    return [plain[i] for i in at] + [message for message in plain if message["role"] != "system"]
+
+
+def _plain(message: Mapping[str, Any], where: str, *, splits: bool) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise ChatTemplateError(f"{where} must be an object, got {type(message).__name__}.", where)
+    role = message.get("role")
+    if role not in _ROLES:
+        raise ChatTemplateError(f"{where}.role must be one of {', '.join(_ROLES)}; got {quote(role)}.", f"{where}.role")
+    content = _text(message, f"{where}.content")
+    reasoning = next((text for name in REASONING_NAMES if (text := message.get(name))), "")
+    if role == "assistant" and content and splits:
+        inside, content = split_reasoning(content)
+        reasoning = reasoning or inside
+    others = {key: value for key, value in message.items() if key not in ("role", "content", *REASONING_NAMES)}
+    plain = {"role": "system" if role == "developer" else role, "content": content, **others}
+    return {**plain, "reasoning_content": reasoning} if reasoning and role == "assistant" else plain
+
+
+def _text(message: Mapping[str, Any], where: str) -> str | None:
+    content = message.get("content")
+    if isinstance(content, list | tuple):
+        for part in content:
+            if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+                raise ChatTemplateError(f'{where}: every part must be {{"type": "text", "text": …}}.', where)
+        content = "".join(part["text"] for part in content)
+    if (content is None and not message.get("tool_calls")) or (content is not None and not isinstance(content, str)):
+        raise ChatTemplateError(f"{where} must be a text or a list of text parts.", where)
+    return content
+
+
+def for_template(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], tool_format: ToolFormat, names: frozenset[str]
+) -> list[dict[str, Any]]:
+    """Normalised messages for a template that speaks of `names` (`TemplateEnvironment.names_in`).
+
+    One that knows tools gets the arguments of calls as objects; for another, tools, calls and results are written out
+    as text. Reasoning goes to a template under the name that it asks for, and to no other.
+    """
+    if "tools" in names:
+        found = with_parsed_arguments(messages)
+    elif tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+        found = write_out(messages, tools, tool_format)
+    else:
+        found = [dict(message) for message in messages]
+    for message in found:
+        if reasoning := message.pop("reasoning_content", ""):
+            message |= {name: reasoning for name in REASONING_NAMES if name in names}
+    return found
