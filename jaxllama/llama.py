@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import os
 import queue
 import time
@@ -19,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxllama.decode.params import MAX_TOP_LOGPROBS, SamplingParams
+from jaxllama.decode.prompts import Prompt, read_params, read_prompt, read_prompts, token_ids
 from jaxllama.decode.scoring import PromptLogprob, logits_of, prompt_logprobs
 from jaxllama.engine.engine import Engine
 from jaxllama.engine.options import EngineOptions
@@ -29,7 +29,7 @@ from jaxllama.hosts.group import Group
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.mesh import make_mesh
 from jaxllama.model.params import Params, num_params
-from jaxllama.progress import Advance, show_progress
+from jaxllama.system.progress import Advance, show_progress
 from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
 from jaxllama.text.constraint import ConstraintMaker, OutputConstraint
 from jaxllama.text.encoding.tokenizer import Tokenizer, load_tokenizer
@@ -38,8 +38,6 @@ from jaxllama.text.structured import Grammar
 from jaxllama.weights.checkpoint import Checkpoint
 from jaxllama.weights.loading import load_params
 from jaxllama.weights.saving import answer_saves, save_params
-
-type Prompt = str | Sequence[int]
 
 _QUEUE_RETRY_S = 0.05
 
@@ -221,14 +219,9 @@ class Llama:
 
         Raises: RequestError for a prompt or parameters that cannot run; NonFiniteLogitsError.
         """
-        is_one = _is_one(prompts)
-        ids = [self._encode(prompt) for prompt in ([prompts] if is_one else prompts)]  # type: ignore[arg-type]
-        params = SamplingParams() if params is None else params
-        each = [params] * len(ids) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(ids):
-            raise RequestError(
-                f"params: {len(each)} for {len(ids)} prompts; give one for all, or one for each", "params"
-            )
+        given, is_one = read_prompts(prompts)
+        each = read_params(params, len(given))
+        ids = [self._encode(prompt) for prompt in given]
         outputs = [_Output(self, prompt, one) for prompt, one in zip(ids, each, strict=True)]
         # One prompt is not worth a bar that nobody asked for.
         show = False if progress is None and len(outputs) == 1 else progress
@@ -241,20 +234,22 @@ class Llama:
 
         Raises: as `generate`.
         """
-        return self._stream(_Output(self, self._encode(prompt), params or SamplingParams()))
+        (one,) = read_params(params, 1)
+        return self._stream(_Output(self, self._encode(read_prompt(prompt)), one))
 
     def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> Completion:
         """Answers messages (`{"role": …, "content": …}`) through the model's chat template.
 
         Raises: ChatTemplateError if there is no template or it refuses the messages; else as `generate`.
         """
+        (one,) = read_params(params, 1)
         if self.chat_template is None or self.tokenizer is None:
             raise ChatTemplateError("this checkpoint has no chat template; use generate with a prompt of your own")
         rendered = self.chat_template.render(messages)
         output = _Output(
             self,
             self.tokenizer.encode_rendered(rendered),
-            params or SamplingParams(),
+            one,
             is_chat=True,
             starts_in_reasoning=rendered.starts_in_reasoning,
         )
@@ -286,13 +281,13 @@ class Llama:
     def _checked_ids(self, ids: Sequence[int]) -> np.ndarray:
         if self.engine.group is not None:
             raise RequestError("logits are of one process; this model is spread over several")
-        tokens = np.asarray(_token_ids(ids, "ids"), np.int32)
+        tokens = token_ids(ids, "ids")
         vocab, context = self.config.vocab_size, self.config.max_position_embeddings
-        if tokens.ndim != 1 or not tokens.size or tokens.min() < 0 or tokens.max() >= vocab:
+        if not tokens or min(tokens) < 0 or max(tokens) >= vocab:
             raise RequestError(f"ids must be a non-empty list of token ids from 0 to {vocab - 1}", "ids")
         if len(tokens) > context:
             raise ContextLengthError(f"{len(tokens)} ids exceed the context of {context}", "ids")
-        return tokens
+        return np.asarray(tokens, np.int32)
 
     def _score(self, tokens: np.ndarray) -> Iterator[jax.Array]:
         engine = self.engine
@@ -306,9 +301,9 @@ class Llama:
             platform=engine.platform,
         )
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def _encode(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
-            return _token_ids(prompt, "prompt")
+            return prompt
         if self.tokenizer is None:
             raise RequestError("this checkpoint has no tokenizer: give the prompt as token ids", "prompt")
         return self.tokenizer.encode(prompt)
@@ -481,16 +476,3 @@ class _Output:
         self._stop_reason, self._finish_reason = stop, "stop"
         self.cancel()
         return True
-
-
-def _token_ids(ids: Sequence[int], name: str) -> list[int]:
-    try:
-        return [operator.index(token_id) for token_id in ids]
-    except TypeError as error:
-        raise RequestError(f"{name} must be a list of integer token ids: {error}", name) from None
-
-
-def _is_one(prompts: Any) -> bool:
-    return isinstance(prompts, str) or (
-        len(prompts) > 0 and not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0
-    )

@@ -26,7 +26,7 @@ PACKAGES = {
 # DESIGN.md, "The tree": a module imports from layers above its own line and from its own package only.
 LAYERS = (
     ("jaxllama.errors",),
-    ("jaxllama.model.config", "jaxllama.engine.compilation", "jaxllama.model.platforms.startup"),
+    ("jaxllama.model.config", "jaxllama.system", "jaxllama.engine.compilation", "jaxllama.model.platforms.startup"),
     (
         "jaxllama.model.params",
         "jaxllama.model.rope",
@@ -34,13 +34,12 @@ LAYERS = (
         "jaxllama.text",
         "jaxllama.hosts.group",
         "jaxllama.model.native",
-        "jaxllama.progress",
         "jaxllama.hosts.relay",
         "jaxllama.model.platforms.chips",
     ),
     ("jaxllama.model.int8", "jaxllama.weights.array_files", "jaxllama.weights.parts", "jaxllama.decode.controls"),
     ("jaxllama.model.linear", "jaxllama.model.cache", "jaxllama.decode.params"),
-    ("jaxllama.decode.sampling",),
+    ("jaxllama.decode.sampling", "jaxllama.decode.prompts"),
     ("jaxllama.model.attention",),
     ("jaxllama.model.platforms",),
     ("jaxllama.model.forward", "jaxllama.weights.forms"),
@@ -92,12 +91,13 @@ PUBLIC_TO = {
         "jaxllama.decode.controls",
         "jaxllama.decode.params",
         "jaxllama.hosts.group",
-        "jaxllama.progress",
+        "jaxllama.system",
     ),
     "jaxllama_convert": (
         "jaxllama",
         "jaxllama.errors",
         "jaxllama.text",
+        "jaxllama.system",
         "jaxllama.model.config",
         "jaxllama.model.params",
         "jaxllama.model.int8",

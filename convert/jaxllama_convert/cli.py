@@ -54,10 +54,11 @@ def run(args: argparse.Namespace) -> int:
     for warning in report.warnings:
         _say(f"warning: {_one_line(warning)}")
     kind = f"{report.quantize} and {report.dtype}" if report.quantize else report.dtype
+    memory = f"; peak RAM {report.peak_ram_bytes / _GB:.2f} GB" if report.peak_ram_bytes else ""
     resumed = f" ({report.num_resumed} tensors were there already)" if report.num_resumed else ""
     _say(
         f"wrote {report.path}: {report.num_params:,} parameters, {report.num_bytes:,} bytes of {kind}{resumed} "
-        f"in {report.seconds:.1f} s; peak RAM {report.peak_ram_bytes / _GB:.2f} GB"
+        f"in {report.seconds:.1f} s{memory}"
     )
     return 0
 

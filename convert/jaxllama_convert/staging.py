@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllama.errors import ConversionError
+from jaxllama.system.staging import is_ours, locked_folder, put_in_place
 from jaxllama.weights.checkpoint import FORMAT, MANIFEST, FileRecord
 
 _PARTIAL_FORMAT = "jaxllama-partial"
@@ -40,6 +40,7 @@ class Staging:
         self._old = root / "old"
         self._journal = root / "journal.jsonl"
         self._marker = root / "partial.json"
+        self._is_finished = False
 
     def begin(self, identity: Mapping[str, Any]) -> dict[str, dict[str, FileRecord]]:
         """Starts or resumes; returns the files of every tensor that is already written, by the tensor's name."""
@@ -62,14 +63,12 @@ class Staging:
 
     def holds_work(self) -> bool:
         """Whether the folder has anything that the next run would miss."""
-        return self._journal.exists() or self._old.exists()
+        return not self._is_finished and (self._journal.exists() or self._old.exists())
 
     def finish(self) -> None:
-        """Puts the complete checkpoint in its place and removes the partial folder."""
-        if self.destination.exists():
-            os.rename(self.destination, self._old)
-        os.rename(self.checkpoint, self.destination)
-        shutil.rmtree(self.root)
+        """Puts the complete checkpoint in its place; the partial folder goes at the end of `open_staging`."""
+        put_in_place(self.checkpoint, self.destination, old=self._old)
+        self._is_finished = True
 
     def recover(self) -> None:
         """Undoes a `finish` that was killed between its renames; cleans up after one killed behind them."""
@@ -90,21 +89,6 @@ class Staging:
                 entry = json.loads(line)
                 done[entry["name"]] = {name: FileRecord(**record) for name, record in entry["files"].items()}
         return done
-
-
-def resolve_destination(dst: str | os.PathLike[str]) -> Path:
-    """The real path of `dst`, which may be a link to a folder.
-
-    Raises: ConversionError for a link, at `dst` or on the way to it, that leads nowhere.
-    """
-    path = Path(dst).expanduser().absolute()
-    for place in (path, *path.parents):
-        if place.is_symlink() and not place.exists():
-            raise ConversionError(
-                f"{path}: {'is' if place == path else f'{place} is'} a link to {os.readlink(place)}, which leads to "
-                "nothing; remove it, or make the folder that it leads to"
-            )
-    return Path(os.path.realpath(path))
 
 
 def check_apart(source: Path, destination: Path) -> None:
@@ -143,24 +127,17 @@ def open_staging(destination: Path, *, force: bool) -> Iterator[Staging]:
     # Before anything is made, and again under the lock, when a killed conversion's renames are undone.
     _check_destination(destination, force)
     root = destination.parent / f".{destination.name}.partial"
-    if root.is_dir() and any(root.iterdir()) and not (root / "lock").exists():
+    if not is_ours(root):
         raise ConversionError(f"{root}: is in the way and not the converter's; move it")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    root.mkdir(exist_ok=True)
-    with (root / "lock").open("w") as lock:
+    staging = Staging(root, destination)
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            stack.enter_context(locked_folder(root, keep=staging.holds_work))
+        except BlockingIOError:
             raise OutputError(f"{destination}: another conversion is writing it") from None
-        staging = Staging(root, destination)
-        try:
-            staging.recover()
-            _check_destination(destination, force)
-            yield staging
-        finally:
-            # A finished conversion has removed the folder; one without a tensor leaves nothing worth keeping.
-            if root.exists() and not staging.holds_work():
-                shutil.rmtree(root, ignore_errors=True)
+        staging.recover()
+        _check_destination(destination, force)
+        yield staging
 
 
 def _check_destination(destination: Path, force: bool) -> None:

@@ -19,6 +19,7 @@ from jaxllama.errors import CheckpointError, ConversionError, quote
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.int8 import quantize_rows
 from jaxllama.model.params import QUANTIZATIONS, ParamSpec, QuantizedWeight, num_params, stored_specs
+from jaxllama.system.staging import resolve_destination
 from jaxllama.weights.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -31,7 +32,7 @@ from jaxllama.weights.checkpoint import (
 from jaxllama.weights.sources.names import match_tensors
 from jaxllama.weights.sources.source import Source, SourceTensor, open_source
 from jaxllama_convert.memory import peak_ram_bytes
-from jaxllama_convert.staging import OutputError, Staging, check_apart, open_staging, resolve_destination
+from jaxllama_convert.staging import OutputError, Staging, check_apart, open_staging
 from jaxllama_convert.text_checks import check_chat_template, check_tokenizer
 
 type Progress = Callable[[int, int, str], None]
@@ -91,7 +92,7 @@ def convert(
     if quantize not in (None, *QUANTIZATIONS):
         raise ConversionError(f"quantize {quote(quantize)} is not supported, expected 'int8' or None")
     try:
-        source_path, destination = Path(src).expanduser(), resolve_destination(dst)
+        source_path, destination = Path(src).expanduser(), resolve_destination(dst, ConversionError)
         check_apart(source_path, destination)
         source = open_source(source_path)
     except OSError as error:

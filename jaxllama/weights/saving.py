@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -24,6 +23,7 @@ from jaxllama.errors import CheckpointError, LockstepError
 from jaxllama.hosts.group import Group
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import Params, ParamSpec, QuantizedWeight, param_specs, stored_specs
+from jaxllama.system.staging import locked_folder, put_in_place, resolve_destination
 from jaxllama.weights.checkpoint import (
     MANIFEST,
     PARAMS,
@@ -53,7 +53,7 @@ def save_params(
         raise CheckpointError(f"{path}: this model is of no checkpoint, whose config and tokenizer could be saved")
     if group is not None and not group.is_leader:
         raise LockstepError(f"process {group.process_id} follows process 0, which alone saves")
-    destination = Path(os.path.realpath(Path(path).expanduser()))
+    destination = resolve_destination(path, CheckpointError)
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise CheckpointError(f"{destination}: exists. Choose another folder, or remove it first")
     try:
@@ -68,7 +68,7 @@ def save_params(
             provenance = {"kind": "jaxllama", "name": source.path.name, "files": origin}
             write_manifest(folder, _dtype(params), _quantize(params), provenance, files)
             Checkpoint.open(folder)
-            os.rename(folder, destination)
+            put_in_place(folder, destination)
     except OSError as error:
         raise CheckpointError(f"{destination}: cannot be saved ({_describe(error)})") from error
     return Checkpoint.open(destination)
@@ -140,18 +140,14 @@ def _quantize(params: Params) -> str | None:
 def _staging(destination: Path) -> Iterator[Path]:
     """An empty folder beside `destination`, removed at the end with what is still in it."""
     root = destination.parent / f".{destination.name}.saving"
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / "lock").open("w") as lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked_folder(root))
         except BlockingIOError:
             raise CheckpointError(f"{destination}: is being saved by another process") from None
-        try:
-            shutil.rmtree(root / "checkpoint", ignore_errors=True)
-            (root / "checkpoint").mkdir()
-            yield root / "checkpoint"
-        finally:
-            shutil.rmtree(root, ignore_errors=True)
+        shutil.rmtree(root / "checkpoint", ignore_errors=True)
+        (root / "checkpoint").mkdir()
+        yield root / "checkpoint"
 
 
 def _describe(error: Exception) -> str:

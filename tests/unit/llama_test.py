@@ -265,7 +265,7 @@ def test_progress_is_shown_where_asked_or_on_a_terminal(llama: Llama, capsys, mo
 
 
 NOTEBOOK = """
-from jaxllama.progress import show_progress
+from jaxllama.system.progress import show_progress
 with show_progress("generate", 4) as advance:
     for _ in range(4):
         advance(items=1, tokens=3)

@@ -93,7 +93,7 @@ def _load(args: argparse.Namespace) -> Llama:
 def _answer(
     args: argparse.Namespace, llama: Llama, config: ServerConfig, source: InputFile, output: OutputFile
 ) -> Counts:
-    from jaxllama.progress import show_progress
+    from jaxllama.system.progress import show_progress
     from jaxllama_serving.batch.run import answer_batch
 
     with show_progress("batch", len(source.lines), show=not args.quiet, done=len(output.done)) as advance:

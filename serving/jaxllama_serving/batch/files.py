@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from jaxllama.errors import JaxLlamaError
+from jaxllama.system.locks import lock
 from jaxllama_serving.http.events import to_json
 from jaxllama_serving.protocol.errors import ApiError, shorten
 from jaxllama_serving.protocol.strict_json import decode
@@ -156,7 +156,7 @@ class OutputFile:
             raise BatchError(f"{path}: {error.strerror}") from None
         try:
             try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(self._fd)
             except BlockingIOError:
                 raise BatchError(f"{path}: another process writes to it") from None
             self.done, end = self._check({line.id: line for line in lines})

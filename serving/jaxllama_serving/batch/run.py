@@ -21,7 +21,7 @@ from jaxllama_serving.http.inside import inside_session
 
 if TYPE_CHECKING:
     from jaxllama import Llama
-    from jaxllama.progress import Advance
+    from jaxllama.system.progress import Advance
 
 _JSON = {"Content-Type": "application/json"}
 

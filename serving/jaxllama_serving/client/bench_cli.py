@@ -12,7 +12,7 @@ from pathlib import Path
 import aiohttp
 
 from jaxllama.errors import JaxLlamaError
-from jaxllama.progress import show_progress
+from jaxllama.system.progress import show_progress
 from jaxllama_serving.client.api import Endpoint
 from jaxllama_serving.client.load import Load, Outcome, run_load
 from jaxllama_serving.client.report import METRICS, Report, check_plotting
