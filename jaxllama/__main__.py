@@ -14,7 +14,6 @@ from typing import NoReturn
 import jaxllama
 from jaxllama.decode.controls import Boolean, Control, Integer, Strings
 from jaxllama.decode.params import CONTROLS
-from jaxllama.engine.compilation import enable_compilation_cache
 from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError, RequestError, one_line
 from jaxllama.model.platforms.startup import prepare_jax
 from jaxllama.plan import cli as plan_cli
@@ -25,8 +24,6 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     prepare_jax()
     try:
-        if getattr(args, "compilation_cache", "off") != "off":
-            enable_compilation_cache(args.compilation_cache)
         run: Callable[[argparse.Namespace], int] = args.run
         return run(args)
     except EngineError as error:
@@ -52,9 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"jaxllama {jaxllama.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_application(commands, "convert", "turn a Hugging Face or GGUF checkpoint into a jaxllama checkpoint")
-    serve = _add_application(commands, "serve", "serve a checkpoint over OpenAI's chat API, with a chat page")
-    batch = _add_application(commands, "batch", "answer a file of requests, one JSON object a line")
-    chat = _add_application(commands, "chat", "chat in the terminal, with a checkpoint or with a server")
+    _add_application(commands, "serve", "serve a checkpoint over OpenAI's chat API, with a chat page")
+    _add_application(commands, "batch", "answer a file of requests, one JSON object a line")
+    _add_application(commands, "chat", "chat in the terminal, with a checkpoint or with a server")
     _add_application(commands, "bench", "measure any server with OpenAI's API under load")
     generate = commands.add_parser("generate", help="complete a prompt", description="Completes a prompt.")
     _add_generate(generate)
@@ -64,13 +61,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Compiles the real programs for a TPU slice, on any machine, and says what fits and how fast.",
     )
     plan_cli.add_arguments(plan)
-    for command in (serve, batch, chat, generate):
-        command.add_argument(
-            "--compilation-cache",
-            metavar="DIR",
-            default=None,
-            help="where compiled programs are kept, or 'off' (default: ~/.cache/jaxllama/xla)",
-        )
     return parser
 
 
@@ -107,6 +97,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="compute dtype (default: the checkpoint's)")
     parser.add_argument("--quantize", choices=("int8",), help="round the weights on loading (default: as stored)")
     parser.add_argument("--kv-dtype", choices=("int8",), help="of the KV cache (default: the compute dtype)")
+    parser.add_argument(
+        "--compilation-cache",
+        metavar="DIR",
+        help="where compiled programs are kept, or 'off' (default: ~/.cache/jaxllama/xla, or JAX's own setting)",
+    )
     sampling = parser.add_argument_group("sampling")
     for name, control in CONTROLS.items():
         if control.flag:
@@ -132,7 +127,7 @@ def _generate(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt:
         raise RequestError("the prompt is empty", "prompt")
-    options = jaxllama.EngineOptions(max_rows=1, kv_dtype=args.kv_dtype)
+    options = jaxllama.EngineOptions(max_rows=1, kv_dtype=args.kv_dtype, compilation_cache=args.compilation_cache)
     with jaxllama.load(args.checkpoint, dtype=args.dtype, quantize=args.quantize, options=options) as llama:
         if args.json:
             print(json.dumps(dataclasses.asdict(llama.generate(prompt, params)), ensure_ascii=False, indent=2))

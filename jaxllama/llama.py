@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxllama.decode.params import MAX_TOP_LOGPROBS, SamplingParams
 from jaxllama.decode.prompts import Prompt, read_params, read_prompt, read_prompts, token_ids
 from jaxllama.decode.scoring import PromptLogprob, logits_of, prompt_logprobs
+from jaxllama.engine.compilation import use_compilation_cache
 from jaxllama.engine.engine import Engine
 from jaxllama.engine.options import EngineOptions
 from jaxllama.engine.scheduling.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
@@ -92,8 +93,11 @@ def load(
     `group` is that of many processes (`jaxllama.hosts.group.join`), each of which calls this alike and reads its own
     shards. Process 0 then uses the model, and the others call `llama.engine.follow()`.
 
-    Raises: CheckpointError, TokenizerError, ChatTemplateError or ConfigError, saying what is wrong with which file.
+    Raises: CheckpointError, TokenizerError, ChatTemplateError or ConfigError, saying what is wrong with which file;
+        OSError for a compilation cache that cannot be made.
     """
+    options = options or EngineOptions()
+    use_compilation_cache(options.compilation_cache)
     checkpoint = Checkpoint.open(path)
     config = checkpoint.config
     if mesh is not None and data != 1:
@@ -114,7 +118,7 @@ def load(
         tokenizer=tokenizer,
         chat_template=chat_template,
         checkpoint=checkpoint,
-        options=options or EngineOptions(),
+        options=options,
         group=group,
     )
 

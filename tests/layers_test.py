@@ -26,7 +26,8 @@ PACKAGES = {
 # DESIGN.md, "The tree": a module imports from layers above its own line and from its own package only.
 LAYERS = (
     ("jaxllama.errors",),
-    ("jaxllama.model.config", "jaxllama.system", "jaxllama.engine.compilation", "jaxllama.model.platforms.startup"),
+    ("jaxllama.model.config", "jaxllama.system", "jaxllama.model.platforms.startup"),
+    ("jaxllama.engine.compilation",),
     (
         "jaxllama.model.params",
         "jaxllama.model.rope",

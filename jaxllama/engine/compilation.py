@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import sys
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.monitoring
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxllama.system.progress import is_watched
 
 type OnProgress = Callable[[int, int, str], None]
 """Gets how many programs are compiled, of how many, and the names of those at work ("ready" at the end)."""
@@ -23,15 +29,58 @@ _MAX_WORKERS = 8
 def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:
     """Keeps compiled programs in `folder` (None: `~/.cache/jaxllama/xla`) and reuses them in later processes.
 
-    Changes JAX's global configuration; call it before the first computation.
+    Changes JAX's configuration, which is the whole process's.
 
     Raises: OSError if the folder cannot be made.
     """
     path = Path.home() / ".cache" / "jaxllama" / "xla" if folder is None else Path(folder)
     path.mkdir(parents=True, exist_ok=True)
+    if jax.config.jax_compilation_cache_dir not in (None, str(path)):
+        compilation_cache.reset_cache()  # JAX holds on to the folder that it has used first.
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return path
+
+
+def use_compilation_cache(setting: str | os.PathLike[str] | None) -> None:
+    """Does what `EngineOptions.compilation_cache` says: keeps programs in that folder, or with "off" leaves JAX alone.
+
+    None is the default folder, unless JAX was told of another one or to keep nothing. Where that folder cannot be made
+    the engine runs without: a start takes longer, and that is all.
+
+    Raises: OSError if a folder that was asked for cannot be made.
+    """
+    if setting == "off":
+        return
+    if setting is not None:
+        enable_compilation_cache(setting)
+    elif jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: nobody's home is known.
+            enable_compilation_cache()
+
+
+@contextlib.contextmanager
+def announced(what: str, *, after_s: float = 2.0) -> Iterator[None]:
+    """Says on stderr that `what` is being compiled once the body has taken `after_s`, and at its end how long it took.
+
+    To people only: on a terminal and in a notebook.
+    """
+    started, done = time.monotonic(), threading.Event()
+
+    def say() -> None:
+        if done.wait(after_s) or not is_watched():
+            return
+        print(f"jaxllama: compiling {what} …", file=sys.stderr, flush=True)
+        done.wait()
+        print(f"jaxllama: compiled {what} in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+
+    speaker = threading.Thread(target=say, name="jaxllama-compiling", daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        speaker.join()
 
 
 def compile_all(programs: Mapping[str, Callable[[], Any]], on_progress: OnProgress) -> None:

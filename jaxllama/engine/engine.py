@@ -28,7 +28,7 @@ from jaxllama.engine.calls import (
     RestorePages,
     SavePages,
 )
-from jaxllama.engine.compilation import OnProgress, num_compilations
+from jaxllama.engine.compilation import OnProgress, num_compilations, use_compilation_cache
 from jaxllama.engine.constraints import Constraint, Constraints, attach, needs_new_row
 from jaxllama.engine.device import Device
 from jaxllama.engine.dispatch import Dispatch, Dispatches
@@ -62,6 +62,7 @@ class Engine:
         self, config: LlamaConfig, params: Params, mesh: Mesh, options: EngineOptions, group: Group | None = None
     ) -> None:
         check_processes(mesh, group)
+        use_compilation_cache(options.compilation_cache)
         self._compilations_before = num_compilations()
         self.config = config
         self.options = options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from jaxllama.errors import ConfigError
@@ -18,6 +19,11 @@ class EngineOptions:
     seconds, at most 32: longer is less host work, shorter a smoother stream. With work pending and no step finished for
     `stall_timeout_s`, `Engine.health` says so. `kv_dtype` None caches keys and values in the model's dtype, "int8" with
     a float32 scale a token and head: half of bfloat16's memory and a little more.
+
+    Compiled programs are kept in the folder `compilation_cache` for later processes. None is `~/.cache/jaxllama/xla`,
+    unless JAX has been told of a folder of its own (`JAX_COMPILATION_CACHE_DIR`) or to keep nothing; "off" leaves it to
+    JAX. On a terminal and in a notebook the engine says what it compiles where that takes more than two seconds, unless
+    `show_compilation` is false.
     """
 
     max_rows: int = 16
@@ -29,6 +35,8 @@ class EngineOptions:
     dispatch_s: float = 0.05
     stall_timeout_s: float = 15.0
     kv_dtype: str | None = None
+    compilation_cache: str | os.PathLike[str] | None = None
+    show_compilation: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("max_rows", 1), ("page_size", 1), ("max_queue", 1), ("max_context", 2), ("num_pages", 2)):

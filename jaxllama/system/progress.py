@@ -21,6 +21,14 @@ class Advance(Protocol):
     def __call__(self, *, items: int = 0, tokens: int = 0) -> None: ...
 
 
+def is_watched() -> bool:
+    """Whether a person sees what goes to stderr: it is a terminal, or this is a notebook."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return console.is_terminal or console.is_jupyter
+
+
 @contextmanager
 def show_progress(name: str, total: int, *, show: bool | None = None, done: int = 0) -> Iterator[Advance]:
     """Shows how many of `total` items are done (`done` were before), and tokens a second.

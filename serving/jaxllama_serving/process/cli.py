@@ -81,6 +81,11 @@ def add_model(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="groups of devices, each with the whole model and 1/N of the rows (default: %(default)s, all share all)",
     )
+    group.add_argument(
+        "--compilation-cache",
+        metavar="DIR",
+        help="where compiled programs are kept, or 'off' (default: ~/.cache/jaxllama/xla, or JAX's own setting)",
+    )
 
 
 def add_behaviour(group: argparse._ArgumentGroup) -> None:
@@ -252,6 +257,7 @@ def load_model(args: argparse.Namespace, *, max_queue: int, group: Group | None 
         num_pages=args.num_pages,
         max_queue=max_queue,
         kv_dtype=args.kv_dtype,
+        compilation_cache=args.compilation_cache,
     )
     how = {"data": args.data, "dtype": args.dtype, "quantize": args.quantize}
     return jaxllama.load(args.checkpoint, **how, options=options, group=group)

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,14 +21,20 @@ from collector import run
 
 from jaxllama import Llama, SamplingParams
 from jaxllama.engine.compilation import (
+    announced,
     compile_all,
     enable_compilation_cache,
     num_compilations,
+    use_compilation_cache,
 )
 
 CONTEXT = tiny.SMALL.max_context or 0
 GREEDY = SamplingParams(temperature=0, ignore_eos=True, max_tokens=8)
-NAMES = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+NAMES = (
+    "jax_compilation_cache_dir",
+    "jax_enable_compilation_cache",
+    "jax_persistent_cache_min_compile_time_secs",
+)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -191,6 +198,57 @@ def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         enable_compilation_cache(tmp_path / "file" / "cache")
+
+
+@pytest.mark.usefixtures("_restored_config")
+def test_an_engine_keeps_programs_unless_it_or_jax_says_otherwise(tmp_path, monkeypatch):
+    def used(setting: str | None, of_jax: str | None, enabled: bool = True) -> str | None:
+        jax.config.update("jax_compilation_cache_dir", of_jax)
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        use_compilation_cache(setting)
+        return jax.config.jax_compilation_cache_dir
+
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    default, own, other = str(tmp_path / ".cache" / "jaxllama" / "xla"), str(tmp_path / "own"), str(tmp_path / "other")
+    assert used(None, None) == default
+    assert used(None, own) == own
+    assert used(None, None, enabled=False) is None
+    assert used("off", None) is None
+    assert used("off", own) == own
+    assert used(other, None) == used(other, own) == other
+
+
+@pytest.mark.usefixtures("_restored_config")
+def test_a_home_that_cannot_be_written_costs_time_alone(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "file")
+    jax.config.update("jax_compilation_cache_dir", None)
+    use_compilation_cache(None)
+    with pytest.raises(OSError, match="file"):
+        use_compilation_cache(tmp_path / "file" / "cache")
+
+
+# ---- What is said of it ----
+
+
+def _said(capsys, monkeypatch, seconds: float, *, watched: bool) -> list[str]:
+    monkeypatch.setattr("jaxllama.engine.compilation.is_watched", lambda: watched)
+    with announced("prefill of 32 tokens", after_s=0.1):
+        time.sleep(seconds)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err.splitlines()
+
+
+def test_a_long_compilation_says_so_and_how_long_it_took(capsys, monkeypatch):
+    started, ended = _said(capsys, monkeypatch, 0.3, watched=True)
+    assert started == "jaxllama: compiling prefill of 32 tokens …"
+    assert ended.startswith("jaxllama: compiled prefill of 32 tokens in ")
+
+
+def test_a_short_one_and_one_that_nobody_sees_are_silent(capsys, monkeypatch):
+    assert _said(capsys, monkeypatch, 0.0, watched=True) == []
+    assert _said(capsys, monkeypatch, 0.3, watched=False) == []
 
 
 PROGRAM = """
