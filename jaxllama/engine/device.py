@@ -36,7 +36,7 @@ from jaxllama.engine.calls import (
     SetMasks,
     SetPageTable,
 )
-from jaxllama.engine.compilation import OnProgress, compile_all
+from jaxllama.engine.compilation import OnProgress, announced, compile_all
 from jaxllama.model.cache import KVPool, clear_pages, put_pages, read_pages
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import Params
@@ -82,13 +82,16 @@ def _blocks(pages: Int[np.ndarray, " pages"]) -> list[Int[np.ndarray, " block"]]
 class Device:
     """`Programs` on this process's share of `mesh`. The state is made at the first call.
 
-    `on_progress` is told how far a `Compile` has come.
+    `on_progress` is told how far a `Compile` has come. With `shows_compilation` people are told what is compiled when
+    that takes long, at the first call of each program; of a `Compile` only where nobody else is told.
     """
 
     def __init__(
         self, config: LlamaConfig, params: Params, mesh: Mesh, shapes: DecodeState, platform: Platform
     ) -> None:
-        self.on_progress: OnProgress = lambda done, total, names: None
+        self.on_progress: OnProgress | None = None
+        self.shows_compilation = False
+        self._called: set[str] = set()
         self._config = config
         self._platform = platform
         self._params = params
@@ -108,6 +111,25 @@ class Device:
     def run(self, call: Call) -> StepOutput | None: ...
     def run(self, call: Call) -> StepOutput | None:
         """Makes `call`. All but `Compile` and `SavePages` return before the device is done."""
+        program = self._program_of(call) if self.shows_compilation else None
+        if program is None or program in self._called:
+            return self._run(call)
+        self._called.add(program)
+        with announced(program):
+            return self._run(call)
+
+    def _program_of(self, call: Call) -> str | None:
+        """The name of what the first such call compiles, None if it is little."""
+        match call:
+            case Compile():
+                return "all programs" if self.on_progress is None else None
+            case Prefill(_, chunk):
+                return _prefill_name(len(chunk.tokens))
+            case Decode(num_rows=num_rows):
+                return _decode_name(int(num_rows))
+        return None
+
+    def _run(self, call: Call) -> StepOutput | None:
         state, output = self._get_state(), None
         match call:
             case Compile(chunk_sizes, row_buckets):
@@ -160,14 +182,14 @@ class Device:
             return prefill.lower(config, params, state.pool, *at, platform=platform)
 
         programs: dict[str, Callable[[], Any]] = {
-            f"decode of {n} rows": partial(lower_decode, n) for n in sorted(row_buckets, reverse=True)
+            _decode_name(n): partial(lower_decode, n) for n in sorted(row_buckets, reverse=True)
         }
-        programs |= {f"prefill of {n} tokens": partial(lower_prefill, n) for n in sorted(chunk_sizes, reverse=True)}
+        programs |= {_prefill_name(n): partial(lower_prefill, n) for n in sorted(chunk_sizes, reverse=True)}
         programs["insert"] = lambda: insert.lower(state, zero, any_row(config))
         if platform.needs_clean_pages:
             layers = {"num_layers": config.num_layers, "mesh": platform.attention.mesh}
             programs["clear pages"] = lambda: clear_pages.lower(state.pool, pages, zero, zero, **layers)
-        compile_all(programs, self.on_progress)
+        compile_all(programs, self.on_progress or (lambda done, total, names: None))
 
     def _set_masks(self, state: DecodeState, call: SetMasks) -> DecodeState:
         shardings = self._shardings.rows.sampling
@@ -180,6 +202,14 @@ class Device:
         if self._state is None:
             self._state = make_state(self._shapes, self._shardings)
         return self._state
+
+
+def _decode_name(num_rows: int) -> str:
+    return f"decode of {num_rows} rows"
+
+
+def _prefill_name(num_tokens: int) -> str:
+    return f"prefill of {num_tokens} tokens"
 
 
 def _put(array: np.ndarray, sharding: Any) -> jax.Array:

@@ -84,6 +84,7 @@ class Engine:
         self._row_buckets = platform.row_buckets(sizes.num_rows)
         self._shapes = sizes.state_shapes(config, self.kv_dtype)
         self._device = Device(config, params, mesh, self._shapes, platform)
+        self._device.shows_compilation = options.show_compilation
         self._programs: Programs = self._device if group is None else Leading(self._device, group)
         self._plan = ChunkPlan(tuple(sorted(sizes.chunk_sizes)), sizes.page_size, platform.programs_agree)
         self._scheduler = Scheduler(
@@ -177,7 +178,7 @@ class Engine:
             self._changed.notify_all()
         return request
 
-    def warm_up(self, on_progress: OnProgress = lambda done, total, names: None) -> None:
+    def warm_up(self, on_progress: OnProgress | None = None) -> None:
         """Compiles every program that requests may need, several at a time, and runs one of each kind.
 
         Call it before the first `submit`.

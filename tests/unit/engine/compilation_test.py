@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -249,6 +250,28 @@ def test_a_long_compilation_says_so_and_how_long_it_took(capsys, monkeypatch):
 def test_a_short_one_and_one_that_nobody_sees_are_silent(capsys, monkeypatch):
     assert _said(capsys, monkeypatch, 0.0, watched=True) == []
     assert _said(capsys, monkeypatch, 0.3, watched=False) == []
+
+
+def test_the_first_use_of_a_program_is_announced_and_the_next_is_not(capsys, monkeypatch):
+    """On a terminal, of an engine that was not told to be quiet, where compiling takes long: here any time is long."""
+    said: list[str] = []
+
+    @contextlib.contextmanager
+    def say(what: str) -> Iterator[None]:
+        said.append(what)
+        yield
+
+    monkeypatch.setattr("jaxllama.engine.device.announced", say)
+    options = dataclasses.replace(tiny.SMALL, show_compilation=True)
+    with tiny.make_llama(options=options) as llama:
+        for _ in range(2):
+            run(llama.engine, prompt(3), GREEDY)
+        size, rows = llama.engine.chunk_sizes[0], min(llama.engine._row_buckets)
+        assert said == [f"prefill of {size} tokens", f"decode of {rows} rows"]
+    said.clear()
+    with tiny.make_llama(options=dataclasses.replace(options, show_compilation=False)) as llama:
+        run(llama.engine, prompt(3), GREEDY)
+    assert said == []
 
 
 PROGRAM = """
