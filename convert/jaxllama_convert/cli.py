@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
 
-from jaxllama.errors import JaxLlamaError
+from jaxllama.errors import JaxLlamaError, one_line
+from jaxllama.system.progress import show_bytes
 
 _GB = 1e9
+# Lists of everything that is wrong are long; what each entry quotes is short already.
+_MAX_MESSAGE_CHARS = 8000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from jaxllama_convert.write import convert
 
     try:
-        with _progress() as progress:
+        with show_bytes("convert") as progress:
             report = convert(
                 args.src,
                 args.dst,
@@ -49,10 +50,10 @@ def run(args: argparse.Namespace) -> int:
         _say("interrupted; run the same command again to resume")
         return 130
     except JaxLlamaError as error:
-        _say(f"error: {_one_line(error)}")
+        _say(f"error: {one_line(error, _MAX_MESSAGE_CHARS)}")
         return 1 if isinstance(error, OutputError) else 2
     for warning in report.warnings:
-        _say(f"warning: {_one_line(warning)}")
+        _say(f"warning: {one_line(warning, _MAX_MESSAGE_CHARS)}")
     kind = f"{report.quantize} and {report.dtype}" if report.quantize else report.dtype
     memory = f"; peak RAM {report.peak_ram_bytes / _GB:.2f} GB" if report.peak_ram_bytes else ""
     resumed = f" ({report.num_resumed} tensors were there already)" if report.num_resumed else ""
@@ -65,43 +66,3 @@ def run(args: argparse.Namespace) -> int:
 
 def _say(text: str) -> None:
     print(f"jaxllama convert: {text}", file=sys.stderr)
-
-
-def _one_line(text: object) -> str:
-    # Names come from the model: no control characters into the terminal.
-    return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on a terminal, a line every tenth of the bytes elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _Lines()
-        return
-    columns = (
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[name]}"),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("convert", total=None, name="checking")
-        yield lambda done, total, name: bar.update(task, completed=done, total=total, name=name)
-
-
-class _Lines:
-    """Prints progress as few lines."""
-
-    def __init__(self) -> None:
-        self._last_tenth = 0
-
-    def __call__(self, done: int, total: int, name: str) -> None:
-        tenth = 10 * done // total
-        if tenth > self._last_tenth and total > _GB:
-            self._last_tenth = tenth
-            _say(f"{done / _GB:.1f} of {total / _GB:.1f} GB")

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from jaxllama.decode.state import Chunk, Place
 from jaxllama.decode.steps import decode_steps, prefill
-from jaxllama.errors import PlanError
+from jaxllama.errors import PlanError, one_line
 from jaxllama.model.attention.reference import BLOCK_TOKENS
 from jaxllama.model.config import LlamaConfig, RopeScaling
 from jaxllama.model.mesh import make_mesh
@@ -108,7 +108,9 @@ def compile_program(setup: Setup, program: str) -> Compiled:
         raise CompilerError(f"the TPU compiler failed on {program} for {setup.topology.name}: {result['error']}")
     if not result:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise CompilerError(f"the TPU compiler ended with exit code {done.returncode} on {program}: {last[0][:300]}")
+        raise CompilerError(
+            f"the TPU compiler ended with exit code {done.returncode} on {program}: {one_line(last[0])}"
+        )
     if result["measurement"] is not None:
         copies = tuple(LargeCopy(**copy) for copy in result["measurement"].pop("large_copies"))
         result["measurement"] = Measurement(**result["measurement"], large_copies=copies)
@@ -128,7 +130,7 @@ def _main() -> None:
     except PlanError as error:
         result = {"refused": str(error)}
     except Exception as error:  # Whatever libtpu raises becomes one line for the caller.
-        result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+        result = {"error": f"{type(error).__name__}: {one_line(error, 500)}"}
     print(json.dumps(result))
 
 

@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal or in a notebook, a few lines elsewhere."""
+"""How far a long job is: a bar on a terminal or in a notebook, a few lines elsewhere. All of it on stderr."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+type OnBytes = Callable[[int, int, str], None]
+"""Gets how many bytes are done, of how many, and the name of what is at work."""
+
 _REDRAW_S = 0.2
+_GB = 1e9
 
 
 class Advance(Protocol):
@@ -23,10 +27,7 @@ class Advance(Protocol):
 
 def is_watched() -> bool:
     """Whether a person sees what goes to stderr: it is a terminal, or this is a notebook."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    return console.is_terminal or console.is_jupyter
+    return _watched_console() is not None
 
 
 @contextmanager
@@ -36,66 +37,80 @@ def show_progress(name: str, total: int, *, show: bool | None = None, done: int 
     `show` None shows a bar on a terminal (stderr) and in a notebook, and nothing elsewhere; True shows a line every
     tenth of the items there; False shows nothing.
     """
-    if show is False:
-        yield _count_nothing
+    console = None if show is False else _watched_console()
+    if console is None:
+        yield _Lines(name, total, done) if show else _count_nothing
         return
+    from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    rate, bar = _Rate(), _make_bar(console, MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    bar.columns = (*bar.columns, TimeRemainingColumn())
+    task = bar.add_task(name, total=total, completed=done, rate="")
+    with _shown(bar, console) as redraw:
+
+        def advance(*, items: int = 0, tokens: int = 0) -> None:
+            bar.update(task, advance=items, rate=rate.after(tokens))
+            redraw()
+
+        yield advance
+
+
+@contextmanager
+def show_bytes(name: str, *, show: bool | None = None) -> Iterator[OnBytes]:
+    """As `show_progress`, of bytes, whose number is known at the first call.
+
+    `show` None shows a line every tenth where there is no terminal, if there is more than a gigabyte.
+    """
+    console = None if show is False else _watched_console()
+    if console is None:
+        yield (lambda done, total, at_work: None) if show is False else _ByteLines(name)
+        return
+    from rich.progress import DownloadColumn, TextColumn, TransferSpeedColumn
+
+    bar = _make_bar(console, DownloadColumn(), TransferSpeedColumn(), TextColumn("{task.fields[at_work]}"))
+    task = bar.add_task(name, total=None, at_work="checking")
+    with _shown(bar, console) as redraw:
+
+        def on_bytes(done: int, total: int, at_work: str) -> None:
+            bar.update(task, completed=done, total=total, at_work=at_work)
+            redraw()
+
+        yield on_bytes
+
+
+def _watched_console() -> Console | None:
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not console.is_terminal and not console.is_jupyter:
-        yield _Lines(name, total, done) if show else _count_nothing
+    return console if console.is_terminal or console.is_jupyter else None
+
+
+def _make_bar(console: Console, *columns: Any) -> Progress:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(TextColumn("{task.description}"), BarColumn(), *columns, TimeElapsedColumn(), console=console)
+
+
+@contextmanager
+def _shown(bar: Progress, console: Console) -> Iterator[Callable[[], None]]:
+    """Shows the bar for the body. Yields what shows a change, where that does not happen by itself."""
+    if not console.is_jupyter:
+        with bar:
+            yield lambda: None
         return
-    rate, bar = _Rate(), _make_bar(console)
-    task = bar.add_task(name, total=total, completed=done, rate="")
-    redraw = _redraw_in_notebook(bar) if console.is_jupyter else None
-
-    def advance(*, items: int = 0, tokens: int = 0) -> None:
-        bar.update(task, advance=items, rate=rate.after(tokens))
-        if redraw is not None:
-            redraw(bar.finished)
-
-    if redraw is not None:
-        yield advance
-        return
-    with bar:
-        yield advance
-
-
-def _make_bar(console: Console) -> Progress:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-def _redraw_in_notebook(bar: Progress) -> Callable[[bool], None]:
-    """Shows the bar, and returns what shows it anew, at most every `_REDRAW_S`; rich's own way needs ipywidgets."""
+    # rich's own way needs ipywidgets.
     from IPython.display import display
 
     handle = display(bar.make_tasks_table(bar.tasks), display_id=True)
     drawn = time.monotonic()
 
-    def redraw(is_last: bool) -> None:
+    def redraw() -> None:
         nonlocal drawn
-        if is_last or time.monotonic() - drawn >= _REDRAW_S:
+        if bar.finished or time.monotonic() - drawn >= _REDRAW_S:
             drawn = time.monotonic()
             handle.update(bar.make_tasks_table(bar.tasks))
 
-    return redraw
+    yield redraw
 
 
 def _count_nothing(*, items: int = 0, tokens: int = 0) -> None:
@@ -115,16 +130,38 @@ class _Rate:
         return f"{self._num_tokens / seconds:,.0f} tokens/s"
 
 
+class _Tenths:
+    """Says when another tenth is done."""
+
+    def __init__(self, done: int = 0, total: int = 0) -> None:
+        self._last = 10 * done // max(1, total)
+
+    def is_next(self, done: int, total: int) -> bool:
+        tenth = 10 * done // max(1, total)
+        before, self._last = self._last, max(tenth, self._last)
+        return tenth > before
+
+
 class _Lines:
     """Prints a line every tenth of the items."""
 
     def __init__(self, name: str, total: int, done: int) -> None:
         self._name, self._total, self._done = name, total, done
-        self._rate = _Rate()
+        self._rate, self._tenths = _Rate(), _Tenths(done, total)
 
     def __call__(self, *, items: int = 0, tokens: int = 0) -> None:
         rate = self._rate.after(tokens)
-        tenth = 10 * self._done // max(1, self._total)
         self._done += items
-        if 10 * self._done // max(1, self._total) > tenth:
+        if self._tenths.is_next(self._done, self._total):
             print(f"{self._name}: {self._done} of {self._total}, {rate}", file=sys.stderr, flush=True)
+
+
+class _ByteLines:
+    """Prints a line every tenth of a gigabyte or more."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._tenths = name, _Tenths()
+
+    def __call__(self, done: int, total: int, at_work: str) -> None:
+        if total > _GB and self._tenths.is_next(done, total):
+            print(f"{self._name}: {done / _GB:.1f} of {total / _GB:.1f} GB", file=sys.stderr, flush=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jaxllama.errors import ChatTemplateError
+from jaxllama.errors import ChatTemplateError, one_line
 from jaxllama.text.encoding.backend import named_token, tokenizer_config
 from jaxllama.text.encoding.specials import RenderedChat, Spellings, StandIns
 from jaxllama.text.encoding.tokenizer import special_spellings
@@ -243,5 +242,4 @@ def _texts(value: Any) -> Iterator[str]:
 def _message(error: BaseException) -> str:
     """One line about an error of Jinja's, with the line of the template where it is known."""
     line = getattr(error, "lineno", None)
-    text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
-    return text[:500] + (f" (line {line})" if line else "")
+    return one_line(error, 500) + (f" (line {line})" if line else "")

@@ -16,7 +16,7 @@ import llguidance
 import numpy as np
 from jaxtyping import UInt32
 
-from jaxllama.errors import GrammarError
+from jaxllama.errors import GrammarError, one_line
 from jaxllama.text.encoding.backend import guarded
 from jaxllama.text.encoding.specials import Splitter
 from jaxllama.text.encoding.tokenizer import Tokenizer
@@ -304,4 +304,4 @@ def _depth_exceeds(value: Any, limit: int) -> bool:
 
 def _first_line(error: object) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+    return one_line(lines[0] if lines else type(error).__name__)

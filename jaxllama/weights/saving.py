@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jaxllama.errors import CheckpointError, LockstepError
+from jaxllama.errors import CheckpointError, LockstepError, one_line
 from jaxllama.hosts.group import Group
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import Params, ParamSpec, QuantizedWeight, param_specs, stored_specs
@@ -153,4 +153,4 @@ def _staging(destination: Path) -> Iterator[Path]:
 def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {one_line(error)}"

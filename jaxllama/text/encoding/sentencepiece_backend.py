@@ -11,6 +11,7 @@ import sentencepiece
 from jaxllama.errors import TokenizerError, listed, quote
 from jaxllama.text.encoding.backend import guarded, named_token, read_json, special_token
 from jaxllama.text.encoding.detokenize import ByteDecoder, IncrementalDecoder
+from jaxllama.text.encoding.protobuf import fields
 from jaxllama.text.encoding.specials import SpecialToken, Splitter
 
 _CONTROL, _USER_DEFINED = 3, 4  # sentencepiece_model.proto, SentencePiece.Type
@@ -131,11 +132,11 @@ def _without_user_defined_marks(model: bytes, where: str) -> bytes:
     """
     patched = bytearray(model)
     try:
-        for field, start, end in _fields(model, 0, len(model)):
+        for field, start, end in fields(model, 0, len(model)):
             if field != 1:
                 continue
             piece, type_at = b"", -1
-            for inner, inner_start, inner_end in _fields(model, start, end):
+            for inner, inner_start, inner_end in fields(model, start, end):
                 if inner == 1:
                     piece = model[inner_start:inner_end]
                 elif inner == 3:
@@ -146,40 +147,3 @@ def _without_user_defined_marks(model: bytes, where: str) -> bytes:
     except (IndexError, ValueError):
         raise TokenizerError(f"{where}: is not a SentencePiece model: its protobuf fields are damaged.") from None
     return bytes(patched)
-
-
-def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Field number, first and end byte of the value of each field of a protobuf message.
-
-    Raises: IndexError, ValueError if it is damaged.
-    Source: protobuf.dev, "Encoding".
-    """
-    at = start
-    while at < end:
-        key, at = _varint(data, at)
-        wire_type = key & 7
-        if wire_type == 0:
-            _, stop = _varint(data, at)
-        elif wire_type == 2:
-            size, at = _varint(data, at)
-            stop = at + size
-        elif wire_type in (1, 5):
-            stop = at + (8 if wire_type == 1 else 4)
-        else:
-            raise ValueError("unknown wire type")
-        if stop > end:
-            raise ValueError("field past the end")
-        yield key >> 3, at, stop
-        at = stop
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-        if shift > 63:
-            raise ValueError("varint too long")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxllama.errors import ConversionError, quote
+from jaxllama.text.encoding.protobuf import field
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 # What splits text before the merges, by `tokenizer.ggml.pre`.
@@ -190,33 +191,16 @@ def _sentencepiece_model(vocabulary: _Vocabulary) -> bytes:
     """
     pieces = zip(vocabulary.tokens, vocabulary.scores(), vocabulary.types, strict=True)
     body = b"".join(
-        _field(1, _field(1, token.encode("utf-8")) + b"\x15" + struct.pack("<f", score) + _field(3, kind))
+        field(1, field(1, token.encode("utf-8")) + b"\x15" + struct.pack("<f", score) + field(3, kind))
         for token, score, kind in pieces
     )
     has_bytes = _BYTE in vocabulary.types
     bpe = 2
-    trainer = _field(3, bpe) + _field(4, len(vocabulary.tokens)) + _field(35, int(has_bytes))
+    trainer = field(3, bpe) + field(4, len(vocabulary.tokens)) + field(35, int(has_bytes))
     for number, name, default in ((40, "unknown", 0), (41, "bos", -1), (42, "eos", -1), (43, "padding", -1)):
         token_id = vocabulary.special(name)
-        trainer += _field(number, default if token_id is None else token_id)
+        trainer += field(number, default if token_id is None else token_id)
     add_prefix = vocabulary.metadata.get("tokenizer.ggml.add_space_prefix", True)
     collapse = vocabulary.metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)
-    normalizer = (
-        _field(1, b"identity") + _field(3, int(bool(add_prefix))) + _field(4, int(bool(collapse))) + _field(5, 1)
-    )
-    return body + _field(2, trainer) + _field(3, normalizer)
-
-
-def _field(number: int, value: int | bytes) -> bytes:
-    """One field of a protocol buffer: a varint or a length-delimited value."""
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value & 0xFFFF_FFFF_FFFF_FFFF)
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    data = bytearray()
-    while value > 0x7F:
-        data.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes(data) + bytes([value])
+    normalizer = field(1, b"identity") + field(3, int(bool(add_prefix))) + field(4, int(bool(collapse))) + field(5, 1)
+    return body + field(2, trainer) + field(3, normalizer)
