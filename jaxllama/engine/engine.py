@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxllama.decode.params import SamplingParams
-from jaxllama.decode.state import any_row
+from jaxllama.decode.state import MAX_STEPS, any_row
 from jaxllama.engine.calls import (
     CALLS,
     ClearPages,
@@ -92,6 +92,7 @@ class Engine:
             num_rows=sizes.num_rows if options.max_rows > 1 or sizes.num_shards > 1 else 1,
             num_pages=sizes.num_pages,
             plan=self._plan,
+            max_steps=MAX_STEPS,
             num_shards=sizes.num_shards,
         )
         self._placement = Placement(

@@ -39,10 +39,10 @@ class Placement:
         self._numbers = itertools.count()
 
     def fill_rows(self) -> None:
-        """Admits what can be, and prefills no more than running streams may wait for."""
+        """Admits waiting requests, and prefills no more tokens than running streams may wait for."""
         tokens_left = self._scheduler.max_prefill_tokens
         while True:
-            # Again after each, as the next may wait for its pages.
+            # Once more after each request: the next one may be waiting for the pages that it fills.
             self._scheduler.admit()
             request = next(iter(self._scheduler.prefilling), None)
             if request is None:
@@ -65,7 +65,7 @@ class Placement:
         self._programs.run(Prefill(place, Chunk(tokens, np.int32(span.start), np.int32(span.num_tokens))))
 
     def set_aside(self, request: EngineRequest) -> None:
-        """Takes a request's row and pages. If it runs, the hosts keep a copy: prefill might not give the same bits."""
+        """Takes a request's row and pages. The hosts keep a copy of a running one's: prefill may give other bits."""
         if request.is_running:
             request.saved_as = next(self._numbers)
             saved = (np.int32(request.saved_as), self._written_pages(request), np.int32(request.shard))
@@ -90,7 +90,7 @@ class Placement:
             self._programs.run(ClearPages(self._table(pages), np.int32(len(pages)), np.int32(request.shard)))
 
     def activate(self, request: EngineRequest) -> None:
-        """Makes the row of a request whose keys and values are in its pages; again if what halts it has changed."""
+        """Puts a request whose keys and values are in its pages into its row, or again when its halt id has changed."""
         request.halt_id = None if request.constraint is None else request.constraint.halt_id
         new = row_state(
             self._config,

@@ -23,11 +23,11 @@ class Span(NamedTuple):
 class ChunkPlan:
     """Cuts prompts into chunks of `sizes` (ascending multiples of `page_size`).
 
-    If `programs_agree` (see `Platform`), a chunk may start at any page and a page is named by the tokens
-    up to its end. Else a token's bits depend on the program it goes through and its place there: the cut is then a
-    function of the prompt's length alone, a page's name tells its program and place too, and only whole chunks are
-    found again. So that prompts of different lengths are cut alike as far as they can, a chunk that is not full is no
-    longer than what comes before it then.
+    If `programs_agree` (see `Platform`), a chunk may start at any page, and a page is named by the tokens up to its
+    end. Otherwise a token's bits depend on the program that computes it and on its place there. Then the cut depends on
+    the prompt's length alone, a page's name includes its program and place, and only whole chunks are found again. To
+    cut prompts of different lengths alike for as long as possible, a chunk that is not full is then no longer than
+    all that precedes it.
     """
 
     sizes: tuple[int, ...]
@@ -35,8 +35,8 @@ class ChunkPlan:
     programs_agree: bool
 
     def longest(self, *, has_streams: bool) -> int:
-        """How many tokens to prefill at once: as many as can be, but a middling number where running streams wait for
-        them and sizes are free."""
+        """How many tokens to prefill at once: the largest chunk, or, if streams wait meanwhile and the cut is free, the
+        middle size."""
         return self.sizes[(len(self.sizes) - 1) // 2 if has_streams and self.programs_agree else -1]
 
     def spans(self, start: int, end: int, longest: int | None = None) -> Iterator[Span]:
@@ -54,7 +54,7 @@ class ChunkPlan:
             at += span.num_tokens
 
     def _size(self, sizes: Sequence[int], at: int, left: int) -> int:
-        """The smallest that holds all that is `left`, if that fills it well, else the largest that it fills."""
+        """The smallest size that holds the `left` tokens, if they nearly fill it; otherwise the largest they fill."""
         longest = sizes[-1] if self.programs_agree else max(at, sizes[0])
         enough = next((size for size in sizes if left <= size <= longest), None)
         if enough is not None and left >= _FULL_ENOUGH * enough:

@@ -70,27 +70,27 @@ class PagePool:
             self._idle.pop(page, None)
 
     def publish(self, pages: Sequence[int], keys: Sequence[bytes]) -> None:
-        """Lets pages, whose holder writes nothing more to them, be found. The first of a key is kept."""
+        """Lets others find these pages, to which their holder writes no more. A key keeps the first page it names."""
         for page, key in zip(pages, keys, strict=True):
             if self._keys[page] is None and key not in self._by_key:
                 self._keys[page] = key
                 self._by_key[key] = page
 
     def prove(self, pages: Iterable[int]) -> None:
-        """What these pages hold is finite: a token has come of it."""
+        """Marks pages as finite: a token was computed from what they hold."""
         for page in pages:
             self._is_finite[page] = True
 
     def distrust(self, pages: Iterable[int]) -> None:
-        """Nobody more finds these pages, unless they are known to be finite."""
+        """Lets nobody find these pages any more, except those known to be finite."""
         for page in pages:
             if not self._is_finite[page]:
                 self._unpublish(page)
 
     def give_back(self, pages: Sequence[int]) -> list[int]:
-        """One holder less. Returns those that are free now and may hold NaN.
+        """Removes one holder. Returns the pages that are free now and may hold NaN.
 
-        The last are the first to be taken again: without those before it a page cannot be found.
+        A row's last pages are reused first: a page can only be found after all those before it.
         """
         unclean = []
         for page in reversed(pages):

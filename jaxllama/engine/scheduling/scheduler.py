@@ -15,14 +15,12 @@ from jaxllama.engine.scheduling.chunks import ChunkPlan, Span
 from jaxllama.engine.scheduling.pages import PagePool
 from jaxllama.engine.scheduling.request import EngineRequest
 
-MAX_STEPS_AHEAD = 32
-
 
 class Scheduler:
     """Rows, pages and the queue. Not thread-safe: the engine's thread alone uses it."""
 
-    def __init__(self, *, num_rows: int, num_pages: int, plan: ChunkPlan, num_shards: int = 1) -> None:
-        """`num_rows` in all, `num_pages` on each shard."""
+    def __init__(self, *, num_rows: int, num_pages: int, plan: ChunkPlan, max_steps: int, num_shards: int = 1) -> None:
+        """`num_rows` in all, `num_pages` on each shard; a dispatch runs at most `max_steps` steps."""
         self.rows: list[EngineRequest | None] = [None] * num_rows
         self.waiting: list[EngineRequest] = []
         self.pools = [PagePool(num_pages) for _ in range(num_shards)]
@@ -30,6 +28,7 @@ class Scheduler:
         self.num_queried_tokens = self.num_hit_tokens = 0
         self._plan = plan
         self._page_size = plan.page_size
+        self._max_steps = max_steps
 
     @property
     def running(self) -> list[EngineRequest]:
@@ -90,8 +89,11 @@ class Scheduler:
         return False
 
     def _room(self, request: EngineRequest) -> int:
-        """Tokens to come that an admitted request has pages for; who was set aside is not to be so at once again."""
-        return min(MAX_STEPS_AHEAD, request.budget - len(request.generated)) if request.is_saved else 1
+        """How many tokens to come must have pages on admission.
+
+        A whole dispatch's for a request that was set aside, so that it is not set aside again at once.
+        """
+        return min(self._max_steps, request.budget - len(request.generated)) if request.is_saved else 1
 
     def _is_being_prefilled(self, request: EngineRequest, shard: int, num_found: int) -> bool:
         """Whether a row of `shard` will soon have filled the next page that `request` needs.
@@ -115,7 +117,7 @@ class Scheduler:
         return self._plan.longest(has_streams=bool(self.running))
 
     def advance(self, request: EngineRequest, span: Span) -> None:
-        """Takes note that `span` is on its way to the device: who comes later finds the pages it fills."""
+        """Notes that `span` is on its way to the device: from now on other requests find the pages it fills."""
         request.num_prefilled += span.num_tokens
         full = slice(span.start // self._page_size, request.num_prefilled // self._page_size)
         self.pools[request.shard].publish(request.pages[full], request.page_keys[full])
@@ -168,7 +170,8 @@ class Scheduler:
         if has_failed:
             pool.distrust(request.pages)
         elif request.is_running and request.generated:
-            # A finite score saw them all. Past them a dispatch that is still running may write.
+            # The last token attended to all of these, and its scores were finite. A dispatch that still runs writes
+            # to later pages only.
             full = request.pages[: request.num_to_prefill // self._page_size]
             pool.prove(full)
             self._publish(request, full)
@@ -177,7 +180,7 @@ class Scheduler:
         return unclean
 
     def _publish(self, request: EngineRequest, full: list[int]) -> None:
-        """Lets a request's full pages be found, those with generated tokens if prefill would give the same bits."""
+        """Lets others find a request's full pages; those of generated tokens only if prefill gives the same bits."""
         keys = request.page_keys[: len(full)]
         if self._plan.programs_agree:
             ids = (request.prompt + request.generated)[len(keys) * self._page_size : request.num_to_prefill]

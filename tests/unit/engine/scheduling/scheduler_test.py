@@ -21,7 +21,7 @@ from jaxllama.engine.placement import Placement
 from jaxllama.engine.scheduling.chunks import ChunkPlan
 from jaxllama.engine.scheduling.pages import PagePool
 from jaxllama.engine.scheduling.request import EngineRequest
-from jaxllama.engine.scheduling.scheduler import MAX_STEPS_AHEAD, Scheduler
+from jaxllama.engine.scheduling.scheduler import Scheduler
 
 
 def make_request(
@@ -55,7 +55,7 @@ def make_plan(*, chunks: tuple[int, ...] = (8, 32), agree: bool = True) -> Chunk
 
 
 def make_scheduler(*, rows: int = 3, pages: int = 20, plan: ChunkPlan | None = None, shards: int = 1) -> Scheduler:
-    return Scheduler(num_rows=rows, num_pages=pages, plan=plan or make_plan(), num_shards=shards)
+    return Scheduler(num_rows=rows, num_pages=pages, plan=plan or make_plan(), max_steps=MAX_STEPS, num_shards=shards)
 
 
 def spans_of(scheduler: Scheduler, request: EngineRequest) -> list[tuple[int, int, int]]:
@@ -409,7 +409,6 @@ def test_a_request_set_aside_keeps_its_place_and_what_it_said():
 
 def test_who_was_set_aside_comes_back_with_room_for_a_dispatch():
     """Or it would be copied to the host and back for a few tokens."""
-    assert MAX_STEPS_AHEAD == MAX_STEPS
     for budget, num_pages in ((100, 12), (18, 7)):
         scheduler = make_scheduler(pages=30)
         request = make_request(9, budget=budget)
