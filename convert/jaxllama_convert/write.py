@@ -30,7 +30,8 @@ from jaxllama.weights.checkpoint import (
     write_manifest,
 )
 from jaxllama.weights.sources.names import match_tensors
-from jaxllama.weights.sources.source import Source, SourceTensor, open_source
+from jaxllama.weights.sources.quantized.interface import Int8Tensor
+from jaxllama.weights.sources.source import FLOATS, Source, SourceTensor, open_source
 from jaxllama_convert.memory import peak_ram_bytes
 from jaxllama_convert.staging import OutputError, Staging, check_apart, open_staging
 from jaxllama_convert.text_checks import check_chat_template, check_tokenizer
@@ -171,7 +172,7 @@ class _Job:
 
     def run(self) -> tuple[str, ...]:
         """Writes everything and puts it in place. Returns the warnings."""
-        warnings = [*self.source.warnings, *_precision_warnings(self.pairs, self.storage.dtype)]
+        warnings = [*self.source.warnings, *_precision_warnings(self.pairs, self.storage)]
         done = self.staging.begin(self._identity())
         folder = self.staging.checkpoint
         for name, data in self.source.sidecars.items():
@@ -250,6 +251,11 @@ def _read_tensor(spec: ParamSpec, tensor: SourceTensor, storage: _Storage) -> We
     dtype = _DTYPES[storage.dtype]
     if storage.is_quantized(spec):
         weight = QuantizedWeight(np.empty(tensor.shape, np.int8), np.empty(tensor.shape[0], np.float32))
+        if isinstance(tensor, Int8Tensor):
+            for rows in _slices(tensor):
+                weight.values[rows], weight.scale[rows] = tensor.read_int8_rows(rows.start, rows.stop)
+            _check_finite(tensor, weight.scale)
+            return weight
         for rows, array in _read_slices(tensor, dtype):
             weight.values[rows], weight.scale[rows] = quantize_rows(array)
         return weight
@@ -259,23 +265,32 @@ def _read_tensor(spec: ParamSpec, tensor: SourceTensor, storage: _Storage) -> We
     return whole
 
 
-def _read_slices(tensor: SourceTensor, dtype: np.dtype) -> Iterator[tuple[slice, np.ndarray]]:
-    """Which rows, and their finite values in `dtype`."""
+def _slices(tensor: SourceTensor) -> Iterator[slice]:
+    """All rows, a few at a time."""
     row_elements = math.prod(tensor.shape[1:])
     step = max(1, _SLICE_ELEMENTS // (row_elements * tensor.row_multiple)) * tensor.row_multiple
     for start in range(0, tensor.shape[0], step):
-        rows = slice(start, min(start + step, tensor.shape[0]))
+        yield slice(start, min(start + step, tensor.shape[0]))
+
+
+def _read_slices(tensor: SourceTensor, dtype: np.dtype) -> Iterator[tuple[slice, np.ndarray]]:
+    """Which rows, and their finite values in `dtype`."""
+    for rows in _slices(tensor):
         array = tensor.read_rows(rows.start, rows.stop)
         if array.dtype != dtype:
             with np.errstate(over="ignore", invalid="ignore"):
                 # float16 goes through float32, which holds it exactly, so that it is rounded once.
                 array = array.astype(np.float32, copy=False).astype(dtype)
-        if bad := _num_non_finite(array):
-            raise ConversionError(
-                f"{tensor.file.path}: {tensor.name} has {bad} or more values that are NaN, "
-                f"infinite or beyond {dtype.name}"
-            )
+        _check_finite(tensor, array)
         yield rows, array
+
+
+def _check_finite(tensor: SourceTensor, array: np.ndarray) -> None:
+    if bad := _num_non_finite(array):
+        raise ConversionError(
+            f"{tensor.file.path}: {tensor.name} has {bad} or more values that are NaN, "
+            f"infinite or beyond {array.dtype.name}"
+        )
 
 
 def _num_non_finite(array: np.ndarray) -> int:
@@ -289,13 +304,18 @@ def _default_dtype(pairs: Pairs) -> str:
     return "float32" if all(t.dtype == "F32" for _, t in pairs if len(t.shape) > 1) else "bfloat16"
 
 
-def _precision_warnings(pairs: Pairs, dtype: str) -> list[str]:
-    narrowed = [tensor.dtype for spec, tensor in pairs if len(spec.shape) > 1 and tensor.dtype in ("F16", "F32")]
-    if dtype != "bfloat16" or not narrowed:
-        return []
-    return [
-        f"{len(narrowed)} matrices are {' and '.join(sorted(set(narrowed)))}; bfloat16 keeps 8 bits of their mantissa"
-    ]
+def _precision_warnings(pairs: Pairs, storage: _Storage) -> list[str]:
+    warnings = []
+    matrices = [tensor for spec, tensor in pairs if len(spec.shape) > 1]
+    narrowed = [tensor.dtype for tensor in matrices if tensor.dtype in ("F16", "F32")]
+    if storage.dtype == "bfloat16" and narrowed:
+        kinds = " and ".join(sorted(set(narrowed)))
+        warnings.append(f"{len(narrowed)} matrices are {kinds}; bfloat16 keeps 8 bits of their mantissa")
+    rounded = [t.dtype for t in matrices if t.dtype not in FLOATS and not isinstance(t, Int8Tensor)]
+    if storage.quantize and rounded:
+        kinds = " and ".join(sorted(set(rounded)))
+        warnings.append(f"{len(rounded)} matrices are {kinds}; {storage.quantize} rounds them a second time")
+    return warnings
 
 
 def _check_space(folder: Path, num_bytes: int) -> None:

@@ -37,6 +37,7 @@ _KNOWN_KEYS = {
     "rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout", "expert_count",
     "expert_used_count",
 }  # fmt: skip
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 # The parameters of every published Llama 3.1, 3.2 and 3.3; GGUF stores only the frequencies that result.
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_ORIGINAL = 1.0, 4.0, 8192
 _FREQUENCY_TOLERANCE = 1e-4
@@ -47,10 +48,12 @@ def open_gguf(path: Path) -> Source:
 
     Raises: ConversionError or ConfigError naming the file, the key or tensor, and the reason.
     """
-    if re.search(r"-\d{5}-of-\d{5}\.gguf$", path.name):
-        raise ConversionError(f"{path}: GGUF files in several parts are not supported; merge them first")
-    file = SourceFile(path)
-    header = read_gguf_header(file)
+    files = tuple(SourceFile(path.with_name(name)) for name in part_names(path.name))
+    headers = [read_gguf_header(file) for file in files]
+    _check_parts(files, headers)
+    file = files[0]
+    # The first part has the metadata; tensors may be in any.
+    header = GgufHeader(headers[0].metadata, {name: t for part in headers for name, t in part.tensors.items()})
     architecture = header.metadata.get("general.architecture")
     if architecture != "llama":
         raise ConfigError(f"{path}: architecture {quote(architecture)} is not supported, expected 'llama'")
@@ -62,11 +65,49 @@ def open_gguf(path: Path) -> Source:
         kind="gguf",
         name=path.name,
         config=config,
-        tensors=_tensors(header, file, config),
-        files=(file,),
+        tensors={
+            name: tensor
+            for part, part_header in zip(files, headers, strict=True)
+            for name, tensor in _tensors(part_header, part, config).items()
+        },
+        files=files,
         sidecars={**{name: _json_bytes(value) for name, value in json_files.items()}, **sidecars},
         warnings=tuple(warnings),
     )
+
+
+def part_names(name: str) -> tuple[str, ...]:
+    """The names of all files of a model, given that of one: itself, or as many as `-00001-of-00003.gguf` says.
+
+    Raises: ConversionError for a number that cannot be.
+    """
+    match = _PART.search(name)
+    if match is None:
+        return (name,)
+    number, count = int(match[1]), int(match[2])
+    if not 1 <= number <= count:
+        raise ConversionError(f"{name}: is no part of {count}")
+    return tuple(f"{name[: match.start()]}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1))
+
+
+def _check_parts(files: tuple[SourceFile, ...], headers: list[GgufHeader]) -> None:
+    """Raises: ConversionError when the files are not the parts of one model, each in its place."""
+    found: dict[str, str] = {}
+    for number, (file, header) in enumerate(zip(files, headers, strict=True)):
+        wanted = {"split.no": number, "split.count": len(files)}
+        for key, value in wanted.items():
+            # Files that are whole may say nothing of parts, or that they are the only one.
+            if (got := header.metadata.get(key, value if len(files) == 1 else None)) != value:
+                if len(files) == 1 and key == "split.count" and got == 0:
+                    continue
+                raise ConversionError(f"{file.path}: {key} is {got}, expected {value}: was the file renamed?")
+        for name in header.tensors:
+            if name in found:
+                raise ConversionError(f"{file.path}: {name!r} is in {found[name]}, too")
+            found[name] = file.name
+    total = headers[0].metadata.get("split.tensors.count", len(found))
+    if total != len(found):
+        raise ConversionError(f"{files[0].path}: split.tensors.count is {total}, but the parts have {len(found)}")
 
 
 def _json_bytes(value: Any) -> bytes:

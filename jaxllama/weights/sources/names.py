@@ -8,14 +8,12 @@ from collections.abc import Mapping
 from jaxllama.errors import ConversionError, listed, one_line
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import ParamSpec, param_specs
-from jaxllama.weights.sources.source import SourceTensor
+from jaxllama.weights.sources.source import BLOCK_TYPES, FLOATS, SourceTensor
 
 LM_HEAD = "lm_head.weight"
 EMBED = "model.embed_tokens.weight"
 # Old checkpoints store the rotary frequencies, which follow from config.json.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-_BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1")
-READABLE = ("F32", "F16", "BF16", *_BLOCK_TYPES)
 _COMPARED_BYTES = 16 * 2**20
 
 
@@ -52,8 +50,8 @@ def match_tensors(
 
 
 def _problems(spec: ParamSpec, tensor: SourceTensor) -> list[str]:
-    if tensor.dtype not in READABLE:
-        return [f"{tensor.name} has dtype {tensor.dtype}, expected one of {', '.join(READABLE)}"]
+    if not tensor.is_readable:
+        return [f"{tensor.name} has dtype {tensor.dtype}, expected one of {', '.join((*FLOATS, *BLOCK_TYPES))}"]
     if tensor.shape != spec.shape:
         return [f"{tensor.name} has shape {list(tensor.shape)}, expected {list(spec.shape)}"]
     return []

@@ -5,6 +5,7 @@ Source: the safetensors format description in the README of huggingface/safetens
 
 from __future__ import annotations
 
+import json
 import math
 import stat
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 from jaxllama.errors import ConfigError, ConversionError, listed, one_line, quote
 from jaxllama.weights.sources.config_keys import unknown_key_warnings
+from jaxllama.weights.sources.quantized.methods import QUANTIZATION_CONFIG, dequantized
 from jaxllama.weights.sources.source import MAX_JSON_BYTES, Source, SourceFile, SourceTensor, parse_json
 
 SIDECARS = (
@@ -29,7 +31,7 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
 _ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_ITEMSIZE |= {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
+_ITEMSIZE |= {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 
 
 def open_safetensors(folder: Path) -> Source:
@@ -55,7 +57,11 @@ def open_safetensors(folder: Path) -> Source:
     warnings = unknown_key_warnings(config)
     if not {"tokenizer.json", "tokenizer.model"} & set(sidecars):
         warnings.append(f"{folder}: has no tokenizer.json or tokenizer.model; the checkpoint will take token ids only")
-    tensors = {name: tensor for header in headers.values() for name, tensor in header.items()}
+    tensors = dequantized(config, {name: tensor for header in headers.values() for name, tensor in header.items()})
+    if config.get(QUANTIZATION_CONFIG):
+        # What is read here is not quantised any more, and config.json goes into the checkpoint.
+        del config[QUANTIZATION_CONFIG]
+        config_bytes = (json.dumps(config, indent=2) + "\n").encode()
     return Source(
         kind="safetensors",
         name=folder.resolve().name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,21 @@ from jaxllama.errors import ConversionError, MissingExtraError, one_line, quote
 
 MAX_JSON_BYTES = 256 * 2**20
 _GAP_BLOCK_BYTES = 8 * 2**20
-_FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+# The block types of GGML that the gguf package dequantises.
+BLOCK_TYPES = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS",
+    "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4",
+)  # fmt: skip
+# What the parts of quantised matrices are stored as.
+_PARTS = {
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
 
 
 class SourceFile:
@@ -96,8 +111,8 @@ class SourceFile:
 class SourceTensor:
     """One stored tensor: `num_bytes` at `offset` of `file`, `[rows, …]` in C order.
 
-    `dtype` is F32, F16, BF16 or a GGML block type. `heads` is not None for the q and k projections of a GGUF, whose
-    rows are interleaved per head and put back on reading.
+    `dtype` is a name of safetensors or a GGML block type. `heads` is not None for the q and k projections of a GGUF,
+    whose rows are interleaved per head and put back on reading.
     """
 
     name: str
@@ -109,12 +124,17 @@ class SourceTensor:
     heads: int | None = None
 
     @property
+    def is_readable(self) -> bool:
+        """Whether it can be a parameter by itself."""
+        return self.dtype in FLOATS or self.dtype in BLOCK_TYPES
+
+    @property
     def row_multiple(self) -> int:
         """Slices start and end at multiples of this many rows."""
         return 1 if self.heads is None else self.shape[0] // self.heads
 
     def read_rows(self, start: int, stop: int, *, hashed: bool = True) -> np.ndarray:
-        """Rows `[start, stop)` as bfloat16, float16 or float32; block types are dequantised to float32.
+        """Rows `[start, stop)` as they are stored; block types are dequantised to float32.
 
         Slices must be read in order when `hashed`.
         """
@@ -122,8 +142,8 @@ class SourceTensor:
         read = self.file.read_hashed if hashed else self.file.read
         data = read(self.offset + start * row_bytes, (stop - start) * row_bytes)
         shape = (stop - start, *self.shape[1:])
-        if self.dtype in _FLOATS:
-            rows = data.view(_FLOATS[self.dtype]).reshape(shape)
+        if (dtype := (FLOATS | _PARTS).get(self.dtype)) is not None:
+            rows = data.view(dtype).reshape(shape)
         else:
             rows = _dequantize(data.reshape(stop - start, row_bytes), self.dtype).reshape(shape)
         return rows if self.heads is None else _undo_permutation(rows, self.row_multiple)
@@ -154,7 +174,7 @@ class Source:
 def open_source(path: Path) -> Source:
     """Opens a folder of safetensors or a GGUF file and checks its headers.
 
-    A folder with one GGUF file and no safetensors is that GGUF file.
+    A folder with one GGUF file (or the parts of one) and no safetensors is that GGUF file, and a part is the whole.
 
     Raises: ConversionError naming the file, the tensor and the reason; ConfigError for an unsupported model.
     """
@@ -164,7 +184,9 @@ def open_source(path: Path) -> Source:
         raise ConversionError(f"{path}: does not exist; expected a folder of safetensors or a GGUF file")
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
-        if len(ggufs) == 1 and not any(path.glob("*.safetensors")):
+        # Of a model in parts all have the same name but for the number.
+        models = {re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"\1", file.name) for file in ggufs}
+        if len(models) == 1 and not any(path.glob("*.safetensors")):
             return _open_gguf(ggufs[0])
         return open_safetensors(path)
     if path.suffix == ".gguf":

@@ -19,7 +19,8 @@ from jaxllama.errors import ConfigError, ConversionError, JaxLlamaError
 from jaxllama.model.config import LlamaConfig, RopeScaling
 from jaxllama.model.params import param_specs
 from jaxllama.weights.checkpoint import Checkpoint
-from jaxllama.weights.sources.source import open_source
+from jaxllama.weights.sources.names import match_tensors
+from jaxllama.weights.sources.source import BLOCK_TYPES, open_source
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -51,6 +52,44 @@ def test_every_type_converts_as_gguf_dequantises_it(tmp_path: Path, quant: Q) ->
     assert got.keys() == want.keys()
     for name, value in want.items():
         assert np.array_equal(got[name], value), name
+
+
+def random_blocks(quant: Q, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Rows of block data, of which gguf makes finite numbers; it cannot itself make blocks of most types."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[quant]
+    rng = np.random.default_rng(seed)
+    data = rng.integers(0, 256, (math.prod(shape) // block, block_bytes), dtype=np.uint8)
+    bad = np.ones(len(data), bool)
+    while bad.any():
+        with np.errstate(all="ignore"):
+            values = gguf.dequantize(data[bad], quant)
+        data_of_bad = data[bad]
+        # Nobody's weights are larger.
+        again = ~(np.abs(values) < 1e6).all(axis=1)
+        data_of_bad[again] = rng.integers(0, 256, (int(again.sum()), block_bytes), dtype=np.uint8)
+        data[bad] = data_of_bad
+        bad[bad] = again
+    return data.reshape(shape[0], -1)
+
+
+@pytest.mark.parametrize("quant", [Q[name] for name in BLOCK_TYPES], ids=lambda q: q.name)
+def test_every_block_type_is_read_as_gguf_dequantises_it(tmp_path: Path, quant: Q) -> None:
+    config = GGUF_CONFIG | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "head_dim": 64}
+    config |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+    want = write_gguf(tmp_path / "model.gguf", config, quant, blocks=random_blocks)
+    source = open_source(tmp_path / "model.gguf")
+    match_tensors(LlamaConfig.from_hf(source.config), source.tensors, "model")
+    for name, value in want.items():
+        tensor = source.tensors[name]
+        assert np.array_equal(tensor.read_rows(0, tensor.shape[0], hashed=False), value), name
+        first = tensor.read_rows(0, tensor.row_multiple, hashed=False)
+        assert np.array_equal(first, value[: tensor.row_multiple]), name
+    source.close()
+
+
+def test_the_list_of_block_types_is_ggufs() -> None:
+    known = {quant.name for quant in gguf.quants._type_traits}
+    assert known - {"BF16"} == set(BLOCK_TYPES)
 
 
 def test_bfloat16_rounds_the_dequantised_value_to_nearest(tmp_path: Path) -> None:
@@ -172,9 +211,11 @@ def test_missing_and_unexpected_tensors_are_listed_at_once(tmp_path: Path) -> No
         convert(tmp_path / "model.gguf", tmp_path / "out")
 
 
-def test_other_block_types_are_named(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "model.gguf", quant=Q.Q5_0)
-    with pytest.raises(ConversionError, match="has dtype Q5_0, expected one of F32"):
+def test_other_types_are_named(tmp_path: Path) -> None:
+    tensors = weights(GGUF_CONFIG)
+    del tensors["model.norm.weight"]
+    write_gguf(tmp_path / "model.gguf", tensors=tensors, extra={"output_norm.weight": np.ones(64, np.float64)})
+    with pytest.raises(ConversionError, match=r"model\.norm\.weight has dtype F64, expected one of F32"):
         convert(tmp_path / "model.gguf", tmp_path / "out")
 
 
@@ -249,10 +290,70 @@ def test_a_header_cut_anywhere_is_an_error(tmp_path: Path) -> None:
             open_source(tmp_path / "model.gguf")
 
 
-def test_parts_of_a_file_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "m-00001-of-00002.gguf").touch()
-    with pytest.raises(ConversionError, match="several parts"):
-        convert(tmp_path / "m-00001-of-00002.gguf", tmp_path / "out")
+def split(path: Path, counts: tuple[int, ...], **metadata: Any) -> tuple[list[Path], dict[str, np.ndarray]]:
+    """Writes a model in parts as `gguf-split` does: metadata in the first, some tensors in each. Returns the values."""
+    want = write_gguf(path, quant=Q.Q4_0)
+    reader = gguf.GGUFReader(path)
+    tensors, parts = iter(reader.tensors), []
+    for number, count in enumerate(counts):
+        parts.append(path.with_name(f"{path.stem}-{number + 1:05d}-of-{len(counts):05d}.gguf"))
+        writer = gguf.GGUFWriter(parts[-1], "llama")
+        if number == 0:
+            for key, field in reader.fields.items():
+                if not key.startswith("GGUF.") and key != "general.architecture":
+                    writer.add_key_value(key, field.contents(), field.types[0])
+        writer.add_uint16("split.no", metadata.get("no", number))
+        writer.add_uint16("split.count", metadata.get("count", len(counts)))
+        writer.add_int32("split.tensors.count", metadata.get("tensors", sum(counts)))
+        for _ in range(count):
+            tensor = next(tensors)
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    assert next(tensors, None) is None
+    path.unlink()
+    return parts, want
+
+
+@pytest.mark.parametrize("named", ["the first part", "another part", "the folder"])
+def test_parts_are_one_model(tmp_path: Path, named: str) -> None:
+    parts, want = split(tmp_path / "m.gguf", (0, 12, 9))
+    path = {"the first part": parts[0], "another part": parts[2], "the folder": tmp_path}[named]
+    convert(path, tmp_path / "out" / "ckpt", dtype="float32")
+    got = stored(tmp_path / "out" / "ckpt")
+    assert got.keys() == want.keys()
+    assert all(np.array_equal(got[name], value) for name, value in want.items())
+    source = json.loads((tmp_path / "out" / "ckpt" / "manifest.json").read_text())["source"]
+    assert set(source["files"]) == {part.name for part in parts}
+
+
+BAD_PARTS: dict[str, tuple[dict[str, Any], str]] = {
+    "too few tensors": ({"tensors": 22}, "split.tensors.count is 22, but the parts have 21"),
+    "another count": ({"count": 3}, "split.count is 3, expected 2"),
+    "another number": ({"no": 1}, "split.no is 1, expected 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PARTS)
+def test_parts_that_are_not_of_one_model_are_named(tmp_path: Path, case: str) -> None:
+    metadata, message = BAD_PARTS[case]
+    parts, _ = split(tmp_path / "m.gguf", (10, 11), **metadata)
+    with pytest.raises(ConversionError, match=message.replace(".", r"\.")):
+        open_source(parts[0])
+
+
+def test_a_missing_part_and_a_tensor_in_two_are_named(tmp_path: Path) -> None:
+    parts, _ = split(tmp_path / "m.gguf", (10, 11))
+    parts[1].unlink()
+    with pytest.raises(ConversionError, match="m-00002-of-00002"):
+        open_source(parts[0])
+    header = b"split.no" + struct.pack("<IH", 2, 0)
+    assert header in parts[0].read_bytes()
+    parts[1].write_bytes(parts[0].read_bytes().replace(header, b"split.no" + struct.pack("<IH", 2, 1)))
+    with pytest.raises(ConversionError, match=r"is in m-00001-of-00002\.gguf, too"):
+        open_source(parts[0])
 
 
 def test_our_header_agrees_with_the_gguf_package(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,12 @@ def write_gguf(
     extra: Mapping[str, np.ndarray] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
     architecture: str = "llama",
+    blocks: Callable[[gguf.GGMLQuantizationType, tuple[int, ...], int], np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Writes a GGUF file and returns what its tensors dequantise to, in Hugging Face names and order."""
+    """Writes a GGUF file and returns what its tensors dequantise to, in Hugging Face names and order.
+
+    `blocks` gives the block data of a matrix of some shape, from a seed; otherwise the weights are quantised.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -129,6 +133,12 @@ def write_gguf(
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
         stored = weight if heads is None else permute(weight, config[heads])
         kind = quant if weight.ndim > 1 else gguf.GGMLQuantizationType.F32
+        if blocks is not None and weight.ndim > 1:
+            # Already quantised, in the order of Hugging Face; permuting whole rows leaves the blocks as they are.
+            data = blocks(kind, weight.shape, len(want))
+            want[name] = gguf.dequantize(data, kind)
+            writer.add_tensor(gguf_name(name), data if heads is None else permute(data, config[heads]), raw_dtype=kind)
+            continue
         data = gguf.quantize(stored, kind)
         writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
         # The permutation only moves whole rows, so quantising the unpermuted rows gives the same values.
