@@ -10,6 +10,8 @@ from jaxllama.errors import ConfigError, quote
 
 RopeType = Literal["default", "linear", "llama3"]
 _ROPE_TYPES: tuple[RopeType, ...] = ("default", "linear", "llama3")
+# More layers than any model has.
+_MAX_LAYERS_LISTED = 10_000
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -249,13 +251,18 @@ def _check_architecture(hf: Mapping[str, Any]) -> None:
 
 def _check_computation(hf: Mapping[str, Any], config: LlamaConfig) -> None:
     """Refuses what would change the computation and is not computed here, all of it at once."""
+
+    def for_each_layer(value: Any) -> Any:
+        # A list of two billion would fill the memory.
+        return [value] * min(config.num_layers, _MAX_LAYERS_LISTED)
+
     neutral: dict[str, tuple[Any, ...]] = {
         **_NEUTRAL,
         "attention_multiplier": (config.head_dim**-0.5,),
         "query_pre_attn_scalar": (config.head_dim,),
         "rotary_dim": (config.head_dim,),
-        "layer_types": (["full_attention"] * config.num_layers,),
-        "no_rope_layers": ([], [1] * config.num_layers),
+        "layer_types": (for_each_layer("full_attention"),),
+        "no_rope_layers": ([], for_each_layer(1)),
     }
     refused = [key for key, values in neutral.items() if hf.get(key) is not None and hf[key] not in values]
     window = hf.get("sliding_window") if hf.get("use_sliding_window", True) else None

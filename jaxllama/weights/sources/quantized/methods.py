@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllama.errors import ConfigError
+from jaxllama.errors import ConfigError, ConversionError
 from jaxllama.weights.sources.quantized.awq import read_awq
 from jaxllama.weights.sources.quantized.bitsandbytes import read_bitsandbytes
 from jaxllama.weights.sources.quantized.compressed import read_compressed_tensors
 from jaxllama.weights.sources.quantized.fp8 import read_fbgemm, read_fp8
 from jaxllama.weights.sources.quantized.gptq import read_gptq
-from jaxllama.weights.sources.quantized.interface import Format, Settings
+from jaxllama.weights.sources.quantized.interface import Format, QuantizedTensor, Settings
 from jaxllama.weights.sources.source import SourceTensor
 
 QUANTIZATION_CONFIG = "quantization_config"
@@ -41,4 +41,9 @@ def dequantized(config: Mapping[str, Any], tensors: Mapping[str, SourceTensor]) 
             f"config.json: quantization {str(method)[:100]!r} is not supported, expected one of "
             f"{', '.join(FORMATS)}; or convert from the unquantised weights"
         )
-    return FORMATS[method](Settings(value, f"config.json: {QUANTIZATION_CONFIG}"), tensors)
+    parameters = FORMATS[method](Settings(value, f"config.json: {QUANTIZATION_CONFIG}"), tensors)
+    if not any(isinstance(tensor, QuantizedTensor) for tensor in parameters.values()):
+        raise ConversionError(
+            f"config.json: quantization is {method!r}, but no tensor is of this format. Is config.json from this model?"
+        )
+    return parameters

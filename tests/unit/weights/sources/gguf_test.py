@@ -319,13 +319,14 @@ def split(path: Path, counts: tuple[int, ...], **metadata: Any) -> tuple[list[Pa
 
 @pytest.mark.parametrize("named", ["the first part", "another part", "the folder"])
 def test_parts_are_one_model(tmp_path: Path, named: str) -> None:
-    parts, want = split(tmp_path / "m.gguf", (0, 12, 9))
-    path = {"the first part": parts[0], "another part": parts[2], "the folder": tmp_path}[named]
-    convert(path, tmp_path / "out" / "ckpt", dtype="float32")
-    got = stored(tmp_path / "out" / "ckpt")
+    (tmp_path / "in").mkdir()
+    parts, want = split(tmp_path / "in" / "m.gguf", (0, 12, 9))
+    path = {"the first part": parts[0], "another part": parts[2], "the folder": tmp_path / "in"}[named]
+    convert(path, tmp_path / "out", dtype="float32")
+    got = stored(tmp_path / "out")
     assert got.keys() == want.keys()
     assert all(np.array_equal(got[name], value) for name, value in want.items())
-    source = json.loads((tmp_path / "out" / "ckpt" / "manifest.json").read_text())["source"]
+    source = json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]
     assert set(source["files"]) == {part.name for part in parts}
 
 
