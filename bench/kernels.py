@@ -21,7 +21,6 @@ from jaxllama.model import native
 from jaxllama.model.attention.reference import paged_attention
 from jaxllama.model.cache import KVPool
 from jaxllama.model.platforms.cpu import PLAIN
-from jaxllama.weights.forms import pack
 
 MATRICES = ((1536, 576, 30), (576, 1536, 30), (576, 576, 60), (49152, 576, 1))
 ROWS = (1, 2, 4, 16, 32, 128, 512)
@@ -54,9 +53,7 @@ def products(
 ) -> tuple[float, float]:
     """Milliseconds for as many weights as the default model has."""
     weights = [random(rng, outputs, inputs) for _ in range(count)]
-    names = {str(i): jnp.array(weight) for i, weight in enumerate(weights)}
-    packed = pack({"layers": [], **names})
-    blocks = [packed[name].blocks for name in names]
+    packed = [native.pack(weight) for weight in weights]
 
     def xla(x: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.einsum("ri,oi->ro", x, weight, preferred_element_type=jnp.float32)
@@ -74,9 +71,9 @@ def products(
 
     x = random(rng, rows, inputs)
     theirs = compiled(chain(xla), x, weights)
-    mine = compiled(chain(lambda x, weight: native.multiply(x, weight)[0]), x, blocks)
+    mine = compiled(chain(lambda x, weight: native.multiply(x, weight)[0]), x, packed)
     share = NUM_WEIGHTS / (count * outputs * inputs)
-    first, second = in_turns([lambda: theirs(x, weights), lambda: mine(x, blocks)], repeats)
+    first, second = in_turns([lambda: theirs(x, weights), lambda: mine(x, packed)], repeats)
     return share * first, share * second
 
 
@@ -98,7 +95,7 @@ def attention(rng: np.random.Generator, rows: int, tokens: int, start: int, repe
 
     args = (q, pools, table, positions)
     theirs = compiled(chain(lambda q, pages, *rest: paged_attention(q, KVPool(pages, None), *rest)), *args)
-    mine = compiled(chain(native.attend), *args)
+    mine = compiled(chain(lambda q, pages, *rest: native.attend(q, KVPool(pages, None), *rest)), *args)
     first, second = in_turns([lambda: theirs(*args), lambda: mine(*args)], repeats)
     return first / LAYERS, second / LAYERS
 

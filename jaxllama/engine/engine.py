@@ -77,6 +77,7 @@ class Engine:
             chunk_sizes=platform.chunk_sizes if options.chunk_sizes is None else options.chunk_sizes,
             num_shards=platform.num_shards,
             num_pages=options.num_pages,
+            min_rows=platform.min_rows,
         )
         platform.kernel.validate(
             page_size=sizes.page_size, num_rows=sizes.rows_per_shard, table_width=sizes.table_width

@@ -59,17 +59,20 @@ def size_engine(
     num_shards: int,
     num_pages: int | None = None,
     tokens_per_row: int = TOKENS_PER_ROW,
+    min_rows: int = 2,
 ) -> EngineSizes:
-    """The sizes for `max_rows` rows; every shard has equally many.
+    """The sizes for `max_rows` rows; every shard has equally many, one alone at least `min_rows` (see `Platform`).
 
-    `num_pages` None holds `tokens_per_row` tokens of each row, and at least one context.
+    Chunks of a size that no context fills are left out. `num_pages` None holds `tokens_per_row` tokens of each row, and
+    at least one context.
 
     Raises: ConfigError for chunks that are not whole pages, or pages that hold no context.
     """
     if not chunk_sizes or any(size < 1 or size % page_size for size in chunk_sizes):
         raise ConfigError(f"chunk_sizes must be multiples of page_size ({page_size}), got {chunk_sizes}")
-    # XLA multiplies one row by another path, with other bits, than two: a row must not notice its batch.
-    rows_per_shard = max(2, max_rows) if num_shards == 1 else -(-max_rows // num_shards)
+    longest = min((size for size in chunk_sizes if size >= max_context), default=max(chunk_sizes))
+    chunk_sizes = tuple(size for size in chunk_sizes if size <= longest)
+    rows_per_shard = max(min_rows, max_rows) if num_shards == 1 else -(-max_rows // num_shards)
     context_pages = _num_pages(max_context, page_size)
     if num_pages is None:
         num_pages = 1 + max(context_pages, rows_per_shard * min(context_pages, _num_pages(tokens_per_row, page_size)))

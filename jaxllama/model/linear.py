@@ -11,7 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllama.model import native
-from jaxllama.model.params import PackedWeight, QuantizedWeight
+from jaxllama.model.native import PackedWeight
+from jaxllama.model.params import QuantizedWeight
 
 type Weight = Array | QuantizedWeight | PackedWeight
 
@@ -34,8 +35,7 @@ class Linear(nnx.Module):
         """The rows `ids` of the weight in float32, as an embedding takes them."""
         weight: Weight = self.weight.get_value()
         if isinstance(weight, PackedWeight):
-            width = native.BLOCK_WIDTH
-            return weight.blocks[ids // width, :, ids % width].reshape(*ids.shape, -1).astype(jnp.float32)
+            return native.packed_rows(weight, ids)
         if isinstance(weight, QuantizedWeight):
             return weight.values[ids].astype(jnp.float32) * weight.scale[ids][..., None]
         return weight[ids].astype(jnp.float32)
@@ -46,7 +46,7 @@ class Linear(nnx.Module):
         weights = [layer.weight.get_value() for layer in layers]
         if not all(isinstance(weight, PackedWeight) for weight in weights):
             return [layer(x) for layer in layers]
-        products = native.multiply(x, *(weight.blocks for weight in weights))
+        products = native.multiply(x, *weights)
         return [layer._with_bias(y.astype(layer.dtype)) for layer, y in zip(layers, products, strict=True)]
 
     def _with_bias(self, y: Float[Array, "*batch outputs"]) -> Float[Array, "*batch outputs"]:
@@ -55,7 +55,7 @@ class Linear(nnx.Module):
 
 def _product(x: Float[Array, "*batch inputs"], weight: Weight, dtype: Any) -> Float[Array, "*batch outputs"]:
     if isinstance(weight, PackedWeight):
-        return native.multiply(x, weight.blocks)[0].astype(dtype)
+        return native.multiply(x, weight)[0].astype(dtype)
     if isinstance(weight, QuantizedWeight):
         # A TPU's product converts the integers as it reads them. A CPU's does not, and XLA would convert every matrix
         # once, before the loop of decoding, and hold all of them: the barrier ties each to a value of the loop. On a

@@ -15,7 +15,7 @@ type Params = dict[str, Any]
 """`{"embed_tokens", "layers": [{"q_proj", …}, …], "norm", "lm_head"?}`: plain dicts and lists, so that `jax.jit`
 flattens them in C++. One leaf per tensor and layer, in the layout of Hugging Face (`[out, in]`). A matrix may be a
 `QuantizedWeight` instead; then every matrix is. On TPUs large feed-forward matrices are in parts
-(`weights.parts`), on CPUs bfloat16 matrices may be packed (`weights.forms`)."""
+(`weights.parts`), on CPUs matrices may be packed (`native.packing`)."""
 
 
 class QuantizedWeight(NamedTuple):
@@ -23,12 +23,6 @@ class QuantizedWeight(NamedTuple):
 
     values: Any
     scale: Any
-
-
-class PackedWeight(NamedTuple):
-    """A bfloat16 matrix as `native.multiply` reads it: `[out / 64, in / 2, 64, 2]`, see `weights.forms`."""
-
-    blocks: Any
 
 
 @dataclass(frozen=True)

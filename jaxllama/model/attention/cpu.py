@@ -13,10 +13,10 @@ from jaxllama.model.cache import KVPool
 
 @dataclass(frozen=True)
 class CpuAttention(ReferenceAttention):
-    """`Attention` for one CPU: bfloat16 queries, a cache of bfloat16 and heads of a multiple of 64."""
+    """`Attention` for one CPU."""
 
     def _attend(self, q: Array, pool: KVPool, page_table: Array, positions: Array) -> Array:
-        return native.attend(q, pool.pages, page_table, positions)
+        return native.attend(q, pool, page_table, positions)
 
     def _attend_once(self, q: Array, pool: KVPool, page_table: Array, positions: Array, active: Array) -> Array:
         # A row that is not active has one key to attend to.

@@ -40,14 +40,15 @@ class Platform:
     `compiler_options` are XLA's, for every program that runs the layers.
 
     The weights:
-    `packs_weights`: bfloat16 matrices are reordered for `native.multiply`. `max_part_bytes`: feed-forward matrices are
+    `packs_weights`: matrices are reordered for `native.multiply`. `max_part_bytes`: feed-forward matrices are
     kept in parts of at most so many bytes on a device; None: whole.
 
     The engine:
     `page_size` and `chunk_sizes`, in tokens, are what the kernel works best with. `needs_clean_pages`: pages that may
     hold a failed row's NaN are cleared before another row is given them, because the kernel reads past a row's end.
     `has_row_buckets`: decode programs are made for fewer rows too, which presumes that a row's bits are the same in
-    each. `programs_agree`: all programs write the same bits for a token, `prefill` of any size from any page and
+    each. `min_rows` of a decode program: XLA multiplies one row by another path, with other bits, than two, and a row
+    must not notice its batch. `programs_agree`: all programs write the same bits for a token, `prefill` of any size from any page and
     `decode_steps` alike.
     """
 
@@ -62,6 +63,7 @@ class Platform:
     chunk_sizes: tuple[int, ...] = (32, 128, 512)
     needs_clean_pages: bool = False
     has_row_buckets: bool = False
+    min_rows: int = 2
     programs_agree: bool = False
 
     @property
@@ -76,4 +78,5 @@ class Platform:
 
     def row_buckets(self, num_rows: int) -> tuple[int, ...]:
         """Numbers of rows to make decode programs for, ascending: few rows should not pay for many."""
-        return tuple(sorted({2, max(2, num_rows // 4), num_rows})) if self.has_row_buckets else (num_rows,)
+        sizes = {self.min_rows, max(self.min_rows, num_rows // 4), num_rows}
+        return tuple(sorted(sizes)) if self.has_row_buckets else (num_rows,)

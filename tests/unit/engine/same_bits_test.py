@@ -58,13 +58,19 @@ def varied_requests(vocab_size: int, longest: int) -> list[Request]:
     return requests
 
 
-def make_model(name: str, dtype: str, options: EngineOptions, tp: int = 1) -> Llama:
+def make_model(name: str, dtype: str, options: EngineOptions, tp: int = 1, quantize: str | None = None) -> Llama:
     """A tiny model with a head of its own: a tied random one says its last token again and again."""
     weights = dict(tiny.weights_of(name))
     head = np.random.default_rng(5).normal(0, 0.1, weights["model.embed_tokens.weight"].shape)
     weights["lm_head.weight"] = head.astype(np.float32)
     return tiny.make_llama(
-        name, tp=tp, dtype=jnp.dtype(dtype), options=options, weights=weights, tie_word_embeddings=False
+        name,
+        tp=tp,
+        dtype=jnp.dtype(dtype),
+        quantize=quantize,
+        options=options,
+        weights=weights,
+        tie_word_embeddings=False,
     )
 
 
@@ -163,25 +169,31 @@ TINY_AND_FEW_PAGES = dataclasses.replace(TINY, max_rows=6, num_pages=36, dispatc
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "kv_dtype"),
-    [("smollm2_like", "bfloat16", None), ("divisible", "float32", None), ("divisible", "bfloat16", "int8")],
+    ("name", "dtype", "kv_dtype", "quantize"),
+    [
+        ("smollm2_like", "bfloat16", None, None),
+        ("divisible", "float32", None, None),
+        ("divisible", "bfloat16", "int8", None),
+        ("smollm2_like", "float32", None, "int8"),
+    ],
 )
-def test_a_request_s_bits_are_its_own(name, dtype, kv_dtype, monkeypatch):
-    """40 requests in five mixtures. In float32 programs differ, so pages are found under their program's name."""
+def test_a_request_s_bits_are_its_own(name, dtype, kv_dtype, quantize, monkeypatch):
+    """40 requests in five mixtures. In float32 XLA's programs differ: pages are found under their program's name."""
     requests = varied_requests(tiny.config_of(name).vocab_size, 96)
     models = []
     for options in (TINY, TINY_AND_FEW_PAGES):
         options = dataclasses.replace(options, kv_dtype=kv_dtype)
-        models.append(make_model(name, dtype, options))
+        models.append(make_model(name, dtype, options, quantize=quantize))
     with models[0], models[1]:
-        assert models[0].engine.platform.programs_agree == (dtype == "bfloat16")
+        assert models[0].engine.platform.programs_agree == (dtype == "bfloat16" or native.is_available())
         assert_all_mixtures_agree(models[0], models[1], requests, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_request_s_bits_are_its_own_without_the_cpu_s_kernels(monkeypatch):
+@pytest.mark.parametrize(("name", "dtype"), [("smollm2_like", "bfloat16"), ("divisible", "float32")])
+def test_a_request_s_bits_are_its_own_without_the_cpu_s_kernels(name, dtype, monkeypatch):
     monkeypatch.setattr(native, "is_available", lambda: False)
-    test_a_request_s_bits_are_its_own("smollm2_like", "bfloat16", None, monkeypatch)
+    test_a_request_s_bits_are_its_own(name, dtype, None, None, monkeypatch)
 
 
 @pytest.mark.slow

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,99 +20,128 @@ from jaxllama import Checkpoint, EngineOptions, Llama, make_mesh
 from jaxllama.model import native
 from jaxllama.model.attention import ReferenceAttention
 from jaxllama.model.attention.cpu import CpuAttention
+from jaxllama.model.cache import KVPool
+from jaxllama.model.int8 import quantize_rows
 from jaxllama.model.linear import Linear
 from jaxllama.model.mesh import param_shardings
-from jaxllama.model.params import PackedWeight, Params, get_param, param_specs
+from jaxllama.model.native import PackedWeight, library, pack
+from jaxllama.model.params import Params, QuantizedWeight, get_param, param_specs
 from jaxllama.model.platforms.describe import describe_platform
 from jaxllama.weights.checkpoint import restore_params
-from jaxllama.weights.forms import fit, pack, unpack
+from jaxllama.weights.forms import fit, unpack
 from jaxllama.weights.loading import load_params
 
 pytestmark = pytest.mark.optimized
 
-has_bf16 = "avx512_bf16" in native._cpu().split() and shutil.which("c++") is not None
-needs_kernels = pytest.mark.skipif(not has_bf16, reason="needs a CPU with AVX-512 BF16, and a C++ compiler")
+needs_kernels = pytest.mark.skipif(not native.is_available(), reason="needs AVX2 or NEON, and a C++ compiler")
 bfloat16 = jnp.bfloat16
+WEIGHTS = ("bfloat16", "float32", "int8")
+DTYPES = ("bfloat16", "float32")
 
 
-def packed(weight: jax.Array) -> PackedWeight:
-    blocks = pack({"layers": [], "weight": weight})["weight"]
-    assert isinstance(blocks, PackedWeight)
-    return blocks
+def random_weight(rng: np.random.Generator, outputs: int, inputs: int, dtype: str) -> tuple[Any, np.ndarray]:
+    """A matrix of `dtype`, and what it stands for in float64."""
+    w = jnp.asarray(rng.standard_normal((outputs, inputs)), jnp.float32)
+    if dtype == "int8":
+        values, scale = quantize_rows(w)
+        return QuantizedWeight(values, scale), np.asarray(values, np.float64) * np.asarray(scale, np.float64)[:, None]
+    return w.astype(dtype), np.asarray(w.astype(dtype), np.float64)
+
+
+def random_packed(rng: np.random.Generator, outputs: int, inputs: int, dtype: str) -> PackedWeight:
+    return pack(random_weight(rng, outputs, inputs, dtype)[0])
 
 
 # ---- Products ----
 
 
 @needs_kernels
-@pytest.mark.parametrize(("inputs", "outputs"), [(2, 64), (6, 192), (576, 576), (1536, 576), (576, 1536), (16, 4288)])
-@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 12, 64])
-def test_products_are_exact(rows, inputs, outputs):
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(2, 64), (7, 65), (1, 1), (576, 576), (1536, 576), (52, 1031), (16, 4288)]
+)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_are_exact(dtype, weights, inputs, outputs):
     rng = np.random.default_rng(0)
-    x, w = (jnp.asarray(rng.standard_normal((n, inputs)), bfloat16) for n in (rows, outputs))
-    [got] = native.multiply(x, packed(jnp.array(w)).blocks)
-    assert got.dtype == jnp.float32
-    x, w = (np.asarray(a, np.float64) for a in (x, w))
-    np.testing.assert_allclose(got, x @ w.T, atol=2e-6 * inputs**0.5 * 4)
+    weight, w = random_weight(rng, outputs, inputs, weights)
+    packed = pack(weight)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 12, 100):
+        x = jnp.asarray(rng.standard_normal((rows, inputs)), dtype)
+        [got] = native.multiply(x, packed)
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, np.asarray(x, np.float64) @ w.T, atol=2e-6 * inputs**0.5 * 4, err_msg=rows)
 
 
 @needs_kernels
-def test_a_row_s_bits_do_not_depend_on_the_others():
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_s_bits_do_not_depend_on_the_others(dtype, weights):
     rng = np.random.default_rng(1)
-    x = jnp.asarray(rng.standard_normal((600, 576)), bfloat16)
-    weight = packed(jnp.asarray(rng.standard_normal((192, 576)), bfloat16)).blocks
+    x = jnp.asarray(rng.standard_normal((600, 576)), dtype)
+    weight = random_packed(rng, 200, 576, weights)
     together = np.asarray(native.multiply(x, weight)[0])
-    for first, last in ((0, 1), (1, 3), (5, 11), (7, 20), (100, 133), (88, 600)):
+    for first, last in ((0, 1), (1, 3), (5, 11), (7, 20), (100, 133), (88, 600), (94, 97), (10, 14), (20, 25)):
         np.testing.assert_array_equal(native.multiply(x[first:last], weight)[0], together[first:last])
     [by_three] = native.multiply(x.reshape(3, 200, 576), weight)
-    np.testing.assert_array_equal(by_three, together.reshape(3, 200, 192))
+    np.testing.assert_array_equal(by_three, together.reshape(3, 200, 200))
 
 
 @needs_kernels
-def test_several_weights_at_once():
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_several_weights_at_once(weights):
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.standard_normal((9, 96)), bfloat16)
-    weights = [packed(jnp.asarray(rng.standard_normal((n, 96)), bfloat16)).blocks for n in (64, 4288, 192)]
-    got = native.multiply(x, *weights)
-    assert [y.shape for y in got] == [(9, 64), (9, 4288), (9, 192)]
-    for y, weight in zip(got, weights, strict=True):
+    several = [random_packed(rng, n, 96, weights) for n in (64, 4280, 190)]
+    got = native.multiply(x, *several)
+    assert [y.shape for y in got] == [(9, 64), (9, 4280), (9, 190)]
+    for y, weight in zip(got, several, strict=True):
         np.testing.assert_array_equal(y, native.multiply(x, weight)[0])
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_nan_and_infinity_stay_in_their_row(poison):
+def test_nan_and_infinity_stay_in_their_row(poison, dtype):
     x = np.ones((7, 64), np.float32)
-    weight = packed(jnp.ones((64, 64), bfloat16)).blocks
+    packed = pack(jnp.ones((64, 64), dtype))
     x[3, 10] = poison
-    got = np.asarray(native.multiply(jnp.asarray(x, bfloat16), weight)[0])
+    got = np.asarray(native.multiply(jnp.asarray(x, dtype), packed)[0])
     np.testing.assert_array_equal(got[[0, 1, 2, 4, 5, 6]], 64)
     assert not np.isfinite(got[3]).any()
 
 
 @needs_kernels
-def test_packing_is_undone_and_rows_are_found():
-    weight = jnp.arange(128 * 6, dtype=jnp.float32).reshape(128, 6).astype(bfloat16)
-    blocks = packed(jnp.array(weight))
-    np.testing.assert_array_equal(unpack(blocks), weight)
-    ids = jnp.array([[0, 63], [64, 127]])
-    np.testing.assert_array_equal(Linear({"embed": blocks}, "embed", jnp.float32).rows(ids), weight[ids])
+def test_a_nan_in_a_weight_is_seen():
+    for dtype in DTYPES:
+        got = native.multiply(jnp.ones((2, 40), dtype), pack(jnp.ones((20, 40), dtype).at[17, 39].set(np.nan)))[0]
+        np.testing.assert_array_equal(np.isnan(got), np.arange(20) == np.full((2, 1), 17))
+    poisoned = QuantizedWeight(jnp.ones((20, 40), jnp.int8), jnp.ones(20).at[17].set(np.nan))
+    got = native.multiply(jnp.ones((2, 40), bfloat16), pack(poisoned))[0]
+    np.testing.assert_array_equal(np.isnan(got), np.arange(20) == np.full((2, 1), 17))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("shape", [(128, 8), (67, 7), (1, 1), (280, 52)])
+def test_packing_is_undone_and_rows_are_found(shape, weights):
+    weight, w = random_weight(np.random.default_rng(0), *shape, weights)
+    packed = pack(weight)
+    assert packed.lines.shape[2] * packed.lines.shape[3] * packed.lines.dtype.itemsize == 64
+    jax.tree.map(np.testing.assert_array_equal, unpack(packed), weight)
+    ids = jnp.array([[0, shape[0] - 1], [shape[0] // 2, 0]])
+    np.testing.assert_allclose(Linear({"embed": packed}, "embed", jnp.float32).rows(ids), w[ids], rtol=1e-7)
 
 
 @needs_kernels
-def test_what_cannot_be_packed_stays():
-    shapes = {"odd_inputs": (64, 7), "odd_outputs": (65, 8), "bias": (64,)}
+def test_matrices_on_one_cpu_are_packed():
+    shapes = {"weight": (65, 7), "bias": (64,)}
     weights = {name: jnp.ones(shape, bfloat16) for name, shape in shapes.items()}
-    params = pack({"layers": [dict(weights)], **weights})
-    for kept in (params, *params["layers"]):
-        assert {name: kept[name].shape for name in shapes} == shapes
     config = tiny.config_of("divisible")
-    mesh, two = make_mesh(config, tp=1), make_mesh(config, tp=2)
-    assert describe_platform(config, mesh, dtype=bfloat16).packs_weights
-    for on, dtype in ((mesh, jnp.float32), (two, bfloat16)):
-        platform = describe_platform(config, on, dtype=dtype)
-        kept = fit({"layers": [], "weight": jnp.ones((64, 8))}, platform)
-        assert isinstance(kept["weight"], jax.Array)
+    platform = describe_platform(config, make_mesh(config, tp=1), dtype=bfloat16)
+    params = fit({"layers": [dict(weights)], **weights}, platform)
+    for kept in (params, *params["layers"]):
+        assert isinstance(kept["weight"], PackedWeight)
+        assert kept["bias"].shape == (64,)
+    assert not describe_platform(config, make_mesh(config, tp=2), dtype=bfloat16).packs_weights
 
 
 # ---- Attention ----
@@ -121,6 +151,10 @@ CASES = {
     "one_kv_head": Case(5, 1, 128, 8, (9, 33)),
     "as_many_kv_heads": Case(3, 3, 64, 16, (7, 2, 21)),
     "wide_group": Case(16, 2, 128, 16, (130, 600)),
+    "heads_of_6": Case(6, 2, 6, 4, (1, 30, 17, 140)),
+    "heads_of_10": Case(4, 2, 10, 4, (23, 9), tokens=9),
+    "heads_of_80": Case(4, 2, 80, 16, (131, 300), tokens=9),
+    "heads_of_34": Case(4, 2, 34, 16, (131, 300)),
     "chunk": Case(6, 2, 64, 4, (23, 9), tokens=9),
     "page_of_one": Case(4, 2, 64, 1, (5, 12)),
     "odd_page": Case(4, 2, 64, 7, (5, 300)),
@@ -128,53 +162,80 @@ CASES = {
     "long_chunk": Case(9, 3, 64, 16, (1700,), tokens=300),
     "chunk_of_one_token_a_task": Case(400, 2, 64, 16, (700,), tokens=3),
 }
+KINDS = [(q, kv) for q in DTYPES for kv in (*DTYPES, "int8")]
 _attend = jax.jit(native.attend)
 
 
-def attend(x: Inputs, pool: np.ndarray | None = None) -> np.ndarray:
-    q, pages = (jnp.asarray(a, bfloat16) for a in (x.q, x.pool if pool is None else pool))
-    return np.asarray(_attend(q, pages, x.table, x.positions), np.float32)
+@functools.cache
+def inputs_of(name: str) -> Inputs:
+    return make_inputs(CASES[name], rounded=True)
+
+
+def as_int8(x: Inputs, pool: np.ndarray) -> tuple[KVPool, Inputs]:
+    """The pool in int8, and `x` with the keys and values that it stands for."""
+    with np.errstate(invalid="ignore"):
+        values, scales = quantize_rows(pool.swapaxes(1, 2))
+
+    def rounded(kv: list[np.ndarray]) -> list[np.ndarray]:
+        parts = [quantize_rows(row.astype(np.float32)) for row in kv]
+        return [np.asarray(v, np.float64) * np.asarray(s, np.float64)[..., None] for v, s in parts]
+
+    return KVPool(jnp.asarray(values), jnp.asarray(scales)), dataclasses.replace(x, k=rounded(x.k), v=rounded(x.v))
+
+
+def attend(x: Inputs, pool: np.ndarray | None = None, q: str = "bfloat16", kv: str = "bfloat16") -> np.ndarray:
+    pool = x.pool if pool is None else pool
+    pages = as_int8(x, pool)[0] if kv == "int8" else KVPool(jnp.asarray(pool, kv), None)
+    return np.asarray(_attend(jnp.asarray(x.q, q), pages, x.table, x.positions), np.float32)
 
 
 @needs_kernels
 @pytest.mark.parametrize("name", CASES)
 def test_attention_is_exact(name):
-    case = CASES[name]
-    x = make_inputs(case, rounded=True)
-    want = exact(case, x)
-    # Half a unit in the last place of bfloat16 for the result, and as much for the probabilities.
+    x = inputs_of(name)
+    want = exact(CASES[name], x)
+    # Of bfloat16, half a unit in the last place for the result, and where probabilities are rounded as much for them.
     np.testing.assert_allclose(attend(x), want, atol=2e-3, rtol=2**-8)
+    np.testing.assert_allclose(attend(x, None, "float32", "bfloat16"), want, atol=4e-6, rtol=4e-6)
+    np.testing.assert_allclose(attend(x, None, "float32", "float32"), want, atol=4e-6, rtol=4e-6)
+    np.testing.assert_allclose(attend(x, None, "bfloat16", "float32"), want, atol=2e-3, rtol=2**-8)
+    if name not in ("long_chunk", "chunk_of_one_token_a_task"):  # the exact one takes seconds
+        want = exact(CASES[name], as_int8(x, x.pool)[1])
+        np.testing.assert_allclose(attend(x, None, "float32", "int8"), want, atol=4e-6, rtol=4e-6)
+        np.testing.assert_allclose(attend(x, None, "bfloat16", "int8"), want, atol=2e-3, rtol=2**-8)
 
 
 @needs_kernels
 def test_large_scores_do_not_overflow():
     case = CASES["long_chunk"]
-    x = make_inputs(case, rounded=True)
+    x = inputs_of("long_chunk")
     x = dataclasses.replace(x, q=np.asarray(jnp.asarray(x.q * 1e4, bfloat16), np.float32))
     got = attend(x)
     np.testing.assert_allclose(got, exact(case, x), atol=2e-3, rtol=2**-8)
 
 
 @needs_kernels
-def test_a_query_s_bits_do_not_depend_on_the_others():
-    x = make_inputs(CASES["long"], rounded=True)
-    together = attend(x)
+@pytest.mark.parametrize(("q", "kv"), KINDS)
+def test_a_query_s_bits_do_not_depend_on_the_others(q, kv):
+    x = inputs_of("long")
+    together = attend(x, None, q, kv)
     for row in range(len(x.table)):
         rows = [row, (row + 3) % len(x.table)]
         apart = dataclasses.replace(x, q=x.q[rows], table=x.table[rows], positions=x.positions[rows])
-        np.testing.assert_array_equal(attend(apart)[0], together[row])
+        np.testing.assert_array_equal(attend(apart, None, q, kv)[0], together[row])
 
 
 @needs_kernels
-def test_chunks_and_single_queries_agree_in_every_bit():
+@pytest.mark.parametrize(("q", "kv"), KINDS)
+def test_chunks_and_single_queries_agree_in_every_bit(q, kv):
     """The prefix cache rests on it (`Platform.programs_agree`)."""
     x = make_inputs(Case(9, 3, 64, 16, (2100,), tokens=1024), rounded=True)
 
     def run_as(rows: int, tokens: int, at: int) -> np.ndarray:
-        q = x.q[0, at : at + rows * tokens].reshape(rows, tokens, *x.q.shape[2:])
+        queries = x.q[0, at : at + rows * tokens].reshape(rows, tokens, *x.q.shape[2:])
         positions = x.positions[0, at : at + rows * tokens].reshape(rows, tokens)
-        out = attend(dataclasses.replace(x, q=q, table=np.repeat(x.table, rows, 0), positions=positions))
-        return out.reshape(rows * tokens, -1)
+        some = dataclasses.replace(x, q=queries, table=np.repeat(x.table, rows, 0), positions=positions)
+        return attend(some, None, q, kv).reshape(rows * tokens, -1)
 
     want = run_as(1, 1024, 0)
     for rows, tokens, at in ((1, 512, 208), (1, 128, 80), (1, 32, 48), (1, 2, 5), (2, 1, 61), (32, 1, 971), (1, 1, 30)):
@@ -183,11 +244,12 @@ def test_chunks_and_single_queries_agree_in_every_bit():
 
 @needs_kernels
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["grouped", "chunk", "long"])
+@pytest.mark.parametrize("name", ["grouped", "chunk", "long", "heads_of_6", "heads_of_10"])
 def test_what_stands_after_a_row_never_reaches_it(name, poison):
-    case = CASES[name]
-    x = make_inputs(case, rounded=True)
-    np.testing.assert_array_equal(attend(x, poisoned(case, x, poison)), attend(x))
+    x = inputs_of(name)
+    pool = poisoned(CASES[name], x, poison)
+    for q, kv in KINDS:
+        np.testing.assert_array_equal(attend(x, pool, q, kv), attend(x, None, q, kv), f"{q}, {kv}")
 
 
 @needs_kernels
@@ -195,14 +257,14 @@ def test_what_stands_after_a_row_never_reaches_it(name, poison):
 @pytest.mark.parametrize("position", [0, 20, 39])
 def test_a_nan_fails_its_row_and_no_other(part, position):
     """The finite check of the logits must see it."""
-    case = CASES["grouped"]
-    x = make_inputs(case, rounded=True)
-    clean, pool = attend(x), x.pool.copy()
+    case, x = CASES["grouped"], inputs_of("grouped")
+    pool = x.pool.copy()
     pool[x.table[3, position // case.page_size], position % case.page_size, part] = np.nan
-    got = attend(x, pool)
-    assert np.isnan(got[3, 0, :3]).all()
-    np.testing.assert_array_equal(got[3, 0, 3:], clean[3, 0, 3:])
-    np.testing.assert_array_equal(got[:3], clean[:3])
+    for q, kv in KINDS:
+        clean, got = attend(x, None, q, kv), attend(x, pool, q, kv)
+        assert np.isnan(got[3, 0, :3]).all()
+        np.testing.assert_array_equal(got[3, 0, 3:], clean[3, 0, 3:])
+        np.testing.assert_array_equal(got[:3], clean[:3])
 
 
 @needs_kernels
@@ -219,15 +281,9 @@ def test_a_position_without_a_page_is_an_error(position):
 def test_attention_is_chosen_where_it_runs():
     config = tiny.config_of("smollm2_like")
     mesh, two = make_mesh(config, tp=1), make_mesh(config, tp=1, data=2)
-    assert describe_platform(config, mesh, dtype=bfloat16).kernel == CpuAttention()
-    for other in (
-        describe_platform(config, mesh, dtype=bfloat16, kv_dtype=jnp.float32),
-        describe_platform(config, mesh, dtype=jnp.float32, kv_dtype=bfloat16),
-        describe_platform(config, mesh, dtype=bfloat16, kv_dtype=jnp.int8),
-        describe_platform(config, two, dtype=bfloat16),
-        describe_platform(tiny.config_of("divisible"), mesh, dtype=bfloat16),
-    ):
-        assert type(other.kernel) is ReferenceAttention
+    for q, kv in KINDS:
+        assert describe_platform(config, mesh, dtype=q, kv_dtype=kv).kernel == CpuAttention()
+    assert type(describe_platform(config, two, dtype=bfloat16).kernel) is ReferenceAttention
 
 
 # ---- Models ----
@@ -285,9 +341,23 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_another_cpu_goes_through_xla(monkeypatch, home):
-    monkeypatch.setattr(native, "_cpu", lambda: "fpu avx512f")
-    assert not native.is_available.__wrapped__()
+def test_the_best_instruction_set_of_a_cpu_is_taken(monkeypatch):
+    def names(machine: str, features: str) -> list[str]:
+        monkeypatch.setattr(library.platform, "machine", lambda: machine)
+        monkeypatch.setattr(library, "cpu_features", lambda: features)
+        return [each.name for each in library.supported()]
+
+    avx512 = "avx2 fma avx512f avx512bw avx512dq avx512vl"
+    assert names("x86_64", "sse2 avx2 fma") == ["avx2"]
+    assert names("x86_64", "sse2 avx avx2") == []
+    assert names("x86_64", avx512) == ["avx512", "avx2"]
+    assert names("x86_64", f"{avx512} avx512_bf16") == ["avx512-bf16", "avx512", "avx2"]
+    assert names("aarch64", "fp asimd") == names("arm64", "") == ["neon"]
+    assert names("riscv64", avx512) == []
+
+
+def test_another_cpu_goes_through_xla(home):
+    assert library.load([]) is None
     assert not any(home.iterdir())
 
 
@@ -295,33 +365,34 @@ def test_another_cpu_goes_through_xla(monkeypatch, home):
     ("compiler", "said"), [("no-such-compiler", "no C++ compiler (no-such-compiler)"), ("false", "exit status 1")]
 )
 def test_without_a_compiler_the_log_says_so(compiler, said, monkeypatch, home, caplog):
-    monkeypatch.setattr(native, "_cpu", lambda: "avx512_bf16")
     monkeypatch.setenv("CXX", compiler)
     with caplog.at_level(logging.WARNING, "jaxllama.model.native"):
-        assert not native.is_available.__wrapped__()
+        assert library.load(library.INSTRUCTION_SETS) is None
     assert said in caplog.text
     assert "XLA" in caplog.text
 
 
 @needs_kernels
 def test_a_source_that_does_not_compile_is_told(monkeypatch, home, caplog):
-    source = home / "kernels.cc"
-    source.write_text("int main( {")
-    monkeypatch.setattr(native, "_SOURCE", source)
+    (home / "kernels.cc").write_text("int main( {")
+    monkeypatch.setattr(library, "SOURCES", home)
     with caplog.at_level(logging.WARNING, "jaxllama.model.native"):
-        assert not native.is_available.__wrapped__()
+        assert library.load(library.supported()) is None
     assert "kernels.cc was not compiled" in caplog.text
     assert "error: expected" in caplog.text
 
 
 @needs_kernels
-def test_they_are_compiled_once_for_each_cpu(monkeypatch, home):
-    monkeypatch.setattr(native, "_SOURCE", home / "short.cc")
-    native._SOURCE.write_text('extern "C" int one() { return 1; }')
-    path = native._compiled(["c++"], native._cpu())
+def test_they_are_compiled_once(monkeypatch, home):
+    monkeypatch.setattr(library, "SOURCES", home)
+    (home / "kernels.cc").write_text('#include "one.h"')
+    (home / "one.h").write_text('extern "C" int one() { return 1; }')
+    instructions = library.supported()[-1]
+    path = library.compiled(instructions)
     assert path.parent == home / ".cache" / "jaxllama" / "native"
     assert [*path.parent.iterdir()] == [path]
     made = path.stat().st_mtime_ns
-    assert native._compiled(["c++"], native._cpu()) == path
+    assert library.compiled(instructions) == path
     assert path.stat().st_mtime_ns == made
-    assert native._compiled(["c++"], native._cpu() + " another") != path
+    (home / "one.h").write_text('extern "C" int one() { return 2; }')
+    assert library.compiled(instructions) != path

@@ -1,0 +1,143 @@
+"""Where the kernels' machine code comes from: the wheel, or this machine's C++ compiler.
+
+`kernels.cc` becomes one library for each instruction set, and a process loads the best that its CPU can run. A wheel
+for x86-64 brings them (`hatch_build.py`). Elsewhere one is compiled when a model is first loaded, which takes seconds,
+and kept beside JAX's compiled programs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jaxlib
+
+logger = logging.getLogger("jaxllama.model.native")
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-w")
+_COMPILE_TIMEOUT_S = 240
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """What a library is compiled for: CPUs that list all of `features` (as Linux spells them) can run it."""
+
+    name: str
+    machine: str
+    features: tuple[str, ...]
+    flags: tuple[str, ...]
+
+    @property
+    def file_name(self) -> str:
+        """Of the library that a wheel brings."""
+        return f"kernels-{self.name}.so"
+
+
+_AVX2 = ("avx2", "fma")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
+INSTRUCTION_SETS = (
+    InstructionSet("avx512-bf16", "x86_64", (*_AVX512, "avx512_bf16"), ("-march=x86-64-v4", "-mavx512bf16")),
+    InstructionSet("avx512", "x86_64", _AVX512, ("-march=x86-64-v4",)),
+    InstructionSet("avx2", "x86_64", _AVX2, ("-march=x86-64-v3",)),
+    InstructionSet("neon", "aarch64", (), ()),
+)
+"""The best first."""
+
+
+@functools.cache
+def is_available() -> bool:
+    """Whether this machine has the kernels; loads and registers them on the first call, and logs which, or why not."""
+    return load(supported()) is not None
+
+
+def load(sets: Sequence[InstructionSet]) -> ctypes.CDLL | None:
+    """The library for the first of `sets` that can be had, registered with JAX; None, and a warning, if none can."""
+    if not sets:
+        logger.info("no kernels for this CPU (%s): products and attention run through XLA", platform.machine())
+        return None
+    brought = [SOURCES / each.file_name for each in sets if (SOURCES / each.file_name).exists()]
+    try:
+        library = ctypes.CDLL(str(brought[0] if brought else compiled(sets[0])))
+    except FileNotFoundError as error:
+        logger.warning("%s: products and attention run through XLA, which takes longer", error)
+        return None
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
+        logger.warning("products and attention run through XLA: kernels.cc was not compiled: %s %s", error, said)
+        return None
+    library.jaxllama_instruction_set.restype = ctypes.c_char_p
+    logger.info("kernels for %s, %s", library.jaxllama_instruction_set().decode(), "brought" if brought else "compiled")
+    for name in ("jaxllama_multiply", "jaxllama_attend"):
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return library
+
+
+def supported() -> list[InstructionSet]:
+    """Those that this machine's CPU can run, the best first."""
+    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    features = set(cpu_features().split())
+    return [each for each in INSTRUCTION_SETS if each.machine == machine and features.issuperset(each.features)]
+
+
+def compiled(instructions: InstructionSet) -> Path:
+    """The shared library for these sources, compiler and jaxlib; made if it is not there.
+
+    Raises: FileNotFoundError without a compiler; OSError; RuntimeError without a home folder;
+    subprocess.SubprocessError if the compiler fails or hangs.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    if shutil.which(compiler[0]) is None:
+        raise FileNotFoundError(f"no C++ compiler ({compiler[0]})")
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=_COMPILE_TIMEOUT_S)
+    files = [path.read_bytes() for path in source_files()]
+    flags = " ".join((*FLAGS, *instructions.flags))
+    key = hashlib.sha256(b"\0".join((*files, version.stdout, jaxlib.__version__.encode(), flags.encode()))).hexdigest()
+    folder = Path.home() / ".cache" / "jaxllama" / "native"
+    path = folder / f"kernels-{instructions.name}-{key[:16]}.so"
+    if not path.exists():
+        logger.info("compiling kernels.cc for this CPU")
+        folder.mkdir(parents=True, exist_ok=True)
+        # Beside it, then renamed: processes that start together each write a whole file.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / path.name
+            build(instructions, made, compiler)
+            made.replace(path)
+    return path
+
+
+def build(instructions: InstructionSet, to: Path, compiler: list[str], more: Sequence[str] = ()) -> None:
+    """Compiles the library.
+
+    Raises: OSError; subprocess.SubprocessError.
+    """
+    flags = (*FLAGS, *instructions.flags, *more, "-I", jax.ffi.include_dir())
+    command = [*compiler, *flags, str(SOURCES / "kernels.cc"), "-o", str(to)]
+    subprocess.run(command, capture_output=True, check=True, timeout=_COMPILE_TIMEOUT_S)
+
+
+def source_files() -> list[Path]:
+    """`kernels.cc` and what it includes."""
+    return sorted((*SOURCES.glob("*.cc"), *SOURCES.glob("*.h")))
+
+
+def cpu_features() -> str:
+    """The first CPU's features, as Linux lists them; elsewhere nothing."""
+    try:
+        found = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else ""

@@ -1,0 +1,66 @@
+"""Matrices in the order in which `multiply` reads them.
+
+Outputs lie in blocks of 16. A block is a row of lines of 64 bytes: one float32, two bfloat16 or four int8 inputs of
+each of its outputs, side by side. `[o, i]` of bfloat16 is at `lines[o // 16, i // 2, o % 16, i % 2]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from jaxllama.model.params import QuantizedWeight
+
+_WIDTH = 16
+_WORD_BYTES = 4
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["lines", "scale"], meta_fields=["num_outputs", "num_inputs"])
+@dataclass(frozen=True)
+class PackedWeight:
+    """A matrix `[outputs, inputs]` of float32, bfloat16 or int8, which last has a scale an output; see above.
+
+    Where outputs or inputs do not fill a block or a line there are zeros.
+    """
+
+    lines: Shaped[Array, "blocks lines 16 inputs_a_line"]
+    scale: Float[Array, " padded_outputs"] | None
+    num_outputs: int
+    num_inputs: int
+
+
+def pack(weight: Any) -> PackedWeight:
+    """A matrix `[outputs, inputs]`, or a `QuantizedWeight` of one, packed."""
+    if isinstance(weight, QuantizedWeight):
+        packed = _pack(weight.values)
+        scale = jnp.pad(weight.scale, (0, _WIDTH * len(packed) - len(weight.scale)))
+        return PackedWeight(packed, scale, *weight.values.shape)
+    return PackedWeight(_pack(weight), None, *weight.shape)
+
+
+def unpack(weight: PackedWeight) -> Any:
+    """What `pack` was given."""
+    blocks, lines, width, inputs = weight.lines.shape
+    matrix = weight.lines.swapaxes(1, 2).reshape(blocks * width, lines * inputs)
+    matrix = matrix[: weight.num_outputs, : weight.num_inputs]
+    return matrix if weight.scale is None else QuantizedWeight(matrix, weight.scale[: weight.num_outputs])
+
+
+def packed_rows(weight: PackedWeight, ids: Int[Array, "*batch"]) -> Float[Array, "*batch inputs"]:
+    """The rows `ids` of the matrix, in float32."""
+    rows = weight.lines[ids // _WIDTH, :, ids % _WIDTH].reshape(*ids.shape, -1)[..., : weight.num_inputs]
+    rows = rows.astype(jnp.float32)
+    return rows if weight.scale is None else rows * weight.scale[ids][..., None]
+
+
+@jax.jit
+def _pack(weight: Shaped[Array, "outputs inputs"]) -> Shaped[Array, "blocks lines 16 inputs_a_line"]:
+    inputs = _WORD_BYTES // weight.dtype.itemsize
+    padding = [(0, -size % unit) for size, unit in zip(weight.shape, (_WIDTH, inputs), strict=True)]
+    weight = jnp.pad(weight, padding)
+    return weight.reshape(len(weight) // _WIDTH, _WIDTH, -1, inputs).swapaxes(1, 2)
