@@ -361,7 +361,8 @@ struct Attention {
   }
 
   // One token a row: a task takes one segment of a row, with all heads. The last of a row to end adds them up.
-  void AttendOnce(ffi::ThreadPool& pool, int64_t rows) const {
+  template <typename Pool>
+  void AttendOnce(Pool& pool, int64_t rows) const {
     struct Row {
       Queries queries;
       std::vector<Seen> segments;
@@ -394,7 +395,8 @@ struct Attention {
   }
 
   // Many tokens a row: a task takes some of them through all segments, with one KV head.
-  void AttendChunk(ffi::ThreadPool& pool, int64_t rows) const {
+  template <typename Pool>
+  void AttendChunk(Pool& pool, int64_t rows) const {
     const int64_t step = std::clamp<int64_t>(kQueries / group, 1, tokens);
     const int64_t parts = (tokens + step - 1) / step;
     ParallelFor(pool, rows * parts * kv_heads, [&](int64_t task) {

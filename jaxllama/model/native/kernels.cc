@@ -9,87 +9,12 @@
 
 #include "attention.h"
 #include "parallel.h"
-#include "tiles.h"
+#include "products.h"
 #include "xla/ffi/api/ffi.h"
 
+namespace ffi = xla::ffi;
+
 namespace {
-
-constexpr int64_t kRowsInCache = 90;  // whose inputs stay in the second-level cache
-
-// A matrix product: some blocks of one weight.
-struct Task {
-  ffi::DataType format;
-  const char* blocks;
-  int64_t num_blocks, block_bytes, lines;
-  const float* scales;  // one an output, or null
-  float* y;  // of the first block
-  int64_t out, num_outputs;  // a row's outputs in all, and of these blocks
-};
-
-// x [rows, in] in both forms in which products read it, padded with zeros to whole lines.
-struct Inputs {
-  int64_t rows, stride;
-  std::vector<float> floats;
-  const BFloat16* pairs = nullptr;
-  std::vector<BFloat16> padded;
-};
-
-template <typename Lines, typename X>
-void Product(const Task& task, const X* x, int64_t stride, int64_t rows) {
-  thread_local std::vector<float> last(kRowsInCache * kBlockLanes);
-  for (int64_t first = 0; first < rows; first += kRowsInCache) {
-    const int64_t end = std::min(rows, first + kRowsInCache), whole = task.num_outputs / kBlockLanes;
-    // Few blocks at a time: they stay in the first-level cache while rows go by.
-    constexpr int64_t kAtOnce = 4;
-    for (int64_t block = 0; block < task.num_blocks; block += kAtOnce) {
-      const char* w = task.blocks + block * task.block_bytes;
-      const int64_t count = end - first;
-      float* y = task.y + first * task.out + block * kBlockLanes;
-      Rows<Lines, Start::kZero>(count, x + first * stride, stride, w, task.block_bytes,
-                                std::min(kAtOnce, whole - block), task.lines, y, task.out);
-      if (block + kAtOnce > whole && whole < task.num_blocks) {
-        Rows<Lines, Start::kZero>(count, x + first * stride, stride, task.blocks + whole * task.block_bytes,
-                                  task.block_bytes, 1, task.lines, last.data(), kBlockLanes);
-        for (int64_t r = 0; r < count; ++r) {
-          std::memcpy(task.y + (first + r) * task.out + whole * kBlockLanes, &last[r * kBlockLanes],
-                      task.num_outputs % kBlockLanes * sizeof(float));
-        }
-      }
-      if (task.scales == nullptr) continue;
-      const int64_t outputs = std::min(kAtOnce * kBlockLanes, task.num_outputs - block * kBlockLanes);
-      for (int64_t r = 0; r < count; ++r) {
-        for (int64_t i = 0; i < outputs; ++i) y[r * task.out + i] *= task.scales[block * kBlockLanes + i];
-      }
-    }
-  }
-}
-
-void Run(const Task& task, const Inputs& x) {
-  switch (task.format) {
-    case ffi::BF16:
-#if JAXLLAMA_DOTS_PAIRS
-      if (x.pairs != nullptr) return Product<BFloat16PairLines>(task, x.pairs, x.stride, x.rows);
-#endif
-      return Product<BFloat16Lines>(task, x.floats.data(), x.stride, x.rows);
-    case ffi::F32:
-      return Product<FloatLines>(task, x.floats.data(), x.stride, x.rows);
-    default:
-      return Product<Int8Lines>(task, x.floats.data(), x.stride, x.rows);
-  }
-}
-
-template <typename X>
-void Convert(ffi::ThreadPool& pool, const X* x, int64_t in, Inputs* to) {
-  to->floats.resize(to->rows * to->stride);
-  constexpr int64_t kRows = 16;
-  ParallelFor(pool, (to->rows + kRows - 1) / kRows, [&](int64_t part) {
-    for (int64_t row = part * kRows; row < std::min(to->rows, (part + 1) * kRows); ++row) {
-      float* floats = &to->floats[row * to->stride];
-      for (int64_t i = 0; i < in; ++i) floats[i] = ToFloat(x[row * in + i]);
-      std::fill(floats + in, floats + to->stride, 0.0f);
-    }
-  });
-}
 
 // x [..., in], bfloat16 or float32, with weights [out / 16, in / n, 16, n] to as many y [..., out] of float32: n is 1
 // for float32, 2 for bfloat16, and 4 for int8, whose scales [out], a multiple of 16, follow.
@@ -105,13 +30,14 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs w
     if (!weight.has_value()) return weight.error();
     if (!y.has_value()) return y.error();
     Task task{};
-    task.format = weight->element_type();
-    if (task.format == ffi::S8) {
+    const ffi::DataType type = weight->element_type();
+    task.format = type == ffi::BF16 ? Format::kBFloat16 : type == ffi::F32 ? Format::kFloat32 : Format::kInt8;
+    if (task.format == Format::kInt8) {
       const auto scales = weights.get<ffi::Buffer<ffi::F32>>(next++);
       if (!scales.has_value()) return scales.error();
       task.scales = scales->typed_data();
     }
-    needs_floats |= task.format != ffi::BF16 || !JAXLLAMA_DOTS_PAIRS || x.element_type() != ffi::BF16;
+    needs_floats |= task.format != Format::kBFloat16 || !JAXLLAMA_DOTS_PAIRS || x.element_type() != ffi::BF16;
     const auto shape = weight->dimensions();
     task.lines = shape[1];
     task.block_bytes = task.lines * kLineBytes;

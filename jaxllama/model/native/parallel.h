@@ -1,4 +1,4 @@
-// Work shared with the threads of XLA's pool.
+// Work shared with the threads of a pool, XLA's or another with its two methods.
 #pragma once
 
 #include <algorithm>
@@ -8,16 +8,13 @@
 #include <thread>
 
 #include "simd.h"
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
 
 namespace {
 
 // Runs body(0), body(1), … body(count - 1) on this thread and on those of the pool that are free, and returns when all
 // have ended. It waits only for threads that have begun, so calls may be nested in the pool without a deadlock.
-template <typename Body>
-void ParallelFor(ffi::ThreadPool& pool, int64_t count, const Body& body) {
+template <typename Pool, typename Body>
+void ParallelFor(Pool& pool, int64_t count, const Body& body) {
   struct Work {
     const Body* body;
     int64_t count;

@@ -48,8 +48,8 @@ class Platform:
     hold a failed row's NaN are cleared before another row is given them, because the kernel reads past a row's end.
     `has_row_buckets`: decode programs are made for fewer rows too, which presumes that a row's bits are the same in
     each. `min_rows` of a decode program: XLA multiplies one row by another path, with other bits, than two, and a row
-    must not notice its batch. `programs_agree`: all programs write the same bits for a token, `prefill` of any size from any page and
-    `decode_steps` alike.
+    must not notice its batch. `programs_agree`: all programs write the same bits for a token, `prefill` of any size
+    from any page and `decode_steps` alike.
     """
 
     name: str
