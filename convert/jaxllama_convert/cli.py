@@ -15,7 +15,11 @@ _MAX_MESSAGE_CHARS = 8000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `jaxllama convert` to a (sub)parser."""
-    parser.add_argument("src", metavar="SRC", help="a folder of safetensors with config.json, or a GGUF file")
+    parser.add_argument(
+        "src",
+        metavar="SRC",
+        help="a folder of safetensors with config.json, quantised or not, or a GGUF file (any part of it)",
+    )
     parser.add_argument("dst", metavar="DST", help="the checkpoint folder to make")
     parser.add_argument(
         "--dtype",
@@ -23,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype of the stored weights (default: float32 if every matrix of SRC is float32, else bfloat16)",
     )
     parser.add_argument(
-        "--quantize", choices=("int8",), help="round the matrices, with a scale an output channel (default: no)"
+        "--quantize",
+        choices=("int8",),
+        help="round the matrices, with a scale an output channel; those of SRC that are such int8 stay (default: no)",
     )
     parser.add_argument("--force", action="store_true", help="replace DST if it is a jaxllama checkpoint")
     parser.add_argument("--verify", action="store_true", help="read everything back and compare its sha256")

@@ -2,10 +2,10 @@
 
     PYTHONPATH=$GPTQMODEL:$AUTOAWQ python tests/oracle/make_quantized.py --out tests/golden/quantised [--old-ct FOLDER]
 
-Runs in an environment of its own (Python 3.11, torch CPU; versions in cases.json). GPTQModel and AutoAWQ do not install
-beside this torch: their published sources are unpacked and imported from there (GPTQModel wants pillow, datasets,
-logbar, device-smi, pypcre, tokenicer, threadpoolctl, defuser and torchao). `--old-ct` is an unpacked compressed-tensors
-0.10.2, the last with act-order.
+Runs in an environment of its own (Python 3.11, torch CPU; versions in cases.json). GPTQModel wants a newer torch and
+AutoAWQ is no longer kept: their published sources are unpacked and imported from there (GPTQModel also wants pillow,
+datasets, logbar, device-smi, pypcre, tokenicer, threadpoolctl, defuser and torchao). `--old-ct` is an unpacked
+compressed-tensors 0.10.2, the last with act-order.
 
 Every case is one file with the parts of two matrices of the model in tests/unit/weights/sources/quantized_test.py, and
 an entry of cases.json: quantization_config and, for each matrix, the sha256 of its values as little-endian float32, and
@@ -319,7 +319,7 @@ def main() -> None:
     """Writes every case."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--old-ct", default="/tmp/oracle_fmt/src/ct_old")
+    parser.add_argument("--old-ct")
     parser.add_argument("--act-order")
     args = parser.parse_args()
     if args.act_order:

@@ -228,7 +228,7 @@ def _renamed(spec: Mapping[str, Any], contents: Sequence[str]) -> dict[str, Any]
         pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
         model["merges"] = [[a, b] for a, b in pairs if a not in names and b not in names and a + b not in names]
     added = [
-        {**entry, "content": names.get(entry["content"], entry["content"])} for entry in spec["added_tokens"] or []
+        {**entry, "content": names.get(entry["content"], entry["content"])} for entry in spec.get("added_tokens") or []
     ]
     return {**spec, "model": model, "added_tokens": added, "post_processor": None}
 
