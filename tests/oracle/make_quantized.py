@@ -1,6 +1,6 @@
 """Quantised matrices as the libraries of their formats write them, and what those libraries dequantise them to.
 
-    PYTHONPATH=$GPTQMODEL:$AUTOAWQ python tests/oracle/make_quantized.py --out tests/golden/quantised [--old-ct FOLDER]
+    PYTHONPATH=$GPTQMODEL:$AUTOAWQ python tests/oracle/make_quantized.py --out tests/golden/quantised --old-ct FOLDER
 
 Runs in an environment of its own (Python 3.11, torch CPU; versions in cases.json). GPTQModel wants a newer torch and
 AutoAWQ is no longer kept: their published sources are unpacked and imported from there (GPTQModel also wants pillow,
