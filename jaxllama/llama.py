@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self, overload
+from typing import Any, Self, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from jaxllama.system.progress import Advance, show_progress
 from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
 from jaxllama.text.constraint import ConstraintMaker, OutputConstraint
 from jaxllama.text.encoding.tokenizer import Tokenizer, load_tokenizer
-from jaxllama.text.output import PROMPT_TAIL, OutputAssembler
+from jaxllama.text.output import PROMPT_TAIL, GrowingOutput, OutputAssembler
 from jaxllama.text.structured import Grammar
 from jaxllama.weights.checkpoint import Checkpoint
 from jaxllama.weights.loading import load_params
@@ -353,7 +353,7 @@ class Llama:
 
 
 class _Output:
-    """One output as it grows: tokens from the engine, text through the assembler, stop strings."""
+    """One output: its request, what constrains it, and how it grows."""
 
     def __init__(
         self,
@@ -368,9 +368,9 @@ class _Output:
         self._prompt = prompt
         self._params = params
         self._request: EngineRequest | None = None
-        self._assembler: OutputAssembler | None = None
+        assembler = None
         if llama.tokenizer is not None:
-            self._assembler = OutputAssembler(
+            assembler = OutputAssembler(
                 llama.tokenizer,
                 stop=params.stop,
                 include_stop=params.include_stop_str_in_output,
@@ -381,17 +381,12 @@ class _Output:
             raise RequestError("this checkpoint has no tokenizer: stop strings cannot be found", "stop")
         self._starts_in_reasoning = starts_in_reasoning
         self._grammar = self._compile()
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
-        self._token_ids: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._stop_reason: str | int | None = None
-        self._finish_reason: FinishReason | None = None
+        self._grown = GrowingOutput(assembler, has_stops=bool(params.stop), stop_token_ids=params.stop_token_ids)
 
     @property
     def is_finished(self) -> bool:
         """Whether nothing more will come."""
-        return self._finish_reason is not None
+        return self._grown.finish_reason is not None
 
     def start(self, inbox: queue.SimpleQueue[tuple[_Output, TokenOutput]]) -> None:
         """Submits the request, whose outputs then arrive in `inbox`."""
@@ -433,50 +428,33 @@ class _Output:
         """
         if output.error is not None:
             raise output.error
+        grown = self._grown
         if self.is_finished:
             return CompletionDelta("", "", (), (), None)
-        text, reasoning, num_taken = "", "", 0
-        for token_id in output.token_ids:
-            is_stop = output.stop_token_id is not None and num_taken == len(output.token_ids) - 1
-            num_taken += 1
-            if self._assembler is not None:
-                delta = self._assembler.push([token_id], stop_token_id=token_id if is_stop else None)
-                text, reasoning = text + delta.content, reasoning + delta.reasoning
-                if self._set_matched(delta.matched_stop):
-                    break
-        if self._finish_reason is None and output.finish_reason is not None:
-            self._finish_reason = output.finish_reason
-            if output.stop_token_id in self._params.stop_token_ids:
-                self._stop_reason = output.stop_token_id
-            if self._assembler is not None:
-                delta = self._assembler.flush()
-                text, reasoning = text + delta.content, reasoning + delta.reasoning
-                self._set_matched(delta.matched_stop)
-        new_ids, new_logprobs = output.token_ids[:num_taken], output.logprobs[:num_taken]
-        self._text.append(text)
-        self._reasoning.append(reasoning)
-        self._token_ids += new_ids
-        self._logprobs += new_logprobs
-        return CompletionDelta(text, reasoning, new_ids, new_logprobs, self._finish_reason)
+        num_ids, num_logprobs = len(grown.token_ids), len(grown.logprobs)
+        delta = grown.add(output.token_ids, output.logprobs, output.finish_reason, output.stop_token_id)
+        if delta.matched_stop is not None:
+            self.cancel()
+        ids, logprobs = tuple(grown.token_ids[num_ids:]), tuple(grown.logprobs[num_logprobs:])
+        return CompletionDelta(delta.content, delta.reasoning, ids, logprobs, self._finish_reason)
+
+    @property
+    def _finish_reason(self) -> FinishReason | None:
+        # The engine's own, or "stop".
+        return cast("FinishReason | None", self._grown.finish_reason)
 
     def completion(self) -> Completion:
         """The whole output, once finished."""
         assert self._finish_reason is not None
         assert self._request is not None
+        grown = self._grown
         return Completion(
-            text="".join(self._text),
-            token_ids=tuple(self._token_ids),
-            logprobs=tuple(self._logprobs) if self._params.logprobs is not None else None,
+            text="".join(grown.content),
+            token_ids=tuple(grown.token_ids),
+            logprobs=tuple(grown.logprobs) if self._params.logprobs is not None else None,
             finish_reason=self._finish_reason,
             prompt_token_ids=tuple(self._prompt),
-            reasoning="".join(self._reasoning),
-            stop_reason=self._stop_reason,
+            reasoning="".join(grown.reasoning),
+            stop_reason=grown.stop_reason,
             seed=self._request.seed,
         )
-
-    def _set_matched(self, stop: str | None) -> bool:
-        if stop is None:
-            return False
-        self._stop_reason, self._finish_reason = stop, "stop"
-        self.cancel()
-        return True

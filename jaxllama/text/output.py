@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from jaxllama.text.encoding.tokenizer import Tokenizer
 from jaxllama.text.reasoning import CLOSE_TAG, OPEN_TAG, Part, ReasoningSplitter
@@ -169,4 +170,90 @@ class OutputAssembler:
         calls = tuple(self._tool_calls)
         delta = TextDelta(self._content, self._reasoning, matched, self._num_reasoning_tokens, calls)
         self._clear()
+        return delta
+
+
+@dataclass
+class GrowingOutput:
+    """One output as it grows: the engine's tokens become text, up to the stop string or the token that ends them.
+
+    `token_ids` are its tokens up to the end, a stop token or a stop string's last included. `logprobs` has one entry a
+    token where the engine gives any, and `is_reasoning` says which of them are of the reasoning. `assembler` None: a
+    model without tokenizer, whose output has no text. `ended_by_token`: the last token is a stop token.
+    """
+
+    assembler: OutputAssembler | None
+    has_stops: bool = False
+    stop_token_ids: Collection[int] = ()
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+    is_reasoning: list[bool] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    content: list[str] = field(default_factory=list)
+    num_reasoning_tokens: int = 0
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    ended_by_token: bool = False
+
+    def add(
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[Any] = (),
+        finish_reason: str | None = None,
+        stop_token_id: int | None = None,
+    ) -> TextDelta:
+        """Takes in what the engine produced (`TokenOutput`); nothing once the output has ended.
+
+        `matched_stop` of the delta says that a stop string ended the output here, maybe before the engine does.
+        """
+        deltas: list[TextDelta] = []
+        for piece, is_stop, entries in self._pieces(token_ids, logprobs, stop_token_id):
+            if self.finish_reason is None:
+                self.token_ids += piece
+                self.logprobs += entries
+                self.is_reasoning += [False] * len(entries)
+                self.ended_by_token = is_stop
+                deltas.append(self._push(piece, stop_token_id if is_stop else None))
+        if self.finish_reason is None and finish_reason is not None:
+            deltas.append(self._flush())
+            if self.finish_reason is None:
+                self.finish_reason = finish_reason
+                self.stop_reason = stop_token_id if stop_token_id in self.stop_token_ids else None
+        delta = TextDelta(
+            "".join(delta.content for delta in deltas),
+            "".join(delta.reasoning for delta in deltas),
+            next((delta.matched_stop for delta in deltas if delta.matched_stop is not None), None),
+            sum(delta.num_reasoning_tokens for delta in deltas),
+            tuple(call for delta in deltas for call in delta.tool_calls),
+        )
+        self.reasoning.append(delta.reasoning)
+        self.content.append(delta.content)
+        return delta
+
+    def _pieces(
+        self, ids: Sequence[int], logprobs: Sequence[Any], stop_token_id: int | None
+    ) -> list[tuple[Sequence[int], bool, Sequence[Any]]]:
+        if not ids:
+            return []
+        if not self.has_stops and not logprobs:
+            return [(ids, stop_token_id is not None, ())]
+        # One token at a time: what was decoded past a stop string does not count, and each has its own log-probability.
+        last = len(ids) - 1
+        return [((ids[i],), stop_token_id is not None and i == last, logprobs[i : i + 1]) for i in range(len(ids))]
+
+    def _push(self, ids: Sequence[int], stop_token_id: int | None) -> TextDelta:
+        if self.assembler is None:
+            return TextDelta()
+        return self._account(self.assembler.push(ids, stop_token_id=stop_token_id))
+
+    def _flush(self) -> TextDelta:
+        return TextDelta() if self.assembler is None else self._account(self.assembler.flush())
+
+    def _account(self, delta: TextDelta) -> TextDelta:
+        self.num_reasoning_tokens += delta.num_reasoning_tokens
+        # Tokens that may yet open the reasoning are counted, and marked, once they do.
+        if num_marked := min(delta.num_reasoning_tokens, len(self.is_reasoning)):
+            self.is_reasoning[-num_marked:] = [True] * num_marked
+        if delta.matched_stop is not None:
+            self.finish_reason, self.stop_reason = "stop", delta.matched_stop
         return delta

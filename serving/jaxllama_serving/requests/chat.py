@@ -40,11 +40,11 @@ class ChatReply(Reply):
         """Returns the choices, not begun."""
         shape = self.prepared.shape
         return [
-            Choice(
-                index=i,
-                prompt_ids=self.prepared.prompts[0],
-                params=params,
-                assembler=OutputAssembler(
+            Choice.begin(
+                i,
+                self.prepared.prompts[0],
+                params,
+                OutputAssembler(
                     self.tokenizer,
                     stop=params.stop,
                     include_stop=params.include_stop_str_in_output,
@@ -54,7 +54,7 @@ class ChatReply(Reply):
                     continues=shape.continues,
                     tools=shape.tools.parser() if shape.tools is not None else None,
                 ),
-                constraint=constraint,
+                constraint,
             )
             for i, (params, constraint) in enumerate(zip(self.prepared.params, shape.constraints, strict=True))
         ]
@@ -81,20 +81,18 @@ class ChatReply(Reply):
         return [self._choice(choice) for choice in generation.choices]
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(choice.content), "refusal": None}
-        message |= dict.fromkeys(self._reasoning_names, "".join(choice.reasoning))
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(choice.output.content), "refusal": None}
+        message |= dict.fromkeys(self._reasoning_names, "".join(choice.output.reasoning))
         if choice.tool_calls:
             message["content"] = message["content"] or None
             message["tool_calls"] = [_call(call) for call in choice.tool_calls]
-        told = list(zip(choice.logprobs, choice.is_reasoning, strict=True))
-        content = [entry for entry, is_reasoning in told if not is_reasoning]
-        reasoning = [entry for entry, is_reasoning in told if is_reasoning]
+        content, reasoning = choice.logprobs()
         return {
             "index": choice.index,
             "message": message,
             "logprobs": self._logprobs(content, reasoning),
             "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
+            "stop_reason": choice.output.stop_reason,
             **self.extras(choice),
         }
 
@@ -124,7 +122,7 @@ class ChatReply(Reply):
         if update.finish_reason is not None:
             last = self._chunk(generation, update.index, {})
             last["choices"][0]["finish_reason"] = update.finish_reason
-            last["choices"][0]["stop_reason"] = choice.stop_reason
+            last["choices"][0]["stop_reason"] = choice.output.stop_reason
             chunks.append(last)
         if not chunks:
             return []

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from jaxllama import OutputAssembler
+from jaxllama.text.output import GrowingOutput
 from jaxllama_serving.http.events import OutputQueue
 from jaxllama_serving.protocol.errors import ApiError, unavailable
 
 if TYPE_CHECKING:
-    from jaxllama import Engine, EngineRequest, SamplingParams, TokenLogprob, TokenOutput
+    from jaxllama import Engine, EngineRequest, OutputAssembler, SamplingParams, TokenLogprob, TokenOutput
     from jaxllama.text.constraint import OutputConstraint
     from jaxllama.text.output import TextDelta
     from jaxllama.text.tool_parsing import ToolDelta
@@ -48,35 +48,48 @@ class Call:
 
 @dataclass
 class Choice:
-    """One row's state. `token_ids` are its tokens up to the end, a stop token or a stop string's last included.
+    """One row's state. Its log-probabilities leave an ending stop token out: it has no text.
 
-    The logprobs leave an ending stop token out: it has no text. Times are `time.monotonic`'s, of the first and the last
-    token.
+    Times are `time.monotonic`'s, of the first and the last token.
     """
 
     index: int
     prompt_ids: list[int]
     params: SamplingParams
-    assembler: OutputAssembler
+    output: GrowingOutput
     constraint: OutputConstraint | None = None
     row: EngineRequest | None = None
-    num_reasoning_tokens: int = 0
     finish_reason: str | None = None
-    stop_reason: str | int | None = None
-    reasoning: list[str] = field(default_factory=list)
-    content: list[str] = field(default_factory=list)
     tool_calls: list[Call] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    is_reasoning: list[bool] = field(default_factory=list)
     first_token_at: float | None = None
     last_token_at: float | None = None
     _num_told: tuple[int, int] = (0, 0)
 
+    @classmethod
+    def begin(
+        cls,
+        index: int,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        assembler: OutputAssembler,
+        constraint: OutputConstraint | None = None,
+    ) -> Self:
+        """A choice without tokens."""
+        output = GrowingOutput(assembler, has_stops=bool(params.stop), stop_token_ids=params.stop_token_ids)
+        return cls(index, prompt_ids, params, output, constraint)
+
     @property
     def num_tokens(self) -> int:
         """Tokens so far."""
-        return len(self.token_ids)
+        return len(self.output.token_ids)
+
+    def logprobs(self, first: int = 0) -> tuple[list[TokenLogprob], list[TokenLogprob]]:
+        """Those of the content's tokens and those of the reasoning's, from the token `first` on."""
+        output = self.output
+        end = len(output.logprobs) - (1 if output.ended_by_token and output.logprobs else 0)
+        told = list(zip(output.logprobs[first:end], output.is_reasoning[first:end], strict=True))
+        content = [entry for entry, is_reasoning in told if not is_reasoning]
+        return content, [entry for entry, is_reasoning in told if is_reasoning]
 
     def advance(self, output: TokenOutput) -> Update | None:
         """Takes one output of the engine; returns None if it changes nothing that a client sees.
@@ -86,79 +99,37 @@ class Choice:
         if output.token_ids:
             self.last_token_at = time.monotonic()
             self.first_token_at = self.first_token_at or self.last_token_at
-        deltas = [self._push(*piece) for piece in self._pieces(output) if self.finish_reason is None]
-        if self.finish_reason is None and output.finish_reason is not None:
-            deltas.append(self._end(output))
-        reasoning = "".join(delta.reasoning for delta in deltas)
-        content = "".join(delta.content for delta in deltas)
-        tool_calls = tuple(call for delta in deltas for call in delta.tool_calls)
-        if not reasoning and not content and not tool_calls and self.finish_reason is None:
+        delta = self.output.add(output.token_ids, output.logprobs, output.finish_reason, output.stop_token_id)
+        if delta.matched_stop is not None and self.row is not None:
+            self.row.cancel()
+        self._add_calls(delta.tool_calls)
+        self.finish_reason = self.output.finish_reason
+        if self.tool_calls and self.finish_reason == "stop" and self.output.stop_reason is None:
+            self.finish_reason = "tool_calls"
+        if not delta.reasoning and not delta.content and not delta.tool_calls and self.finish_reason is None:
             return None
-        self.reasoning.append(reasoning)
-        self.content.append(content)
-        self._add_calls(tool_calls)
-        return self._update(reasoning, content, tool_calls)
+        return self._update(delta)
 
     def _add_calls(self, deltas: Sequence[ToolDelta]) -> None:
         for delta in deltas:
             if delta.name is not None:
                 self.tool_calls.append(Call(f"call_{secrets.token_hex(12)}", delta.name))
             self.tool_calls[delta.index].arguments.append(delta.arguments)
-        if self.tool_calls and self.finish_reason == "stop" and self.stop_reason is None:
-            self.finish_reason = "tool_calls"
 
-    def _update(self, reasoning: str, content: str, tool_calls: tuple[ToolDelta, ...]) -> Update:
-        (first_id, first_logprob), self._num_told = self._num_told, (len(self.token_ids), len(self.logprobs))
-        told = list(zip(self.logprobs[first_logprob:], self.is_reasoning[first_logprob:], strict=True))
+    def _update(self, delta: TextDelta) -> Update:
+        first_id, first_logprob = self._num_told
+        self._num_told = (len(self.output.token_ids), len(self.output.logprobs))
+        content, reasoning = self.logprobs(first_logprob)
         return Update(
             self.index,
-            reasoning,
-            content,
+            delta.reasoning,
+            delta.content,
             self.finish_reason,
-            tool_calls,
-            tuple(self.token_ids[first_id:]),
-            tuple(entry for entry, is_reasoning in told if not is_reasoning),
-            tuple(entry for entry, is_reasoning in told if is_reasoning),
+            delta.tool_calls,
+            tuple(self.output.token_ids[first_id:]),
+            tuple(content),
+            tuple(reasoning),
         )
-
-    def _pieces(self, output: TokenOutput) -> list[tuple[Sequence[int], int | None, TokenLogprob | None]]:
-        ids, stop_id = output.token_ids, output.stop_token_id
-        if not ids:
-            return []
-        if not self.params.stop and self.params.logprobs is None:
-            return [(ids, stop_id, None)]
-        # One token at a time: what was decoded past a stop string does not count, and each has its own log-probability.
-        entries = output.logprobs or (None,) * len(ids)
-        stops = (None,) * (len(ids) - 1) + (stop_id,)
-        return [((token_id,), stop, entry) for token_id, stop, entry in zip(ids, stops, entries, strict=True)]
-
-    def _push(self, ids: Sequence[int], stop_token_id: int | None, entry: TokenLogprob | None) -> TextDelta:
-        delta = self.assembler.push(ids, stop_token_id=stop_token_id)
-        self.token_ids += ids
-        if entry is not None and stop_token_id is None:
-            self.logprobs.append(entry)
-            self.is_reasoning.append(False)
-        self._account(delta)
-        return delta
-
-    def _end(self, output: TokenOutput) -> TextDelta:
-        delta = self.assembler.flush()
-        self._account(delta)
-        if self.finish_reason is None:
-            self.finish_reason = output.finish_reason
-            if output.stop_token_id in self.params.stop_token_ids:
-                self.stop_reason = output.stop_token_id
-        return delta
-
-    def _account(self, delta: TextDelta) -> None:
-        self.num_reasoning_tokens += delta.num_reasoning_tokens
-        # Tokens that may yet open the reasoning are counted, and marked, once they do.
-        if num_marked := min(delta.num_reasoning_tokens, len(self.is_reasoning)):
-            self.is_reasoning[-num_marked:] = [True] * num_marked
-        if delta.matched_stop is not None:
-            self.finish_reason, self.stop_reason = "stop", delta.matched_stop
-            if self.row is not None:
-                self.row.cancel()
 
 
 class Generation:
@@ -228,7 +199,7 @@ class Generation:
     @property
     def num_reasoning_tokens(self) -> int:
         """Those of them that were reasoning."""
-        return sum(choice.num_reasoning_tokens for choice in self.choices)
+        return sum(choice.output.num_reasoning_tokens for choice in self.choices)
 
     async def updates(self, timeout_s: float) -> list[Update]:
         """Waits for new text and returns it; an empty list when nothing new is visible, or `timeout_s` passed.

@@ -47,7 +47,7 @@ class CompletionReply(Reply):
                 include_stop=params.include_stop_str_in_output,
                 prompt_tail=prompt[-PROMPT_TAIL:],
             )
-            choices.append(Choice(index=i, prompt_ids=prompt, params=params, assembler=assembler))
+            choices.append(Choice.begin(i, prompt, params, assembler))
         return choices
 
     def body_choices(self, generation: Generation) -> list[dict[str, Any]]:
@@ -63,14 +63,14 @@ class CompletionReply(Reply):
 
     def _choice(self, choice: Choice, index: int) -> dict[str, Any]:
         text, ids, logprobs = self._echoed(choice)
-        text += "".join(choice.content)
-        lists = logprobs.add([*ids, *_entries(choice.logprobs)]) if logprobs is not None else None
+        text += "".join(choice.output.content)
+        lists = logprobs.add([*ids, *_entries(choice.logprobs()[0])]) if logprobs is not None else None
         return {
             "index": index,
             "text": text,
             "logprobs": lists,
             "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
+            "stop_reason": choice.output.stop_reason,
             **self._prompt_fields(choice),
             **self.extras(choice),
         }
@@ -99,7 +99,7 @@ class CompletionReply(Reply):
             choice["token_ids"] = list(update.token_ids)
         if update.finish_reason is not None:
             choice["finish_reason"] = update.finish_reason
-            choice["stop_reason"] = generation.choices[update.index].stop_reason
+            choice["stop_reason"] = generation.choices[update.index].output.stop_reason
         return [self.frame(generation, choice)]
 
     def _echoed(
@@ -136,4 +136,5 @@ def _entries(entries: Sequence[TokenLogprob]) -> Iterator[tuple[int, float | Non
 
 
 def _mean_logprob(choice: Choice) -> float:
-    return math.fsum(entry.logprob for entry in choice.logprobs) / max(1, len(choice.logprobs))
+    told, _ = choice.logprobs()
+    return math.fsum(entry.logprob for entry in told) / max(1, len(told))

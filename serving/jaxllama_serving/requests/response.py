@@ -101,7 +101,7 @@ class Reply(ABC):
         request = self.prepared.request
         extras: dict[str, Any] = {"seed": choice.params.seed} if request.return_seed else {}
         if request.return_token_ids:
-            extras["token_ids"] = choice.token_ids
+            extras["token_ids"] = choice.output.token_ids
         return extras
 
     def _head(self, kind: str) -> dict[str, Any]:
