@@ -17,6 +17,8 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 def normalized(messages: Sequence[Mapping[str, Any]], *, keep_last: bool = False) -> list[dict[str, Any]]:
     """Checked copies of `messages`: content is one text, developers are systems, and the system message comes first.
 
+    Several system messages become one, in their order, with a blank line between.
+
     An assistant's reasoning is in `reasoning_content` alone, whatever name it had, or where it was: `<think>…</think>`
     at the start of the content is split off. With `keep_last` the last message's content stays as it is. Content is
     None only where the assistant calls tools.
@@ -29,13 +31,18 @@ def normalized(messages: Sequence[Mapping[str, Any]], *, keep_last: bool = False
         _plain(message, f"messages[{i}]", splits=not keep_last or i < len(messages) - 1)
         for i, message in enumerate(messages)
     ]
-    at = [i for i, message in enumerate(plain) if message["role"] == "system"]
-    if len(at) > 1:
-        raise ChatTemplateError(
-            f"messages[{at[1]}] is a second system message (or developer's), at most one is allowed.",
-            f"messages[{at[1]}].role",
-        )
-    return [plain[i] for i in at] + [message for message in plain if message["role"] != "system"]
+    system = [message for message in plain if message["role"] == "system"]
+    return _joined(system) + [message for message in plain if message["role"] != "system"]
+
+
+def _joined(system: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One message instead of several, as templates want it; a name that only some of them have is dropped."""
+    if len(system) < 2:
+        return system
+    joined = {"role": "system", "content": "\n\n".join(message["content"] for message in system)}
+    names = {message.get("name") for message in system} - {None}
+    is_shared = len(names) == 1 and all("name" in message for message in system)
+    return [{**joined, "name": names.pop()} if is_shared else joined]
 
 
 def _plain(message: Mapping[str, Any], where: str, *, splits: bool) -> dict[str, Any]:
@@ -61,7 +68,8 @@ def _text(message: Mapping[str, Any], where: str) -> str | None:
             if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
                 raise ChatTemplateError(f'{where}: every part must be {{"type": "text", "text": …}}.', where)
         content = "".join(part["text"] for part in content)
-    if (content is None and not message.get("tool_calls")) or (content is not None and not isinstance(content, str)):
+    may_be_none = message.get("role") == "assistant" and bool(message.get("tool_calls"))
+    if (content is None and not may_be_none) or (content is not None and not isinstance(content, str)):
         raise ChatTemplateError(f"{where} must be a text or a list of text parts.", where)
     return content
 

@@ -42,8 +42,8 @@ class Strict(BaseModel):
             return data
         given = {key: value for key, value in data.items() if value is not None and key not in HARMLESS_ANYWHERE}
         for name, refused in refusals_in(given, cls.refused):
-            instead = refused.instead or "give the value that turns it off"
-            message = f"is not supported here. Leave it out, or {instead}."
+            instead = f", or {refused.instead}" if refused.instead else ""
+            message = f"is not supported here. Leave it out{instead}."
             raise PydanticCustomError("unsupported", "{message}", {"name": name, "message": message})
         return {key: value for key, value in given.items() if key not in cls.refused}
 

@@ -12,7 +12,7 @@ class Refused:
     """One field that is refused, unless its value asks for nothing: one of `harmless`.
 
     `switch` names a field that turns this one's feature off where it is there with a harmless value of its own: then
-    this one has no effect. `instead` is the end of the sentence "Leave it out, or …".
+    this one has no effect. `instead` ends the sentence "Leave it out, or …".
     """
 
     instead: str = ""
@@ -106,7 +106,7 @@ _MEDIA: Refusals = {
 }
 _OTHER_APIS: Refusals = {
     **_all("documents", "write them into the messages", ([],)),
-    **_all("template chat_template", "the server uses the model's own template"),
+    **_all("template chat_template", "change the checkpoint's: the server uses no other"),
     **_all("raw", harmless=(False,)),
     **_all("options", "give its fields beside messages", ({},)),
     **_all("thinking_token_budget", "use thinking_budget"),
@@ -148,7 +148,7 @@ MESSAGE: Refusals = {
     **_all("refusal", "use content", ("",)),
 }
 TOKENIZE: Refusals = {
-    **_all("chat_template", "the server uses the model's own template"),
+    **_all("chat_template", "change the checkpoint's: the server uses no other"),
     **_all("chat_template_kwargs", harmless=({},)),
     **_all("tools documents", harmless=([],)),
     **_all("continue_final_message", harmless=(False,)),

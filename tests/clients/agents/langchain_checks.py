@@ -34,10 +34,6 @@ class TestChatOpenAI(ChatModelIntegrationTests):
     def supports_anthropic_inputs(self) -> bool:
         return False
 
-    @pytest.mark.xfail(reason="the contract allows one system message, this sends two", strict=True)
-    def test_double_messages_conversation(self, model: BaseChatModel) -> None:
-        super().test_double_messages_conversation(model)
-
     @pytest.fixture
     def model(self, request: pytest.FixtureRequest) -> BaseChatModel:
         return ChatOpenAI(**self.chat_model_params)  # type: ignore[arg-type]

@@ -185,6 +185,19 @@ def test_a_system_message_moves_to_the_front(chatml: Path) -> None:
     assert moved == template.render([{"role": "system", "content": "Be brief."}, USER]).text
 
 
+def test_several_system_messages_become_one() -> None:
+    template = template_of("{% for m in messages %}[{{ m.role }}|{{ m.name }}|{{ m.content }}]{% endfor %}")
+    system = {"role": "system", "content": [{"type": "text", "text": "a"}], "name": "S"}
+    developer = {"role": "developer", "content": "b"}
+    for messages, name in (
+        ([system, USER, developer], ""),
+        ([system, USER, {**developer, "name": "S"}], "S"),
+        ([system, USER, {**developer, "name": "D"}], ""),
+    ):
+        assert template.render(messages).text == f"[system|{name}|a\n\nb][user||Hello]"
+    assert template.render([USER, system]).text == "[system|S|a][user||Hello]"
+
+
 def test_text_parts_are_joined(chatml: Path) -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     assert ids_of(chatml, [{"role": "user", "content": parts}])[1] == ids_of(chatml, [USER])[1]
@@ -198,7 +211,7 @@ def test_text_parts_are_joined(chatml: Path) -> None:
         ([USER, {"role": "user"}], "messages\\[1\\].content"),
         ([{"role": "user", "content": 3}], "content"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "part"),
-        ([{"role": "system", "content": ""}] * 2, "at most one"),
+        ([{"role": "user", "content": None, "tool_calls": [{}]}], "messages\\[0\\].content"),
         (["hello"], "object"),
     ],
 )
@@ -299,7 +312,7 @@ def test_what_is_malformed_is_told_by_its_path() -> None:
     system = {"role": "system", "content": "x"}
     for messages, param in (
         ([USER, {"role": "user", "content": 3}], "messages[1].content"),
-        ([system, USER, system], "messages[2].role"),
+        ([system, USER, {"role": "system"}], "messages[2].content"),
         ([{"role": "robot"}], "messages[0].role"),
         ([], "messages"),
     ):

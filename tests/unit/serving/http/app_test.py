@@ -132,17 +132,6 @@ BAD_REQUESTS = {
         "messages",
         None,
     ),
-    "two system messages": (
-        json_post(
-            json.dumps(
-                body(messages=[{"role": "system", "content": "a"}, {"role": "developer", "content": "b"}])
-            ).encode()
-        ),
-        400,
-        "invalid_request_error",
-        "messages[1].role",
-        None,
-    ),
     "prompt beyond the context": (
         json_post(json.dumps(body(messages=[{"role": "user", "content": "x" * 5000}])).encode()),
         400,

@@ -67,13 +67,6 @@ MALFORMED = {
         "missing_required_parameter",
     ),
     "a tool message without id": (chat(messages=[{"role": "tool", "content": "a"}]), 400, INVALID, "messages[0]", None),
-    "two system messages": (
-        chat(messages=[{"role": "system", "content": "a"}] * 2),
-        400,
-        INVALID,
-        "messages[1].role",
-        None,
-    ),
     "no parts": (message(content=[]), 400, INVALID, "messages[0].content", None),
     "an echo": (chat(echo=True), 400, INVALID, "echo", "unsupported_parameter"),
     "a choice of nothing": (
