@@ -13,7 +13,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from jaxllama_serving.requests.choices import Generation
+    from jaxllama_serving.requests.choices import Choices
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 GAUGES = {
@@ -93,11 +93,11 @@ class Metrics:
         if num_ignored_fields:
             self._ignored_fields.labels(route).inc(num_ignored_fields)
 
-    def count_generation(self, num_prompt_tokens: int, generation: Generation, started: float) -> None:
+    def count_choices(self, num_prompt_tokens: int, choices: Choices, started: float) -> None:
         """Counts what a request of `started` (of `time.monotonic`) took from the engine, at its end."""
         self._tokens.labels("prompt").inc(num_prompt_tokens)
-        self._tokens.labels("prompt_cached").inc(generation.num_cached_tokens)
-        for choice in generation.choices:
+        self._tokens.labels("prompt_cached").inc(choices.num_cached_tokens)
+        for choice in choices.all:
             self._tokens.labels("completion").inc(choice.num_tokens)
             if choice.row is not None and choice.row.queued_s is not None:
                 self._queue_wait.observe(choice.row.queued_s)

@@ -19,7 +19,7 @@ from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.http.context import RequestContext
 from jaxllama_serving.metrics import Metrics
 from jaxllama_serving.protocol.errors import unavailable
-from jaxllama_serving.requests.choices import Generation
+from jaxllama_serving.requests.choices import Choices
 
 if TYPE_CHECKING:
     from jaxllama import Llama
@@ -40,7 +40,7 @@ class Service:
         self.scorer = ThreadPoolExecutor(1, thread_name_prefix="jaxllama-score")
         self._llama: Llama | None = None
         self._peak_bytes_per_s: float | None = None
-        self._generations: set[Generation] = set()
+        self._running: set[Choices] = set()
         self._num_requests = 0
         self._num_pending_tokens = 0
         self._idle = asyncio.Event()
@@ -128,23 +128,23 @@ class Service:
                 self._idle.set()
 
     @contextmanager
-    def generating(self, generation: Generation, context: RequestContext) -> Iterator[Generation]:
-        """Holds a generation's rows, and keeps it where the end of draining finds it. Counts it at its end.
+    def holding(self, choices: Choices, context: RequestContext) -> Iterator[Choices]:
+        """Holds a choices's rows, and keeps it where the end of draining finds it. Counts it at its end.
 
         Raises: QueueFullError.
         """
-        num_tokens = sum(len(choice.prompt_ids) for choice in generation.choices)
+        num_tokens = sum(len(choice.prompt_ids) for choice in choices.all)
         if self._num_pending_tokens and self._num_pending_tokens + num_tokens > self.config.max_pending_tokens:
             raise QueueFullError(f"{self._num_pending_tokens} prompt tokens are pending already")
-        with generation:
-            self._generations.add(generation)
+        with choices:
+            self._running.add(choices)
             self._num_pending_tokens += num_tokens
             try:
-                yield generation
+                yield choices
             finally:
                 self._num_pending_tokens -= num_tokens
-                self._generations.discard(generation)
-                self.metrics.count_generation(context.num_prompt_tokens, generation, context.started)
+                self._running.discard(choices)
+                self.metrics.count_choices(context.num_prompt_tokens, choices, context.started)
 
     async def drain(self, timeout_s: float) -> int:
         """Refuses new requests and waits for the running ones; returns how many had to be ended at the deadline."""
@@ -154,8 +154,8 @@ class Service:
                 await self._idle.wait()
         except TimeoutError:
             ended = self._num_requests
-            for generation in tuple(self._generations):
-                generation.abort(unavailable("The server shut down before this request finished."))
+            for choices in tuple(self._running):
+                choices.abort(unavailable("The server shut down before this request finished."))
             await asyncio.wait([asyncio.ensure_future(self._idle.wait())], timeout=1.0)
             return ended
         return 0

@@ -94,10 +94,10 @@ def _answer(
     args: argparse.Namespace, llama: Llama, config: ServerConfig, source: InputFile, output: OutputFile
 ) -> Counts:
     from jaxllama.system.progress import show_progress
-    from jaxllama_serving.batch.run import answer_batch
+    from jaxllama_serving.batch.run import run_batch
 
     with show_progress("batch", len(source.lines), show=not args.quiet, done=len(output.done)) as advance:
-        return asyncio.run(answer_batch(llama, config, source, output, 2 * args.max_rows, advance))
+        return asyncio.run(run_batch(llama, config, source, output, 2 * args.max_rows, advance))
 
 
 def _say(text: str) -> None:

@@ -34,7 +34,7 @@ class Counts:
     errors: int = 0
 
 
-async def answer_batch(
+async def run_batch(
     llama: Llama, config: ServerConfig, source: InputFile, output: OutputFile, num_at_once: int, advance: Advance
 ) -> Counts:
     """Appends the answer of every line of `source` that `output` lacks, working on `num_at_once` lines together.

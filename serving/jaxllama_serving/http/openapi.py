@@ -41,7 +41,7 @@ def make_openapi(
     """Returns the document of `routes`, whose requests may ask for one of `model_names`."""
     models: list[type[BaseModel]] = [
         Error,
-        *(m for route in routes for m in (route.body, route.reply, route.chunk) if m is not None),
+        *(m for route in routes for m in (route.body, route.response, route.chunk) if m is not None),
     ]
     modes: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in dict.fromkeys(models)]
     _, schemas = models_json_schema(modes, ref_template="#/components/schemas/{model}")
@@ -97,8 +97,8 @@ def _operation(route: Route, prefix: str, path: str) -> dict[str, Any]:
 
 def _content(route: Route) -> dict[str, Any]:
     content: dict[str, Any] = {}
-    if route.reply is not None:
-        content["application/json"] = {"schema": _ref(route.reply)}
+    if route.response is not None:
+        content["application/json"] = {"schema": _ref(route.response)}
     elif route.media_type == "application/json":
         content[route.media_type] = {"schema": {"type": "object"}}
     else:

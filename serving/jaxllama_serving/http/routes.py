@@ -9,7 +9,7 @@ from aiohttp import web
 from pydantic import BaseModel
 
 from jaxllama_serving.http import status
-from jaxllama_serving.protocol import responses as replies
+from jaxllama_serving.protocol import responses
 from jaxllama_serving.protocol.chat import ChatRequest
 from jaxllama_serving.protocol.completions import CompletionRequest
 from jaxllama_serving.protocol.tokens import DetokenizeRequest, TokenizeRequest
@@ -27,8 +27,8 @@ type Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Route:
     """One route under each of `prefixes`.
 
-    `body` and `reply` are models of JSON, `chunk` that of a stream's events. An `is_open` route needs no key where it
-    has no prefix.
+    `body` and `response` are models of JSON, `chunk` that of a stream's events. An `is_open` route needs no key where
+    it has no prefix.
     """
 
     method: str
@@ -36,7 +36,7 @@ class Route:
     handler: Handler
     prefixes: tuple[str, ...] = EVERYWHERE
     body: type[BaseModel] | None = None
-    reply: type[BaseModel] | None = None
+    response: type[BaseModel] | None = None
     chunk: type[BaseModel] | None = None
     media_type: str = "application/json"
     is_open: bool = False
@@ -49,8 +49,8 @@ ROUTES = (
         chat_completions,
         PREFIXES,
         body=ChatRequest,
-        reply=replies.ChatCompletion,
-        chunk=replies.ChatCompletionChunk,
+        response=responses.ChatCompletion,
+        chunk=responses.ChatCompletionChunk,
     ),
     Route(
         "POST",
@@ -58,16 +58,16 @@ ROUTES = (
         completions,
         PREFIXES,
         body=CompletionRequest,
-        reply=replies.Completion,
-        chunk=replies.Completion,
+        response=responses.Completion,
+        chunk=responses.Completion,
     ),
-    Route("GET", "/models", status.models, PREFIXES, reply=replies.ModelList),
-    Route("GET", "/models/{id:.+}", status.model, PREFIXES, reply=replies.Model),
-    Route("POST", "/tokenize", tokens.tokenize, body=TokenizeRequest, reply=replies.Tokens),
-    Route("POST", "/detokenize", tokens.detokenize, body=DetokenizeRequest, reply=replies.Text),
-    Route("GET", "/health", status.health, reply=replies.Status, is_open=True),
-    Route("GET", "/ready", status.ready, reply=replies.Status, is_open=True),
+    Route("GET", "/models", status.models, PREFIXES, response=responses.ModelList),
+    Route("GET", "/models/{id:.+}", status.model, PREFIXES, response=responses.Model),
+    Route("POST", "/tokenize", tokens.tokenize, body=TokenizeRequest, response=responses.Tokens),
+    Route("POST", "/detokenize", tokens.detokenize, body=DetokenizeRequest, response=responses.Text),
+    Route("GET", "/health", status.health, response=responses.Status, is_open=True),
+    Route("GET", "/ready", status.ready, response=responses.Status, is_open=True),
     Route("GET", "/metrics", status.metrics, media_type="text/plain"),
-    Route("GET", "/version", status.version, reply=replies.Version),
+    Route("GET", "/version", status.version, response=responses.Version),
     Route("GET", "/openapi.json", status.openapi),
 )

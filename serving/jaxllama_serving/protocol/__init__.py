@@ -1,4 +1,5 @@
 """What each route's body may hold: strict models, of which validation, error messages and OpenAPI are made.
 
-No jax, no aiohttp.
+A field is honoured (a field of a model), harmless (`harmless`), refused by name (`refused`) or unknown (`base`). What
+the routes answer is in `responses`. No jax, no aiohttp.
 """

@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 type FinishReason = Literal["stop", "length", "tool_calls"]
 
 
-class _Reply(BaseModel):
+class _Response(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-class ErrorDetails(_Reply):
+class ErrorDetails(_Response):
     """What went wrong, and where."""
 
     message: str
@@ -25,25 +25,25 @@ class ErrorDetails(_Reply):
     code: str | None
 
 
-class Error(_Reply):
+class Error(_Response):
     """Every error of every route."""
 
     error: ErrorDetails
 
 
-class PromptTokensDetails(_Reply):
+class PromptTokensDetails(_Response):
     """How many tokens of the prompt were found in the prefix cache."""
 
     cached_tokens: int
 
 
-class CompletionTokensDetails(_Reply):
+class CompletionTokensDetails(_Response):
     """How many tokens of the completion were reasoning."""
 
     reasoning_tokens: int
 
 
-class Usage(_Reply):
+class Usage(_Response):
     """Tokens, and with prices set their cost in dollars. A prompt counts once for all its choices."""
 
     prompt_tokens: int
@@ -54,7 +54,7 @@ class Usage(_Reply):
     estimated_cost: float = 0.0
 
 
-class TopLogprob(_Reply):
+class TopLogprob(_Response):
     """A token and its log-probability; `bytes` are exact where the text is not UTF-8 by itself."""
 
     token: str
@@ -68,7 +68,7 @@ class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(_Reply):
+class ChatLogprobs(_Response):
     """One entry a token, but for a stop token at the end; those of the reasoning apart."""
 
     content: list[TokenLogprob]
@@ -76,7 +76,7 @@ class ChatLogprobs(_Reply):
     reasoning_content: list[TokenLogprob] = []
 
 
-class PromptLogprob(_Reply):
+class PromptLogprob(_Response):
     """A token that could stand at a place of the prompt. Rank 1 is the likeliest."""
 
     logprob: float
@@ -87,14 +87,14 @@ class PromptLogprob(_Reply):
 type PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
-class CalledFunction(_Reply):
+class CalledFunction(_Response):
     """What the model calls; the arguments are JSON."""
 
     name: str
     arguments: str
 
 
-class ReplyCall(_Reply):
+class ResponseCall(_Response):
     """A tool call. Its id goes into the message with the result."""
 
     id: str
@@ -102,14 +102,14 @@ class ReplyCall(_Reply):
     function: CalledFunction
 
 
-class FunctionDelta(_Reply):
+class FunctionDelta(_Response):
     """A name, or more of the arguments."""
 
     name: str = ""
     arguments: str
 
 
-class CallDelta(_Reply):
+class CallDelta(_Response):
     """What a chunk adds to a call; its first has the id, type and name."""
 
     index: int
@@ -118,7 +118,7 @@ class CallDelta(_Reply):
     function: FunctionDelta
 
 
-class ChatReplyMessage(_Reply):
+class ChatResponseMessage(_Response):
     """The assistant's message."""
 
     role: Literal["assistant"]
@@ -126,10 +126,10 @@ class ChatReplyMessage(_Reply):
     refusal: None
     reasoning_content: str = ""
     reasoning: str = ""
-    tool_calls: list[ReplyCall] = []
+    tool_calls: list[ResponseCall] = []
 
 
-class _Choice(_Reply):
+class _Choice(_Response):
     index: int
     finish_reason: FinishReason | None
     stop_reason: str | int | None = None
@@ -140,11 +140,11 @@ class _Choice(_Reply):
 class ChatChoice(_Choice):
     """One answer."""
 
-    message: ChatReplyMessage
+    message: ChatResponseMessage
     logprobs: ChatLogprobs | None
 
 
-class ChatDelta(_Reply):
+class ChatDelta(_Response):
     """What a chunk adds to the message."""
 
     role: Literal["assistant"] = "assistant"
@@ -161,7 +161,7 @@ class ChatChunkChoice(_Choice):
     logprobs: ChatLogprobs | None
 
 
-class _Head(_Reply):
+class _Head(_Response):
     id: str
     created: int
     model: str
@@ -189,7 +189,7 @@ class ChatCompletionChunk(_Head):
     prompt_token_ids: list[int] = []
 
 
-class CompletionLogprobs(_Reply):
+class CompletionLogprobs(_Response):
     """One entry a token in each list; the first token of an echoed prompt has none."""
 
     tokens: list[str]
@@ -215,7 +215,7 @@ class Completion(_Head):
     usage: Usage | None = None
 
 
-class ModelLimits(_Reply):
+class ModelLimits(_Response):
     """What the server allows of one request."""
 
     max_n: int
@@ -223,14 +223,14 @@ class ModelLimits(_Reply):
     request_timeout_s: float = 0.0
 
 
-class Pricing(_Reply):
+class Pricing(_Response):
     """Dollars per million tokens."""
 
     input: float
     output: float
 
 
-class Model(_Reply):
+class Model(_Response):
     """A served name. `max_model_len` is the context: prompt and completion together, in tokens."""
 
     id: str
@@ -242,14 +242,14 @@ class Model(_Reply):
     pricing: Pricing = Field(default_factory=lambda: Pricing(input=0.0, output=0.0))
 
 
-class ModelList(_Reply):
+class ModelList(_Response):
     """All served names."""
 
     object: Literal["list"]
     data: list[Model]
 
 
-class Tokens(_Reply):
+class Tokens(_Response):
     """Ids of a text or a chat."""
 
     count: int
@@ -258,20 +258,20 @@ class Tokens(_Reply):
     token_strs: list[str] = []
 
 
-class Text(_Reply):
+class Text(_Response):
     """Text of ids."""
 
     prompt: str
     count: int
 
 
-class Status(_Reply):
+class Status(_Response):
     """All is well."""
 
     status: Literal["ok", "ready"]
 
 
-class Version(_Reply):
+class Version(_Response):
     """What runs."""
 
     version: str

@@ -10,11 +10,11 @@ from aiohttp import web
 
 from jaxllama import OutputAssembler
 from jaxllama.text.output import PROMPT_TAIL
-from jaxllama_serving.requests.choices import Call, Choice, Generation, Update
+from jaxllama_serving.requests.choices import Call, Choice, Choices, Update
 from jaxllama_serving.requests.logprobs import chat_logprobs, prompt_logprobs
 from jaxllama_serving.requests.prepare import PreparedChat, prepare_chat
-from jaxllama_serving.requests.response import Reply
-from jaxllama_serving.requests.run import answer
+from jaxllama_serving.requests.response import Response
+from jaxllama_serving.requests.run import run_request
 
 if TYPE_CHECKING:
     from jaxllama import TokenLogprob
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """Answers one chat request, in one piece or as a stream."""
-    return await answer(request, prepare_chat, ChatReply)
+    return await run_request(request, prepare_chat, ChatResponse)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatReply(Reply):
+class ChatResponse(Response):
     """The answer to a chat request."""
 
     id_prefix = "chatcmpl"
@@ -38,7 +38,7 @@ class ChatReply(Reply):
 
     def choices(self) -> list[Choice]:
         """Returns the choices, not begun."""
-        shape = self.prepared.shape
+        prompt = self.prepared.prompt
         return [
             Choice.begin(
                 i,
@@ -48,21 +48,21 @@ class ChatReply(Reply):
                     self.tokenizer,
                     stop=params.stop,
                     include_stop=params.include_stop_str_in_output,
-                    starts_in_reasoning=shape.starts_in_reasoning,
+                    starts_in_reasoning=prompt.starts_in_reasoning,
                     stop_in_reasoning=self.config.stop_in_reasoning,
-                    prompt_tail=shape.prompt_ids[-PROMPT_TAIL:] if shape.continues else (),
-                    continues=shape.continues,
-                    tools=shape.tools.parser() if shape.tools is not None else None,
+                    prompt_tail=prompt.prompt_ids[-PROMPT_TAIL:] if prompt.continues else (),
+                    continues=prompt.continues,
+                    tools=prompt.tools.parser() if prompt.tools is not None else None,
                 ),
                 constraint,
             )
-            for i, (params, constraint) in enumerate(zip(self.prepared.params, shape.constraints, strict=True))
+            for i, (params, constraint) in enumerate(zip(self.prepared.params, prompt.constraints, strict=True))
         ]
 
     @property
     def _reasoning_names(self) -> tuple[str, ...]:
         """The fields that hold the reasoning, none if it is not to be shown."""
-        if self.prepared.shape.starts_in_reasoning is None or not self.prepared.request.include_reasoning:
+        if self.prepared.prompt.starts_in_reasoning is None or not self.prepared.request.include_reasoning:
             return ()
         field = self.config.reasoning_field
         return ("reasoning_content", "reasoning") if field == "both" else (field,)
@@ -76,9 +76,9 @@ class ChatReply(Reply):
             fields["prompt_logprobs"] = prompt_logprobs(self.tokenizer, self.scores[0], self.prepared.scored[0] or 0)
         return fields
 
-    def body_choices(self, generation: Generation) -> list[dict[str, Any]]:
+    def body_choices(self, choices: Choices) -> list[dict[str, Any]]:
         """Returns the finished choices."""
-        return [self._choice(choice) for choice in generation.choices]
+        return [self._choice(choice) for choice in choices.all]
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": "".join(choice.output.content), "refusal": None}
@@ -96,31 +96,31 @@ class ChatReply(Reply):
             **self.extras(choice),
         }
 
-    def opening(self, generation: Generation, index: int) -> list[dict[str, Any]]:
+    def opening(self, choices: Choices, index: int) -> list[dict[str, Any]]:
         """Returns the chunk with the role; the first of all has the prompt's tokens, if asked for."""
-        chunk = self._chunk(generation, index, {"role": "assistant", "content": ""})
+        chunk = self._chunk(choices, index, {"role": "assistant", "content": ""})
         if self.prepared.request.return_seed:
-            chunk["choices"][0]["seed"] = generation.choices[index].params.seed
+            chunk["choices"][0]["seed"] = choices.all[index].params.seed
         return [chunk if self.opened else {**chunk, **self.body_fields()}]
 
-    def update_chunks(self, generation: Generation, update: Update) -> list[dict[str, Any]]:
+    def update_chunks(self, choices: Choices, update: Update) -> list[dict[str, Any]]:
         """Returns an update's chunks: reasoning, content and the end never share one.
 
         Log-probabilities go with their text, or where it shows nothing, with the nearest chunk.
         """
-        choice = generation.choices[update.index]
+        choice = choices.all[update.index]
         chunks = []
         if update.reasoning and self._reasoning_names:
             shown = dict.fromkeys(self._reasoning_names, update.reasoning)
-            chunks.append(self._chunk(generation, update.index, shown))
+            chunks.append(self._chunk(choices, update.index, shown))
         if update.content:
-            chunks.append(self._chunk(generation, update.index, {"content": update.content}))
+            chunks.append(self._chunk(choices, update.index, {"content": update.content}))
         content_at = len(chunks) - 1 if update.content else -1
         for call in update.tool_calls:
             delta = {"tool_calls": [_call_delta(call, choice.tool_calls[call.index].id)]}
-            chunks.append(self._chunk(generation, update.index, delta))
+            chunks.append(self._chunk(choices, update.index, delta))
         if update.finish_reason is not None:
-            last = self._chunk(generation, update.index, {})
+            last = self._chunk(choices, update.index, {})
             last["choices"][0]["finish_reason"] = update.finish_reason
             last["choices"][0]["stop_reason"] = choice.output.stop_reason
             chunks.append(last)
@@ -136,8 +136,8 @@ class ChatReply(Reply):
             with_content["logprobs"] = self._logprobs(update.logprobs, ())
         return chunks
 
-    def _chunk(self, generation: Generation, index: int, delta: dict[str, Any]) -> dict[str, Any]:
-        return self.frame(generation, {"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
+    def _chunk(self, choices: Choices, index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        return self.frame(choices, {"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
 
     def _logprobs(self, content: Sequence[TokenLogprob], reasoning: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self.prepared.request.logprobs:

@@ -52,7 +52,7 @@ class Tools:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ChatPrompt:
     """`starts_in_reasoning` is None when the output is not to be split; it may continue the prompt's last message.
 
     `ignored` are the paths of fields that the model's template does not ask for.
@@ -66,7 +66,7 @@ class Shape:
     ignored: tuple[str, ...] = ()
 
 
-def shape_chat(llama: Llama, config: ServerConfig, request: ChatRequest, num_choices: int) -> Shape:
+def make_prompt(llama: Llama, config: ServerConfig, request: ChatRequest, num_choices: int) -> ChatPrompt:
     """Returns the prompt of `request` and what holds its answers in form, one constraint a choice.
 
     Raises: ApiError (400), RequestError, ChatTemplateError.
@@ -115,7 +115,7 @@ def shape_chat(llama: Llama, config: ServerConfig, request: ChatRequest, num_cho
             )
             for _ in range(num_choices)
         )
-    return Shape(prompt_ids, starts, continues, tools, constraints, ignored)
+    return ChatPrompt(prompt_ids, starts, continues, tools, constraints, ignored)
 
 
 def template_of(llama: Llama) -> ChatTemplate:

@@ -132,7 +132,7 @@ class Choice:
         )
 
 
-class Generation:
+class Choices:
     """All choices of one request. A context manager: leaving it, for whatever reason, frees every row.
 
     Nothing is shared with requests of another `cache_scope`. `on_overflow` runs when the consumer is more than
@@ -149,7 +149,7 @@ class Generation:
         max_tokens: int | None,
         on_overflow: Callable[[], None],
     ) -> None:
-        self.choices = choices
+        self.all = choices
         self._engine = engine
         self._priority = priority
         self._cache_scope = cache_scope
@@ -159,7 +159,7 @@ class Generation:
         )
 
     def __enter__(self) -> Self:
-        for choice in self.choices:
+        for choice in self.all:
             try:
                 choice.row = self._engine.submit(
                     choice.prompt_ids,
@@ -180,12 +180,12 @@ class Generation:
     @property
     def finished(self) -> bool:
         """Whether every choice has its finish reason."""
-        return all(choice.finish_reason is not None for choice in self.choices)
+        return all(choice.finish_reason is not None for choice in self.all)
 
     @property
     def num_tokens(self) -> int:
         """Completion tokens of all choices so far."""
-        return sum(choice.num_tokens for choice in self.choices)
+        return sum(choice.num_tokens for choice in self.all)
 
     @property
     def num_cached_tokens(self) -> int:
@@ -193,13 +193,13 @@ class Generation:
 
         Choices of one prompt share what the first of them computes; that is no hit.
         """
-        first = {id(choice.prompt_ids): choice for choice in reversed(self.choices)}
+        first = {id(choice.prompt_ids): choice for choice in reversed(self.all)}
         return sum((choice.row.num_cached_tokens or 0) for choice in first.values() if choice.row is not None)
 
     @property
     def num_reasoning_tokens(self) -> int:
         """Those of them that were reasoning."""
-        return sum(choice.output.num_reasoning_tokens for choice in self.choices)
+        return sum(choice.output.num_reasoning_tokens for choice in self.all)
 
     async def updates(self, timeout_s: float) -> list[Update]:
         """Waits for new text and returns it; an empty list when nothing new is visible, or `timeout_s` passed.
@@ -211,7 +211,7 @@ class Generation:
             if isinstance(item, ApiError):
                 raise item
             index, output = item
-            choice = self.choices[index]
+            choice = self.all[index]
             if choice.finish_reason is not None:
                 continue
             if output.finish_reason == "error":
@@ -235,7 +235,7 @@ class Generation:
         self._on_overflow()
 
     def _cancel(self) -> None:
-        for choice in self.choices:
+        for choice in self.all:
             if choice.row is not None and choice.finish_reason is None:
                 choice.row.cancel()
 

@@ -11,11 +11,11 @@ from aiohttp import web
 
 from jaxllama import OutputAssembler
 from jaxllama.text.output import PROMPT_TAIL
-from jaxllama_serving.requests.choices import Choice, Generation, Update
+from jaxllama_serving.requests.choices import Choice, Choices, Update
 from jaxllama_serving.requests.logprobs import CompletionLogprobs, prompt_logprobs
 from jaxllama_serving.requests.prepare import PreparedCompletion, prepare_completion
-from jaxllama_serving.requests.response import Reply
-from jaxllama_serving.requests.run import answer
+from jaxllama_serving.requests.response import Response
+from jaxllama_serving.requests.run import run_request
 
 if TYPE_CHECKING:
     from jaxllama import TokenLogprob
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 async def completions(request: web.Request) -> web.StreamResponse:
     """Answers one text completion request, in one piece or as a stream."""
-    return await answer(request, prepare_completion, CompletionReply)
+    return await run_request(request, prepare_completion, CompletionResponse)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompletionReply(Reply):
+class CompletionResponse(Response):
     """The answer to a text completion request. Choice `i * n + j` is completion j of prompt i."""
 
     id_prefix = "cmpl"
@@ -50,12 +50,12 @@ class CompletionReply(Reply):
             choices.append(Choice.begin(i, prompt, params, assembler))
         return choices
 
-    def body_choices(self, generation: Generation) -> list[dict[str, Any]]:
+    def body_choices(self, choices: Choices) -> list[dict[str, Any]]:
         """Returns the finished choices, of each prompt the `n` best."""
         request = self.prepared.request
         found: list[Choice] = []
-        for start in range(0, len(generation.choices), request.num_drawn):
-            drawn = list(generation.choices[start : start + request.num_drawn])
+        for start in range(0, len(choices.all), request.num_drawn):
+            drawn = list(choices.all[start : start + request.num_drawn])
             if request.num_drawn > request.n:
                 drawn = sorted(drawn, key=_mean_logprob, reverse=True)[: request.n]
             found += drawn
@@ -75,9 +75,9 @@ class CompletionReply(Reply):
             **self.extras(choice),
         }
 
-    def opening(self, generation: Generation, index: int) -> list[dict[str, Any]]:
+    def opening(self, choices: Choices, index: int) -> list[dict[str, Any]]:
         """Returns a chunk with what is known of a choice beforehand: the echo, the prompt's tokens, the seed."""
-        choice = generation.choices[index]
+        choice = choices.all[index]
         text, ids, logprobs = self._echoed(choice)
         fields = self._prompt_fields(choice)
         if self.prepared.request.return_seed:
@@ -88,9 +88,9 @@ class CompletionReply(Reply):
             lists = logprobs.add(ids) if self.prepared.request.echo else None
         if not text and not fields:
             return []
-        return [self.frame(generation, {**_chunk(index, text), "logprobs": lists, **fields})]
+        return [self.frame(choices, {**_chunk(index, text), "logprobs": lists, **fields})]
 
-    def update_chunks(self, generation: Generation, update: Update) -> list[dict[str, Any]]:
+    def update_chunks(self, choices: Choices, update: Update) -> list[dict[str, Any]]:
         """Returns an update's one chunk; the last has the finish reason."""
         choice = _chunk(update.index, update.content)
         if update.index in self.streamed:
@@ -99,8 +99,8 @@ class CompletionReply(Reply):
             choice["token_ids"] = list(update.token_ids)
         if update.finish_reason is not None:
             choice["finish_reason"] = update.finish_reason
-            choice["stop_reason"] = generation.choices[update.index].output.stop_reason
-        return [self.frame(generation, choice)]
+            choice["stop_reason"] = choices.all[update.index].output.stop_reason
+        return [self.frame(choices, choice)]
 
     def _echoed(
         self, choice: Choice

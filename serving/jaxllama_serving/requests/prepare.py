@@ -17,7 +17,7 @@ from jaxllama_serving.protocol.completions import CompletionRequest, parse_compl
 from jaxllama_serving.protocol.errors import invalid, model_not_found
 from jaxllama_serving.protocol.shared_fields import DEVICE_CONTROLS, GenerationRequest
 from jaxllama_serving.protocol.strict_json import decode
-from jaxllama_serving.requests.chat_prompt import Shape, shape_chat
+from jaxllama_serving.requests.chat_prompt import ChatPrompt, make_prompt
 
 if TYPE_CHECKING:
     from jaxllama import Llama
@@ -53,10 +53,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PreparedChat(Prepared):
-    """`shape` is what forms the answers besides sampling."""
+    """`prompt` is what forms the answers besides sampling."""
 
     request: ChatRequest
-    shape: Shape
+    prompt: ChatPrompt
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ def prepare_chat(llama: Llama, config: ServerConfig, body: bytes) -> PreparedCha
     # Sampling parameters first: rendering and encoding are what costs.
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     seed, params = _params_of_choices(llama, config, request, request.n, request.max_new_tokens, logprobs)
-    shape = shape_chat(llama, config, request, request.n)
-    num_prompt = len(shape.prompt_ids)
+    prompt = make_prompt(llama, config, request, request.n)
+    num_prompt = len(prompt.prompt_ids)
     _check_length(num_prompt, request.max_new_tokens, llama.max_context, "messages", strict=config.strict_length)
-    ignored = (*unknown_fields(request), *shape.ignored)
-    return PreparedChat(request, ignored, (shape.prompt_ids,), params, seed, shape)
+    ignored = (*unknown_fields(request), *prompt.ignored)
+    return PreparedChat(request, ignored, (prompt.prompt_ids,), params, seed, prompt)
 
 
 def prepare_completion(llama: Llama, config: ServerConfig, body: bytes) -> PreparedCompletion:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.protocol.harmless import SERVICE_TIER
-from jaxllama_serving.requests.choices import Choice, Generation, Update
+from jaxllama_serving.requests.choices import Choice, Choices, Update
 from jaxllama_serving.requests.prepare import Prepared
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reply(ABC):
+class Response(ABC):
     """Builds the JSON of one answer: the whole body, or the chunks of a stream.
 
     `scores` are the prompts' log-probabilities, if they were asked for.
@@ -41,55 +41,55 @@ class Reply(ABC):
         """Returns the choices, not begun."""
 
     @abstractmethod
-    def body_choices(self, generation: Generation) -> list[dict[str, Any]]:
+    def body_choices(self, choices: Choices) -> list[dict[str, Any]]:
         """Returns the finished choices as the body shows them."""
 
     @abstractmethod
-    def opening(self, generation: Generation, index: int) -> list[dict[str, Any]]:
+    def opening(self, choices: Choices, index: int) -> list[dict[str, Any]]:
         """Returns the chunks that come before any text of a choice."""
 
     @abstractmethod
-    def update_chunks(self, generation: Generation, update: Update) -> list[dict[str, Any]]:
+    def update_chunks(self, choices: Choices, update: Update) -> list[dict[str, Any]]:
         """Returns an update's chunks."""
 
     def body_fields(self) -> dict[str, Any]:
         """Returns the fields of the answer as a whole that were asked for."""
         return {}
 
-    def body(self, generation: Generation) -> dict[str, Any]:
+    def body(self, choices: Choices) -> dict[str, Any]:
         """Returns the answer in one piece."""
-        choices = self.body_choices(generation)
-        return {**self._head(self.kind), "choices": choices, "usage": self.usage(generation), **self.body_fields()}
+        written = self.body_choices(choices)
+        return {**self._head(self.kind), "choices": written, "usage": self.usage(choices), **self.body_fields()}
 
-    def chunks(self, generation: Generation, update: Update) -> list[dict[str, Any]]:
+    def chunks(self, choices: Choices, update: Update) -> list[dict[str, Any]]:
         """Returns an update's chunks; before a choice's first, those that open it."""
-        opening = [] if update.index in self.opened else self.opening(generation, update.index)
+        opening = [] if update.index in self.opened else self.opening(choices, update.index)
         self.opened.add(update.index)
-        return [*opening, *self.update_chunks(generation, update)]
+        return [*opening, *self.update_chunks(choices, update)]
 
-    def frame(self, generation: Generation, choice: dict[str, Any]) -> dict[str, Any]:
+    def frame(self, choices: Choices, choice: dict[str, Any]) -> dict[str, Any]:
         """Returns a chunk around one choice; with continuous_usage_stats it carries the usage so far."""
         chunk = {**self._head(self.chunk_kind), "choices": [choice]}
         options = self.prepared.request.stream_options
         if options is not None and options.continuous_usage_stats:
-            chunk["usage"] = self.usage(generation)
+            chunk["usage"] = self.usage(choices)
         elif options is not None and options.include_usage:
             chunk["usage"] = None
         return chunk
 
-    def usage_chunk(self, generation: Generation) -> dict[str, Any]:
+    def usage_chunk(self, choices: Choices) -> dict[str, Any]:
         """Returns the chunk without choices that tells the usage."""
-        return {**self._head(self.chunk_kind), "choices": [], "usage": self.usage(generation)}
+        return {**self._head(self.chunk_kind), "choices": [], "usage": self.usage(choices)}
 
-    def usage(self, generation: Generation) -> dict[str, Any]:
+    def usage(self, choices: Choices) -> dict[str, Any]:
         """Returns the tokens so far, and their price when prices are set; a prompt counts once for all its choices."""
-        prompt, completion = self.prepared.num_prompt_tokens, generation.num_tokens
+        prompt, completion = self.prepared.num_prompt_tokens, choices.num_tokens
         usage: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": generation.num_cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": generation.num_reasoning_tokens},
+            "prompt_tokens_details": {"cached_tokens": choices.num_cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": choices.num_reasoning_tokens},
         }
         cost = self.config.cost(prompt, completion)
         if cost is not None:

@@ -1,4 +1,4 @@
-"""One generating request from its body to its last byte; what the answer looks like is its `Reply`'s business."""
+"""One generating request from its body to its last byte; what the answer looks like is its `Response`'s business."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from jaxllama_serving.http.context import CONTEXT
 from jaxllama_serving.http.events import EventStream, abort, to_json
 from jaxllama_serving.http.limits import read_json_body
 from jaxllama_serving.protocol.errors import ApiError, from_exception, timed_out
-from jaxllama_serving.requests.choices import Generation
+from jaxllama_serving.requests.choices import Choices
 from jaxllama_serving.requests.logprobs import score_prompts
 from jaxllama_serving.requests.prepare import Prepared
-from jaxllama_serving.requests.response import Reply
+from jaxllama_serving.requests.response import Response
 from jaxllama_serving.service import SERVICE, Service
 
 if TYPE_CHECKING:
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("jaxllama.serving")
 
 
-async def answer[P: Prepared](
-    request: web.Request, prepare: Callable[[Llama, ServerConfig, bytes], P], reply_type: type[Reply]
+async def run_request[P: Prepared](
+    request: web.Request, prepare: Callable[[Llama, ServerConfig, bytes], P], response_type: type[Response]
 ) -> web.StreamResponse:
-    """Answers a request that `prepare` reads from its body with what `reply_type` makes of the choices.
+    """Answers a request that `prepare` reads from its body with what `response_type` makes of the choices.
 
     Raises: ApiError for what fails before the first byte of the answer.
     """
@@ -40,19 +40,19 @@ async def answer[P: Prepared](
     service.ready_llama()
     with service.running():
         body = await read_json_body(request, service.config)
-        return await _answer(request, service, body, prepare, reply_type)
+        return await _run(request, service, body, prepare, response_type)
 
 
-async def _answer(
+async def _run(
     request: web.Request,
     service: Service,
     body: bytes,
     prepare: Callable[[Llama, ServerConfig, bytes], Prepared],
-    reply_type: type[Reply],
+    response_type: type[Response],
 ) -> web.StreamResponse:
     config, context = service.config, request[CONTEXT]
     llama = service.ready_llama()
-    generation: Generation | None = None
+    choices: Choices | None = None
     events: EventStream | None = None
     timeout = asyncio.timeout(config.request_timeout_s)
     try:
@@ -62,20 +62,20 @@ async def _answer(
             context.ignore(prepared.ignored)
             if prepared.request.stream:
                 events = EventStream(request, context.headers, config.write_timeout_s)
-            reply = await _begin(service, llama, prepared, reply_type, events)
-            generation = Generation(
+            response = await _begin(service, llama, prepared, response_type, events)
+            choices = Choices(
                 llama.engine,
-                reply.choices(),
+                response.choices(),
                 priority=prepared.request.priority,
                 # A digest has one length, so a key and a salt cannot be taken for another pair.
                 cache_scope=(context.key or b"") + (prepared.request.cache_salt or "").encode(),
                 max_tokens=config.max_stream_tokens if events is not None else None,
                 on_overflow=lambda: abort(request),
             )
-            with service.generating(generation, context):
+            with service.holding(choices, context):
                 if events is not None:
-                    return await _stream(reply, generation, events, config)
-                return await _complete(reply, generation, service)
+                    return await _stream(response, choices, events, config)
+                return await _complete(response, choices, service)
     except ConnectionError:
         raise
     except Exception as exc:
@@ -85,12 +85,12 @@ async def _answer(
             return await events.fail(error)
         raise error from None
     finally:
-        context.num_completion_tokens = generation.num_tokens if generation is not None else 0
+        context.num_completion_tokens = choices.num_tokens if choices is not None else 0
 
 
 async def _begin(
-    service: Service, llama: Llama, prepared: Prepared, reply_type: type[Reply], events: EventStream | None
-) -> Reply:
+    service: Service, llama: Llama, prepared: Prepared, response_type: type[Response], events: EventStream | None
+) -> Response:
     assert llama.tokenizer is not None  # the server does not start without one
     num_top, param = prepared.scored
     scores = None
@@ -103,8 +103,8 @@ async def _begin(
             scores = await scoring
         finally:
             scoring.cancel()
-    return reply_type(
-        id=f"{reply_type.id_prefix}-{secrets.token_hex(12)}",
+    return response_type(
+        id=f"{response_type.id_prefix}-{secrets.token_hex(12)}",
         created=int(time.time()),
         fingerprint=service.fingerprint,
         prepared=prepared,
@@ -129,25 +129,25 @@ def log_failure(request_id: str, exc: BaseException) -> None:
     logger.error("%s failed with %s\n%s", request_id, type(exc).__name__, frames)
 
 
-async def _complete(reply: Reply, generation: Generation, service: Service) -> web.Response:
-    while not generation.finished:
-        await generation.updates(3600.0)
-    if reply.scores is None:
-        body = to_json(reply.body(generation))
+async def _complete(response: Response, choices: Choices, service: Service) -> web.Response:
+    while not choices.finished:
+        await choices.updates(3600.0)
+    if response.scores is None:
+        body = to_json(response.body(choices))
     else:
         # Megabytes: not on the event loop.
-        body = await service.in_worker(lambda: to_json(reply.body(generation)))
+        body = await service.in_worker(lambda: to_json(response.body(choices)))
     return web.Response(body=body, content_type="application/json")
 
 
 async def _stream(
-    reply: Reply, generation: Generation, events: EventStream, config: ServerConfig
+    response: Response, choices: Choices, events: EventStream, config: ServerConfig
 ) -> web.StreamResponse:
-    options = reply.prepared.request.stream_options
-    while not generation.finished:
+    options = response.prepared.request.stream_options
+    while not choices.finished:
         loop = asyncio.get_running_loop()
         started = loop.time()
-        updates = await generation.updates(config.sse_keepalive_s)
+        updates = await choices.updates(config.sse_keepalive_s)
         if not updates:
             # Either silence, or tokens that show nothing yet; only the first is worth a comment.
             if loop.time() - started >= config.sse_keepalive_s * 0.99:
@@ -155,8 +155,8 @@ async def _stream(
             continue
         chunks: list[dict[str, Any]] = []
         for update in updates:
-            chunks += reply.chunks(generation, update)
+            chunks += response.chunks(choices, update)
         await events.send(*chunks)
     if options is not None and options.include_usage:
-        await events.send(reply.usage_chunk(generation))
+        await events.send(response.usage_chunk(choices))
     return await events.done()

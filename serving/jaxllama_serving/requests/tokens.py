@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 async def tokenize(request: web.Request) -> web.Response:
     """The ids of a text, as the completions route would encode it, or of messages, as the chat route would."""
-    return await _answer(request, _tokenize)
+    return await _respond(request, _tokenize)
 
 
 async def detokenize(request: web.Request) -> web.Response:
     """The text of ids."""
-    return await _answer(request, _detokenize)
+    return await _respond(request, _detokenize)
 
 
-async def _answer(
+async def _respond(
     request: web.Request, work: Callable[[Llama, ServerConfig, bytes], tuple[dict[str, Any], tuple[str, ...]]]
 ) -> web.Response:
     service = request.app[SERVICE]

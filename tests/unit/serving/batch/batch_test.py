@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import tiny
 from jaxllama_serving.batch.files import BatchError, InputFile, OutputFile
-from jaxllama_serving.batch.run import Counts, answer_batch
+from jaxllama_serving.batch.run import Counts, run_batch
 from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.process.cli import add_behaviour, behaviour
 from unit.serving.fakes import FakeLlama
@@ -50,7 +50,7 @@ def run(llama: Any, folder: Path, at_once: int = 4, config: ServerConfig = CONFI
     source = InputFile(folder / "in.jsonl", config.max_body_bytes)
     try:
         with OutputFile(folder / "out.jsonl", source.lines) as output:
-            return asyncio.run(answer_batch(llama, config, source, output, at_once, lambda **_: None))
+            return asyncio.run(run_batch(llama, config, source, output, at_once, lambda **_: None))
     finally:
         source.close()
 

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 from jaxllama_serving.http.openapi import ERRORS, make_openapi
 from jaxllama_serving.http.routes import ROUTES
-from jaxllama_serving.protocol import responses as replies
+from jaxllama_serving.protocol import responses
 from jaxllama_serving.protocol.chat import ChatRequest
 from jaxllama_serving.protocol.completions import CompletionRequest
 from jaxllama_serving.protocol.shared_fields import GenerationRequest
@@ -120,7 +120,7 @@ def test_chat_answers_are_as_described(name):
     config = {"price_input": 1.0}
     for more in ({}, FULL):
         answer = answer_of(FakeLlama(pieces, starts_in_reasoning=starts), config=config, **fields, **more)
-        replies.ChatCompletion.model_validate(answer)
+        responses.ChatCompletion.model_validate(answer)
         validator("ChatCompletion").validate(answer)
         events = stream_of(
             FakeLlama(pieces, starts_in_reasoning=starts),
@@ -130,35 +130,35 @@ def test_chat_answers_are_as_described(name):
             **more,
         )
         for chunk in events[:-1]:
-            replies.ChatCompletionChunk.model_validate(chunk)
-    replies.ChatCompletion.model_validate(answer_of(FakeLlama(), prompt_logprobs=2))
+            responses.ChatCompletionChunk.model_validate(chunk)
+    responses.ChatCompletion.model_validate(answer_of(FakeLlama(), prompt_logprobs=2))
 
 
 def test_completions_are_as_described():
     fields = {"echo": True, "logprobs": 2, "return_token_ids": True, "return_seed": True, "prompt": ["a", "b"]}
     for more in ({}, fields, {**fields, "prompt_logprobs": 1, "best_of": 3}):
         answer = completion_of(FakeLlama(), **more)
-        replies.Completion.model_validate(answer)
+        responses.Completion.model_validate(answer)
         validator("Completion").validate(answer)
     for chunk in events_of(FakeLlama(), stream_options={"include_usage": True}, **fields)[:-1]:
-        replies.Completion.model_validate(chunk)
+        responses.Completion.model_validate(chunk)
 
 
 def test_small_answers_and_errors_are_as_described():
     async def test():
         async with serving(FakeLlama(), price_input=1.0, request_timeout_s=5.0) as live:
             for path, model in (
-                ("/v1/models", replies.ModelList),
-                ("/v1/models/default", replies.Model),
-                ("/health", replies.Status),
-                ("/ready", replies.Status),
-                ("/version", replies.Version),
-                ("/nowhere", replies.Error),
+                ("/v1/models", responses.ModelList),
+                ("/v1/models/default", responses.Model),
+                ("/health", responses.Status),
+                ("/ready", responses.Status),
+                ("/version", responses.Version),
+                ("/nowhere", responses.Error),
             ):
                 model.model_validate((await live.get(path))[1])
             tokens = (await live.post(path="/tokenize", json={"prompt": "a", "return_token_strs": True}))[1]
-            replies.Tokens.model_validate(tokens)
-            replies.Text.model_validate((await live.post(path="/detokenize", json={"tokens": [1]}))[1])
-            replies.Error.model_validate((await live.post({"n": 99}))[1])
+            responses.Tokens.model_validate(tokens)
+            responses.Text.model_validate((await live.post(path="/detokenize", json={"tokens": [1]}))[1])
+            responses.Error.model_validate((await live.post({"n": 99}))[1])
 
     run(test())
