@@ -24,7 +24,7 @@ def make_environment(program: Program, folder: Path) -> Path | None:
     Raises: InstallError.
     """
     stamp = folder / "installed.json"
-    wanted = json.dumps([program.packages, program.without_dependencies, program.suite, CHECKS])
+    wanted = json.dumps([program.packages, program.without_dependencies, program.suite, program.python, CHECKS])
     if not stamp.is_file() or stamp.read_text() != wanted:
         folder.mkdir(parents=True, exist_ok=True)
         (_install_node if program.is_node else _install_python)(program, folder)
@@ -39,8 +39,8 @@ def _install_node(program: Program, folder: Path) -> None:
 
 def _install_python(program: Program, folder: Path) -> None:
     python = folder / "env" / "bin" / "python"
-    # Not inside another environment's prefix: `venv` finds the interpreter that this one was made from.
-    _run(sys.executable, "-m", "venv", folder / "env", cwd=folder)
+    base = f"python{program.python}" if program.python else sys.executable
+    _run(base, "-m", "venv", folder / "env", cwd=folder, environ={"PYENV_VERSION": program.python or ""})
     pip = (python, "-m", "pip", "--quiet", "--disable-pip-version-check")
     if program.without_dependencies:
         _run(*pip, "install", "--no-deps", *program.without_dependencies, cwd=folder)
@@ -52,18 +52,20 @@ def _install_python(program: Program, folder: Path) -> None:
             sources.extractall(folder / "source", filter="data")
 
 
-def _run(*command: object, cwd: Path) -> None:
-    environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+def _run(*command: object, cwd: Path, environ: dict[str, str] | None = None) -> None:
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     try:
         done = subprocess.run(
             [*map(str, command)],
             cwd=cwd,
-            env=environ,
+            env=kept | (environ or {}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=INSTALL_TIMEOUT_S,
         )
+    except FileNotFoundError:
+        raise InstallError(f"{command[0]} is not installed") from None
     except subprocess.TimeoutExpired:
         raise InstallError(f"{command[0]} took longer than {INSTALL_TIMEOUT_S:.0f} s") from None
     if done.returncode:

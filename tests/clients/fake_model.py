@@ -25,7 +25,7 @@ from jaxllama_serving.http.app import make_app
 from jaxllama_serving.http.connection import Listener, bind
 from unit.serving.fakes import BOS, EOS, FIRST_WORD, FakeEngine, FakeLlama, FakeRequest
 
-from jaxllama.decode.sampling import SamplingParams
+from jaxllama import SamplingParams
 from jaxllama.text.encoding.detokenize import ByteDecoder
 from jaxllama.text.messages import for_template, normalized
 from jaxllama.text.structured import GrammarSource, quote

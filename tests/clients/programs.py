@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CHECKS = ("pytest==9.1.1", "pytest-asyncio==1.4.0", "pytest-timeout==2.4.0")
+CHECKS = ("pytest==9.2.0", "pytest-asyncio==1.5.0", "pytest-timeout==2.4.0")
 """What every Python environment has beside its client."""
 
 FAKE, DEFAULT = "fake", "default"
@@ -16,7 +16,8 @@ class Program:
 
     `packages` are of pip, or of npm when `checks` is JavaScript; the first one is the client, whose version the table
     shows. `without_dependencies` are installed as data. `suite` are paths in the client's source distribution that are
-    run as they are, `checks` then being a pytest plugin. `server` is the fake model or the default one.
+    run as they are, `checks` then being a pytest plugin. `server` is the fake model or the default one, `python`
+    another version than ours.
     """
 
     name: str
@@ -25,7 +26,8 @@ class Program:
     server: str = FAKE
     without_dependencies: tuple[str, ...] = ()
     suite: tuple[str, ...] = ()
-    timeout_s: float = 240.0
+    python: str | None = None
+    timeout_s: float = 900.0
 
     @property
     def is_node(self) -> bool:
@@ -56,7 +58,7 @@ PROGRAMS = (
     Program(
         "langchain",
         ("langchain-tests==1.1.9", "langchain-openai==1.7.4"),
-        "agents/langchain_checks.py",
+        "frameworks/langchain_checks.py",
     ),
     Program(
         "ai-sdk",
@@ -64,5 +66,27 @@ PROGRAMS = (
         "sdks/ai_sdk_checks.mjs",
     ),
     Program("litellm", ("litellm==1.110.2",), "sdks/litellm_checks.py"),
+    # The newest release whose `proxy` extra the registry has whole.
+    Program("litellm-proxy", ("litellm[proxy]==1.108.0",), "sdks/litellm_proxy_checks.py"),
+    Program("llama-index", ("llama-index-llms-deepinfra==0.7.0",), "sdks/llama_index_checks.py"),
+    Program("openai-agents", ("openai-agents==0.24.0",), "frameworks/openai_agents_checks.py"),
+    Program("pydantic-ai", ("pydantic-ai-slim[openai]==2.68.0",), "frameworks/pydantic_ai_checks.py"),
+    Program("instructor", ("instructor==1.17.0",), "sdks/instructor_checks.py", DEFAULT),
+    Program(
+        "bfcl",
+        ("openai==3.57.0", "jsonschema==4.26.0"),
+        "evaluations/bfcl_checks.py",
+        DEFAULT,
+        without_dependencies=("bfcl-eval==2026.3.23",),
+    ),
+    Program("inspect-ai", ("inspect-ai==0.3.285", "openai==3.57.0"), "evaluations/inspect_checks.py", DEFAULT),
     Program("lm-eval", ("lm-eval[api]==0.4.13",), "evaluations/lm_eval_checks.py", DEFAULT),
+    Program("aiperf", ("aiperf==0.13.0",), "evaluations/aiperf_checks.py"),
+    # Its torch only loads data: the one of the oracle's environment, which for Python 3.11 has no GPU's libraries here.
+    Program(
+        "guidellm",
+        ("guidellm==0.8.1", "torch==2.13.0"),
+        "evaluations/guidellm_checks.py",
+        python="3.11",
+    ),
 )
