@@ -8,15 +8,15 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
 import jaxllama
 from jaxllama.decode.controls import Boolean, Control, Integer, Strings
 from jaxllama.decode.params import CONTROLS
-from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError, RequestError, one_line
+from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError, RequestError, StoreError, one_line
 from jaxllama.model.platforms.startup import prepare_jax
 from jaxllama.plan import cli as plan_cli
+from jaxllama.weights.places import MODEL_HELP
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run: Callable[[argparse.Namespace], int] = args.run
         return run(args)
-    except EngineError as error:
+    except (EngineError, StoreError) as error:
         return _fail(args.command, error, 1)
     except JaxLlamaError as error:
         return _fail(args.command, error, 2)
@@ -91,7 +91,7 @@ def _add_application(commands: argparse._SubParsersAction, name: str, text: str)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="folder written by `jaxllama convert`")
+    parser.add_argument("checkpoint", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue, or '-' to read it from standard input")
     parser.add_argument("--json", action="store_true", help="print the completion as JSON")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="compute dtype (default: the checkpoint's)")

@@ -4,6 +4,8 @@ JaxLlamaError
 ├── ConfigError (ValueError)         config.json is unsupported or contradicts itself
 ├── CheckpointError                  a checkpoint is missing, incomplete, damaged or of another model
 ├── ConversionError                  a source checkpoint cannot be converted
+├── PlaceError                       there is nothing at a place, or it may not be read or written
+│   └── StoreError                   a store, a disk or a connection to them fails, or a file changes while it is read
 ├── TokenizerError                   tokenizer files are missing, damaged or do not fit the model
 ├── ChatTemplateError (ValueError)   a chat template is missing, refuses the messages or exceeds its bounds
 ├── PlanError (ValueError)           a plan was asked for an unknown topology or for values that contradict each other
@@ -44,6 +46,14 @@ class CheckpointError(JaxLlamaError):
 
 class ConversionError(JaxLlamaError):
     """A source checkpoint cannot be converted."""
+
+
+class PlaceError(JaxLlamaError):
+    """There is nothing at a place (a folder, a hub id, a bucket), or it may not be read or written."""
+
+
+class StoreError(PlaceError):
+    """A store, a disk or a connection to them fails, or a file changes while it is read."""
 
 
 class TokenizerError(JaxLlamaError):

@@ -31,13 +31,15 @@ from jaxllama.model.config import LlamaConfig
 from jaxllama.model.mesh import make_mesh
 from jaxllama.model.params import Params, num_params
 from jaxllama.system.progress import Advance, show_progress
-from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
+from jaxllama.text.chat import ChatTemplate
 from jaxllama.text.constraint import ConstraintMaker, OutputConstraint
-from jaxllama.text.encoding.tokenizer import Tokenizer, load_tokenizer
+from jaxllama.text.encoding.tokenizer import Tokenizer
 from jaxllama.text.output import PROMPT_TAIL, GrowingOutput, OutputAssembler
 from jaxllama.text.structured import Grammar
 from jaxllama.weights.checkpoint import Checkpoint
-from jaxllama.weights.loading import load_params
+from jaxllama.weights.loading import MAX_IN_FLIGHT_BYTES, load_params
+from jaxllama.weights.opening import load_text, open_model
+from jaxllama.weights.places import PlaceLike
 from jaxllama.weights.saving import answer_saves, save_params
 
 _QUEUE_RETRY_S = 0.05
@@ -74,7 +76,7 @@ class CompletionDelta:
 
 
 def load(
-    path: str | os.PathLike[str],
+    place: PlaceLike,
     mesh: Mesh | None = None,
     *,
     data: int = 1,
@@ -82,23 +84,26 @@ def load(
     quantize: str | None = None,
     options: EngineOptions | None = None,
     group: Group | None = None,
+    max_in_flight_bytes: int = MAX_IN_FLIGHT_BYTES,
 ) -> Llama:
-    """Loads a converted checkpoint onto `mesh`, as `dtype` (None: as stored).
+    """Loads a model onto `mesh`, as `dtype` (None: as stored).
 
-    `mesh` None is all devices: `data` groups of them, each with the whole model and its share of the rows.
-
-    `quantize` "int8" rounds the matrices on the way, layer by layer; those of an int8 checkpoint are int8 anyway. Norms
-    and all computation have `dtype`.
+    `place` is a checkpoint, a Hugging Face folder or a GGUF file: a path, on the hub (`org/name`, `org/name@revision`,
+    `org/name:file.gguf`) or in a bucket (`gs://…`, `s3://…`). What is not converted has the bits that `convert` would
+    write. Between a store and the devices the host holds at most `max_in_flight_bytes`. `mesh` None is all devices:
+    `data` groups of them, each with the whole model and its share of the rows. `quantize` "int8" rounds the matrices,
+    which those of an int8 checkpoint are anyway. Norms and all computation have `dtype`.
 
     `group` is that of many processes (`jaxllama.hosts.group.join`), each of which calls this alike and reads its own
     shards. Process 0 then uses the model, and the others call `llama.engine.follow()`.
 
-    Raises: CheckpointError, TokenizerError, ChatTemplateError or ConfigError, saying what is wrong with which file;
-        OSError for a compilation cache that cannot be made.
+    Raises: CheckpointError, ConversionError, TokenizerError, ChatTemplateError or ConfigError, saying what is wrong
+        with which file; PlaceError saying where it was looked for; StoreError when a store fails; OSError for a
+        compilation cache that cannot be made.
     """
     options = options or EngineOptions()
     use_compilation_cache(options.compilation_cache)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_model(place)
     config = checkpoint.config
     if mesh is not None and data != 1:
         raise ConfigError(f"give data={data} or a mesh (make_mesh takes data), not both")
@@ -106,11 +111,8 @@ def load(
     dtype = jnp.dtype(checkpoint.dtype if dtype is None else dtype)
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ConfigError(f"dtype must be bfloat16 or float32, got {dtype}")
-    has_tokenizer = any((checkpoint.path / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-    tokenizer = load_tokenizer(checkpoint.path, config.vocab_size) if has_tokenizer else None
-    has_template = has_tokenizer and has_chat_template(checkpoint.path)
-    chat_template = load_chat_template(checkpoint.path) if has_template else None
-    params = load_params(checkpoint, mesh, dtype, quantize)
+    tokenizer, chat_template = load_text(checkpoint)
+    params = load_params(checkpoint, mesh, dtype, quantize, max_in_flight_bytes=max_in_flight_bytes)
     return Llama(
         config,
         params,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jaxllama.errors import JaxLlamaError, one_line
+from jaxllama.errors import JaxLlamaError, StoreError, one_line
 from jaxllama.system.progress import show_bytes
+from jaxllama.weights.places import PLACE_HELP
 
 _GB = 1e9
 # Lists of everything that is wrong are long; what each entry quotes is short already.
@@ -18,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "src",
         metavar="SRC",
-        help="a folder of safetensors with config.json, quantised or not, or a GGUF file (any part of it)",
+        help="a folder of safetensors with config.json, quantised or not, or a GGUF file (any part of it): "
+        f"{PLACE_HELP}",
     )
     parser.add_argument("dst", metavar="DST", help="the checkpoint folder to make")
     parser.add_argument(
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         return 130
     except JaxLlamaError as error:
         _say(f"error: {one_line(error, _MAX_MESSAGE_CHARS)}")
-        return 1 if isinstance(error, OutputError) else 2
+        return 1 if isinstance(error, OutputError | StoreError) else 2
     for warning in report.warnings:
         _say(f"warning: {one_line(warning, _MAX_MESSAGE_CHARS)}")
     kind = f"{report.quantize} and {report.dtype}" if report.quantize else report.dtype

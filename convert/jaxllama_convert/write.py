@@ -7,18 +7,16 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from jaxllama.errors import CheckpointError, ConversionError, quote
 from jaxllama.model.config import LlamaConfig
-from jaxllama.model.int8 import quantize_rows
-from jaxllama.model.params import QUANTIZATIONS, ParamSpec, QuantizedWeight, num_params, stored_specs
+from jaxllama.model.params import QUANTIZATIONS, ParamSpec, QuantizedWeight, num_params
 from jaxllama.system.staging import resolve_destination
 from jaxllama.weights.checkpoint import (
     DTYPES,
@@ -29,9 +27,11 @@ from jaxllama.weights.checkpoint import (
     versions,
     write_manifest,
 )
+from jaxllama.weights.places import LocalPlace, PlaceLike, open_place
 from jaxllama.weights.sources.names import match_tensors
 from jaxllama.weights.sources.quantized.interface import Int8Tensor
 from jaxllama.weights.sources.source import FLOATS, Source, SourceTensor, open_source
+from jaxllama.weights.sources.stored import Pairs, Storage, default_dtype, read_rounded, read_stored
 from jaxllama_convert.memory import peak_ram_bytes
 from jaxllama_convert.staging import OutputError, Staging, check_apart, open_staging
 from jaxllama_convert.text_checks import check_chat_template, check_tokenizer
@@ -39,10 +39,8 @@ from jaxllama_convert.text_checks import check_chat_template, check_tokenizer
 type Progress = Callable[[int, int, str], None]
 """Called with bytes written, bytes in all, and the tensor's name."""
 
-type Pairs = Sequence[tuple[ParamSpec, SourceTensor]]
 type Weight = np.ndarray | QuantizedWeight
 
-_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 # Elements converted at a time: what is in memory beyond the tensors themselves is a few times 16 MB.
 _SLICE_ELEMENTS = 4 * 2**20
 # Metadata and rounding of the file system, beyond the tensors.
@@ -68,7 +66,7 @@ class ConversionReport:
 
 
 def convert(
-    src: str | os.PathLike[str],
+    src: PlaceLike,
     dst: str | os.PathLike[str],
     *,
     dtype: str | None = None,
@@ -79,13 +77,15 @@ def convert(
 ) -> ConversionReport:
     """Converts a folder of safetensors or a GGUF file to a checkpoint that `jaxllama.load` reads.
 
+    `src` is a path, `org/name[@revision][:file.gguf]` on the hub, or in a bucket (`gs://…`, `s3://…`).
     `dtype` None keeps float32 if every matrix of the source is float32 and means bfloat16 otherwise. `quantize` "int8"
     rounds the matrices, once they have that dtype, as `jaxllama.load` with `quantize` does: the same bits. At most two
     tensors are in memory. Nothing appears at `dst` before it is complete; a killed conversion resumes when it is
     started again. `force` replaces an existing checkpoint, which stays until the new one is complete. `verify` hashes
     the files again afterwards.
 
-    Raises: ConversionError or ConfigError for the source or the destination, OutputError when writing fails.
+    Raises: ConversionError or ConfigError for the source or the destination, PlaceError for a source that is not there
+        or may not be read; OutputError when writing fails, StoreError when reading does.
     """
     started = time.monotonic()
     if dtype is not None and dtype not in DTYPES:
@@ -93,9 +93,10 @@ def convert(
     if quantize not in (None, *QUANTIZATIONS):
         raise ConversionError(f"quantize {quote(quantize)} is not supported, expected 'int8' or None")
     try:
-        source_path, destination = Path(src).expanduser(), resolve_destination(dst, ConversionError)
-        check_apart(source_path, destination)
-        source = open_source(source_path)
+        destination, place = resolve_destination(dst, ConversionError), open_place(src)
+        if isinstance(place, LocalPlace):
+            check_apart(Path(place / place.file if place.file else place.where), destination)
+        source = open_source(place)
     except OSError as error:
         raise ConversionError(f"{error.filename or src}: cannot be read ({error.strerror or error})") from None
     except RuntimeError as error:
@@ -103,9 +104,9 @@ def convert(
     try:
         config = LlamaConfig.from_hf(source.config)
         pairs = match_tensors(config, source.tensors, source.name)
-        dtype = dtype or _default_dtype(pairs)
+        dtype = dtype or default_dtype(pairs)
         with open_staging(destination, force=force) as staging:
-            job = _Job(source, config, pairs, _Storage(dtype, quantize), staging, progress)
+            job = _Job(source, config, pairs, Storage(dtype, quantize), staging, progress)
             warnings = job.run()
     except OSError as error:
         raise OutputError(
@@ -136,29 +137,13 @@ def _verify(path: Path) -> None:
         raise OutputError(f"the checkpoint reads back wrong: {error}") from None
 
 
-@dataclass(frozen=True)
-class _Storage:
-    """How weights are stored; see `convert`."""
-
-    dtype: str
-    quantize: str | None
-
-    def is_quantized(self, spec: ParamSpec) -> bool:
-        return len(stored_specs(spec, self.quantize)) > 1
-
-    def num_bytes(self, pairs: Pairs) -> int:
-        """What the tensors take on disk."""
-        parts = [part for spec, _ in pairs for part in stored_specs(spec, self.quantize)]
-        return sum(part.size * (np.dtype(part.dtype) if part.dtype else _DTYPES[self.dtype]).itemsize for part in parts)
-
-
 class _Job:
     def __init__(
         self,
         source: Source,
         config: LlamaConfig,
         pairs: Pairs,
-        storage: _Storage,
+        storage: Storage,
         staging: Staging,
         progress: Progress | None,
     ) -> None:
@@ -226,12 +211,12 @@ class _Job:
         write_manifest(self.staging.checkpoint, self.storage.dtype, self.storage.quantize, source, files)
 
     def _identity(self) -> dict[str, object]:
-        files = [[file.name, file.size, file.mtime_ns] for file in self.source.files]
+        files = [[file.name, file.size, file.tag] for file in self.source.files]
         sidecars = {name: hashlib.sha256(data).hexdigest() for name, data in self.source.sidecars.items()}
         return {**asdict(self.storage), "files": files, "sidecars": sidecars, "versions": versions()}
 
 
-def _read_ahead(pairs: Pairs, storage: _Storage) -> Iterator[tuple[tuple[ParamSpec, SourceTensor], Weight]]:
+def _read_ahead(pairs: Pairs, storage: Storage) -> Iterator[tuple[tuple[ParamSpec, SourceTensor], Weight]]:
     """Every tensor in turn, the next one being read while the caller writes: two in memory, never three."""
     with ThreadPoolExecutor(1) as reader:
         future = reader.submit(_read_tensor, *pairs[0], storage) if pairs else None
@@ -243,68 +228,28 @@ def _read_ahead(pairs: Pairs, storage: _Storage) -> Iterator[tuple[tuple[ParamSp
             del weight
 
 
-def _read_tensor(spec: ParamSpec, tensor: SourceTensor, storage: _Storage) -> Weight:
+def _read_tensor(spec: ParamSpec, tensor: SourceTensor, storage: Storage) -> Weight:
     """The whole tensor as it is stored, converted in slices.
 
     Raises: ConversionError when it has a NaN, an infinity, or a value that the dtype cannot hold.
     """
-    dtype = _DTYPES[storage.dtype]
+    dtype = storage.numpy_dtype
+    row_elements = math.prod(tensor.shape[1:])
+    step = max(1, _SLICE_ELEMENTS // (row_elements * tensor.row_multiple)) * tensor.row_multiple
+    slices = [(start, min(start + step, tensor.shape[0])) for start in range(0, tensor.shape[0], step)]
     if storage.is_quantized(spec):
         weight = QuantizedWeight(np.empty(tensor.shape, np.int8), np.empty(tensor.shape[0], np.float32))
-        if isinstance(tensor, Int8Tensor):
-            for rows in _slices(tensor):
-                weight.values[rows], weight.scale[rows] = tensor.read_int8_rows(rows.start, rows.stop)
-            _check_finite(tensor, weight.scale)
-            return weight
-        for rows, array in _read_slices(tensor, dtype):
-            weight.values[rows], weight.scale[rows] = quantize_rows(array)
+        for start, stop in slices:
+            rows = read_rounded(tensor, start, stop, dtype, hashed=True)
+            weight.values[start:stop], weight.scale[start:stop] = rows
         return weight
     whole = np.empty(tensor.shape, dtype)
-    for rows, array in _read_slices(tensor, dtype):
-        whole[rows] = array
+    for start, stop in slices:
+        whole[start:stop] = read_stored(tensor, start, stop, dtype, hashed=True)
     return whole
 
 
-def _slices(tensor: SourceTensor) -> Iterator[slice]:
-    """All rows, a few at a time."""
-    row_elements = math.prod(tensor.shape[1:])
-    step = max(1, _SLICE_ELEMENTS // (row_elements * tensor.row_multiple)) * tensor.row_multiple
-    for start in range(0, tensor.shape[0], step):
-        yield slice(start, min(start + step, tensor.shape[0]))
-
-
-def _read_slices(tensor: SourceTensor, dtype: np.dtype) -> Iterator[tuple[slice, np.ndarray]]:
-    """Which rows, and their finite values in `dtype`."""
-    for rows in _slices(tensor):
-        array = tensor.read_rows(rows.start, rows.stop)
-        if array.dtype != dtype:
-            with np.errstate(over="ignore", invalid="ignore"):
-                # float16 goes through float32, which holds it exactly, so that it is rounded once.
-                array = array.astype(np.float32, copy=False).astype(dtype)
-        _check_finite(tensor, array)
-        yield rows, array
-
-
-def _check_finite(tensor: SourceTensor, array: np.ndarray) -> None:
-    if bad := _num_non_finite(array):
-        raise ConversionError(
-            f"{tensor.file.path}: {tensor.name} has {bad} or more values that are NaN, "
-            f"infinite or beyond {array.dtype.name}"
-        )
-
-
-def _num_non_finite(array: np.ndarray) -> int:
-    # By the exponent bits: ml_dtypes' isfinite is ten times slower.
-    if array.dtype == np.float32:
-        return int(np.count_nonzero((array.view(np.uint32) & 0x7F80_0000) == 0x7F80_0000))
-    return int(np.count_nonzero((array.view(np.uint16) & 0x7F80) == 0x7F80))
-
-
-def _default_dtype(pairs: Pairs) -> str:
-    return "float32" if all(t.dtype == "F32" for _, t in pairs if len(t.shape) > 1) else "bfloat16"
-
-
-def _precision_warnings(pairs: Pairs, storage: _Storage) -> list[str]:
+def _precision_warnings(pairs: Pairs, storage: Storage) -> list[str]:
     warnings = []
     matrices = [tensor for spec, tensor in pairs if len(spec.shape) > 1]
     narrowed = [tensor.dtype for tensor in matrices if tensor.dtype in ("F16", "F32")]

@@ -19,6 +19,8 @@ from jaxllama.plan.report import as_table, as_text
 from jaxllama.plan.setup import DTYPES, Setup
 from jaxllama.plan.topology import Topology
 from jaxllama.weights.checkpoint import read_configs
+from jaxllama.weights.opening import read_config
+from jaxllama.weights.places import PLACE_HELP, is_remote
 
 _SHOWN = 12
 
@@ -26,7 +28,7 @@ _SHOWN = 12
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `plan`, in groups."""
     parser.add_argument(
-        "model", metavar="CONFIG_OR_CHECKPOINT", type=Path, help="config.json, or a folder that holds one"
+        "model", metavar="MODEL", help=f"config.json, or a model that has one, or a GGUF file: {PLACE_HELP}"
     )
     model = parser.add_argument_group("what is planned")
     model.add_argument("--topology", metavar="NAME", help="TPU slice, such as v6e:2x4")
@@ -109,9 +111,12 @@ def _answer(plans: list[Plan], *, as_search: bool, in_json: bool) -> str:
     return f"{as_table(plans[:_SHOWN])}{left_out}\nrecommended: {describe_mesh(best.setup)}\n\n{as_text(best)}"
 
 
-def _load_config(path: Path) -> LlamaConfig:
+def _load_config(model: str) -> LlamaConfig:
+    path = Path(model).expanduser()
+    if is_remote(model) or path.suffix == ".gguf":
+        return read_config(model)
     if path.is_dir():
-        return read_configs(path)[0]
+        return read_configs(path)[0] if (path / "config.json").exists() else read_config(model)
     if not path.is_file():
         raise PlanError(f"{path} does not exist; expected a config.json, a Hugging Face folder or a checkpoint")
     try:

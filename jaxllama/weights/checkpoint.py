@@ -17,10 +17,12 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -32,25 +34,23 @@ from jaxllama.errors import CheckpointError, ConfigError, listed, one_line, quot
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import (
     QUANTIZATIONS,
-    Params,
     ParamSpec,
     QuantizedWeight,
     build_params,
-    get_param,
     param_specs,
     stored_specs,
 )
 from jaxllama.weights.array_files import chunk_of_shards, chunk_shape, chunks, zarr_metadata
+from jaxllama.weights.places import Place, PlaceLike, is_remote, open_place
+from jaxllama.weights.reading import PARAMS, CheckpointReader, Reader
 
 FORMAT = "jaxllama-checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
-PARAMS = "params"
 DTYPES = ("bfloat16", "float32")
 
 _MAX_JSON_BYTES = 256 * 2**20
-# Orbax's own default lets 96 GB be in flight; a tensor larger than this is read alone.
-_RESTORE_BYTES_IN_FLIGHT = 2 * 10**9
+_HASHED_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,11 @@ class Manifest:
 
         Raises: CheckpointError when it is missing, malformed or of another version.
         """
-        path = folder / MANIFEST
-        value = _read_json(path)
+        return cls.parse(_read_json(folder / MANIFEST), str(folder / MANIFEST))
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any], path: str) -> Manifest:
+        """Checks what was read from `path`. Raises: CheckpointError, as `load`."""
         if value.get("format") != FORMAT:
             raise CheckpointError(
                 f"{path}: not the manifest of a jaxllama checkpoint (its format is {quote(value.get('format'))})"
@@ -119,8 +122,9 @@ class Manifest:
 class Checkpoint:
     """An opened checkpoint: everything but the weights.
 
-    `config.eos_token_ids` are generation_config.json's where it names any. `dtype` is the weights' dtype on disk,
-    beside int8 matrices that of the rest.
+    `config.eos_token_ids` are generation_config.json's where it names any. `dtype` is the weights' dtype as they are
+    stored, beside int8 matrices that of the rest. `path` is a folder of this machine that has all but the weights;
+    `reader` reads those, wherever they are.
     """
 
     path: Path
@@ -128,33 +132,59 @@ class Checkpoint:
     dtype: str
     generation_config: Mapping[str, Any]
     manifest: Manifest
+    reader: Reader = field(repr=False)
+    place: Place | None = field(default=None, repr=False)
+    scratch: TemporaryDirectory[str] | None = field(default=None, repr=False)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+    def open(cls, path: PlaceLike) -> Checkpoint:
         """Opens a checkpoint and checks that every file has its size. Reads no weights.
 
-        Raises: CheckpointError when it is missing, incomplete, truncated or of another version; ConfigError.
+        Raises: CheckpointError when it is missing, incomplete, truncated or of another version; ConfigError;
+            PlaceError.
         """
-        folder = Path(path).expanduser().absolute()
-        _check_is_checkpoint(folder)
-        manifest = Manifest.load(folder)
-        _raise_damaged(folder, list(_size_problems(folder, manifest)))
+        if not is_remote(path):
+            folder = Path(path).expanduser().absolute() if not isinstance(path, Place) else Path(path.where)
+            _check_is_checkpoint(folder)
+            place, scratch = open_place(folder, confined=False), None
+            manifest = Manifest.load(folder)
+        else:
+            place = open_place(path)
+            manifest = Manifest.parse(_read_remote_manifest(place), place / MANIFEST)
+            scratch = TemporaryDirectory(prefix="jaxllama-", ignore_cleanup_errors=True)
+            folder = Path(scratch.name)
+        _raise_damaged(place.where, list(_size_problems(place, manifest)))
+        if scratch is not None:
+            _fetch_text(place, manifest, folder)
         config, generation_config = read_configs(folder)
-        return cls(folder, config, manifest.dtype, generation_config, manifest)
+        reader = CheckpointReader(place, manifest.files, manifest.quantize)
+        return cls(folder, config, manifest.dtype, generation_config, manifest, reader, place, scratch)
+
+    def manifest_bytes(self) -> bytes:
+        """manifest.json as it is stored. Raises: CheckpointError when it is gone; StoreError."""
+        data = None if self.place is None else self.place.read(MANIFEST)
+        if data is None:
+            raise CheckpointError(f"{self.path}: has no {MANIFEST} any more")
+        return data
 
     def verify(self) -> None:
-        """Hashes every file and compares it with the manifest.
+        """Hashes every file and compares it with the manifest. Of a source that is not converted there is no hash.
 
         Raises: CheckpointError listing every file that is missing, changed or not in the manifest.
         """
-        problems = list(_size_problems(self.path, self.manifest))
+        if self.place is None:
+            return
+        place, problems = self.place, list(_size_problems(self.place, self.manifest))
         damaged = {problem.split(":", 1)[0] for problem in problems}
-        for name, record in self.manifest.files.items():
-            if name not in damaged and (got := hash_file(self.path / name).sha256) != record.sha256:
-                problems.append(f"{name}: sha256 is {got[:12]}…, expected {record.sha256[:12]}…")
-        on_disk = {p.relative_to(self.path).as_posix() for p in (self.path / PARAMS).rglob("*") if not p.is_dir()}
-        problems += [f"{name}: not in the manifest" for name in sorted(on_disk - set(self.manifest.files))]
-        _raise_damaged(self.path, problems)
+        names = [name for name in self.manifest.files if name not in damaged]
+        with ThreadPoolExecutor(place.num_readers) as pool:
+            for name, got in zip(names, pool.map(lambda name: _hash_at(place, name), names), strict=True):
+                expected = self.manifest.files[name].sha256
+                if got != expected:
+                    problems.append(f"{name}: sha256 is {got[:12]}…, expected {expected[:12]}…")
+        there = {name for name in place.all_names() if name.startswith(f"{PARAMS}/")}
+        problems += [f"{name}: not in the manifest" for name in sorted(there - set(self.manifest.files))]
+        _raise_damaged(place.where, problems)
 
 
 def read_configs(folder: Path) -> tuple[LlamaConfig, Mapping[str, Any]]:
@@ -172,43 +202,6 @@ def hash_file(path: Path) -> FileRecord:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return FileRecord(file.tell(), digest)
-
-
-def restore_params(
-    checkpoint: Checkpoint, dtype: Any, shardings: Params, only: Collection[ParamSpec] | None = None
-) -> Params:
-    """Reads the weights straight to their devices, each device its own shard, cast to `dtype` (None: as stored).
-
-    The matrices of an int8 checkpoint stay int8. `shardings` has the structure of the tree that is stored, with a
-    `jax.sharding.Sharding` at every leaf. With `only` nothing else is read, and `...` stands in its place. The host
-    holds a few gigabytes at most, whatever the model's size.
-
-    Raises: CheckpointError when the stored tensors cannot be read or do not fit the config.
-    """
-    config, quantize = checkpoint.config, checkpoint.manifest.quantize
-    specs = param_specs(config)
-    parts = [part for spec in specs if only is None or spec in only for part in stored_specs(spec, quantize)]
-    for part in parts:
-        _check_stored_shape(checkpoint, part)
-    largest = max(spec.size for spec in specs) * 4
-    # One more than it needs: Orbax refuses a tensor of exactly the limit.
-    limit_gb = max(_RESTORE_BYTES_IN_FLIGHT, largest) // 10**9 + 1
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, restore_concurrent_gb=limit_gb)
-    wanted = {part.path for part in parts}
-
-    def restore_args(part: ParamSpec) -> Any:
-        if part.path not in wanted:
-            return ocp.PLACEHOLDER
-        to = None if dtype is None else jnp.dtype(part.dtype or dtype)
-        return ocp.ArrayRestoreArgs(dtype=to, sharding=get_param(shardings, part), global_shape=part.shape)
-
-    tree = build_params(config, restore_args, quantize)
-    args = ocp.args.PyTreeRestore(item=tree, restore_args=tree)
-    with _quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
-        try:
-            return checkpointer.restore(checkpoint.path / PARAMS, args=args)
-        except (ValueError, KeyError, OSError) as error:
-            raise CheckpointError(f"{checkpoint.path / PARAMS}: cannot be restored ({one_line(error)})") from error
 
 
 class ParamsWriter:
@@ -404,20 +397,38 @@ def _check_is_checkpoint(folder: Path) -> None:
         raise CheckpointError(f"{folder}: has no {MANIFEST}, so it is {what}. Make one with: jaxllama convert SRC DST")
 
 
-def _check_stored_shape(checkpoint: Checkpoint, spec: ParamSpec) -> None:
-    path = checkpoint.path / PARAMS / spec.name / ".zarray"
-    if f"{PARAMS}/{spec.name}/.zarray" not in checkpoint.manifest.files:
-        raise CheckpointError(
-            f"{checkpoint.path}: tensor {spec.name} is not in the checkpoint. Is config.json of this model?"
-        )
-    stored = tuple(_read_json(path).get("shape", ()))
-    if stored != spec.shape:
-        raise CheckpointError(f"{path.parent}: shape {stored}, expected {spec.shape}. Is config.json of this model?")
+def _read_remote_manifest(place: Place) -> dict[str, Any]:
+    data = None if place.file else place.read(MANIFEST)
+    if data is None:
+        what = "an incomplete checkpoint" if place.all_names() else "nothing there"
+        raise CheckpointError(f"{place}: has no {MANIFEST}: {what}. Make one with: jaxllama convert SRC DST")
+    return _parse_json(data, place / MANIFEST)
 
 
-def _size_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _fetch_text(place: Place, manifest: Manifest, folder: Path) -> None:
+    """Copies what is not weights into `folder`."""
+    for name in manifest.files:
+        if not name.startswith(f"{PARAMS}/") and (data := place.read(name)) is not None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+
+
+def _hash_at(place: Place, name: str) -> str:
+    file, digest = place.stat(name), hashlib.sha256()
+    if file is None:
+        raise CheckpointError(f"{place / name}: missing")
+    buffer = bytearray(min(file.size, _HASHED_BYTES))
+    for offset in range(0, file.size, _HASHED_BYTES):
+        view = memoryview(buffer)[: min(_HASHED_BYTES, file.size - offset)]
+        place.read_into(file, offset, view)
+        digest.update(view)
+    return digest.hexdigest()
+
+
+def _size_problems(place: Place, manifest: Manifest) -> Iterator[str]:
     for name, record in manifest.files.items():
-        size = _size(folder / name)
+        file = place.stat(name)
+        size = None if file is None else file.size
         if size is None:
             yield f"{one_line(name)}: missing"
         elif size != record.size:
@@ -431,9 +442,9 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def _raise_damaged(folder: Path, problems: list[str]) -> None:
+def _raise_damaged(where: str, problems: list[str]) -> None:
     if problems:
-        raise CheckpointError(f"{folder}: {len(problems)} damaged file(s): {listed(problems)}. Convert the model again")
+        raise CheckpointError(f"{where}: {len(problems)} damaged file(s): {listed(problems)}. Convert the model again")
 
 
 def _eos_token_ids(config: LlamaConfig, generation_config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -454,8 +465,16 @@ def _read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, A
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: larger than {_MAX_JSON_BYTES >> 20} MiB")
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({one_line(error)})") from None
+    return _parse_json(data, str(path))
+
+
+def _parse_json(data: bytes, path: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({one_line(error)})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")

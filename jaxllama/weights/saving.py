@@ -9,11 +9,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +31,6 @@ from jaxllama.weights.checkpoint import (
     Checkpoint,
     FileRecord,
     ParamsWriter,
-    hash_file,
     write_manifest,
 )
 from jaxllama.weights.forms import get_whole
@@ -64,14 +64,21 @@ def save_params(
                     (folder / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(source.path / name, folder / name)
             _writer(source.config, params, folder).commit()
-            origin = {MANIFEST: asdict(hash_file(source.path / MANIFEST))}
-            provenance = {"kind": "jaxllama", "name": source.path.name, "files": origin}
-            write_manifest(folder, _dtype(params), _quantize(params), provenance, files)
+            write_manifest(folder, _dtype(params), _quantize(params), _provenance(source), files)
             Checkpoint.open(folder)
             put_in_place(folder, destination)
     except OSError as error:
         raise CheckpointError(f"{destination}: cannot be saved ({_describe(error)})") from error
     return Checkpoint.open(destination)
+
+
+def _provenance(source: Checkpoint) -> Mapping[str, Any]:
+    """Of a checkpoint its manifest, whose hash names all the rest; else what the source was."""
+    if source.place is None:
+        return source.manifest.source
+    manifest = source.manifest_bytes()
+    origin = {MANIFEST: asdict(FileRecord(len(manifest), hashlib.sha256(manifest).hexdigest()))}
+    return {"kind": "jaxllama", "name": source.place.name, "files": origin}
 
 
 def answer_saves(config: LlamaConfig, params: Params, group: Group) -> None:

@@ -6,12 +6,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxllama.errors import ConfigError, ConversionError, listed, one_line, quote
+from jaxllama.weights.places import Place
 from jaxllama.weights.sources.gguf_file import GgufHeader, GgufTensor, read_gguf_header
 from jaxllama.weights.sources.gguf_tokenizer import tokenizer_files
 from jaxllama.weights.sources.source import Source, SourceFile, SourceTensor
@@ -43,12 +43,13 @@ _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_ORIGINAL = 1.0, 4.0, 8192
 _FREQUENCY_TOLERANCE = 1e-4
 
 
-def open_gguf(path: Path) -> Source:
+def open_gguf(place: Place, name: str) -> Source:
     """Opens a GGUF file of the llama architecture.
 
     Raises: ConversionError or ConfigError naming the file, the key or tensor, and the reason.
     """
-    files = tuple(SourceFile(path.with_name(name)) for name in part_names(path.name))
+    path = place / name
+    files = tuple(SourceFile(place, part) for part in part_names(name))
     headers = [read_gguf_header(file) for file in files]
     _check_parts(files, headers)
     file = files[0]
@@ -58,12 +59,12 @@ def open_gguf(path: Path) -> Source:
     if architecture != "llama":
         raise ConfigError(f"{path}: architecture {quote(architecture)} is not supported, expected 'llama'")
     config = _config(header, file)
-    sidecars, warnings = tokenizer_files(header.metadata, config["vocab_size"], str(path))
+    sidecars, warnings = tokenizer_files(header.metadata, config["vocab_size"], path)
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     json_files = {"config.json": config, "generation_config.json": generation}
     return Source(
         kind="gguf",
-        name=path.name,
+        name=name,
         config=config,
         tensors={
             name: tensor
@@ -115,7 +116,7 @@ def _json_bytes(value: Any) -> bytes:
 
 
 def _config(header: GgufHeader, file: SourceFile) -> dict[str, Any]:
-    read = _Reader(header.metadata, str(file.path))
+    read = _Reader(header.metadata, file.path)
     num_heads = read.integer("attention.head_count")
     num_kv_heads = read.integer("attention.head_count_kv", num_heads)
     hidden_size = read.integer("embedding_length")
@@ -148,7 +149,7 @@ def _config(header: GgufHeader, file: SourceFile) -> dict[str, Any]:
         "mlp_bias": "blk.0.ffn_gate.bias" in header.tensors,
         "rope_theta": _shortest_float32(read.number("rope.freq_base", 10_000.0)),
         "rope_scaling": None,
-        **_special_ids(header.metadata, embedding.shape[0], str(file.path)),
+        **_special_ids(header.metadata, embedding.shape[0], file.path),
     }
     config["rope_scaling"] = _rope_scaling(read, header, file, config)
     read.refuse_unknown()

@@ -142,7 +142,7 @@ class _Cursor:
         if start + num_bytes > len(self._block):
             self._block_start, start = self.position, 0
             size = min(max(num_bytes, _BLOCK_BYTES), self._file.size - self.position)
-            self._block = self._file.read(self.position, size).tobytes()
+            self._block = self._file.read_hashed(self.position, size).tobytes()
         self.position += num_bytes
         return self._block[start : start + num_bytes]
 

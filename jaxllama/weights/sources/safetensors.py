@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-import stat
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from jaxllama.errors import ConfigError, ConversionError, listed, one_line, quote
+from jaxllama.errors import ConfigError, ConversionError, PlaceError, StoreError, listed, one_line, quote
+from jaxllama.weights.places import Place
 from jaxllama.weights.sources.config_keys import unknown_key_warnings
 from jaxllama.weights.sources.quantized.methods import QUANTIZATION_CONFIG, dequantized
-from jaxllama.weights.sources.source import MAX_JSON_BYTES, Source, SourceFile, SourceTensor, parse_json
+from jaxllama.weights.sources.source import Source, SourceFile, SourceTensor, parse_json
 
 SIDECARS = (
     "generation_config.json",
@@ -34,7 +33,7 @@ _ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16":
 _ITEMSIZE |= {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 
 
-def open_safetensors(folder: Path) -> Source:
+def open_safetensors(folder: Place) -> Source:
     """Opens a folder and checks the header of every shard.
 
     Raises: ConversionError naming the file, the tensor and the reason.
@@ -42,16 +41,16 @@ def open_safetensors(folder: Path) -> Source:
     config_bytes = read_small(folder, "config.json")
     if config_bytes is None:
         raise ConversionError(f"{folder}: has no config.json; expected a Hugging Face model folder")
-    config = parse_json(config_bytes, str(folder / "config.json"))
+    config = parse_json(config_bytes, folder / "config.json")
     if not isinstance(config, dict):
         raise ConfigError(f"{folder / 'config.json'}: expected a JSON object")
     weight_map = _weight_map(folder)
-    files = tuple(SourceFile(resolve_inside(folder, name), name) for name in sorted(set(weight_map.values())))
+    files = tuple(SourceFile(folder, checked_name(folder, name)) for name in sorted(set(weight_map.values())))
     headers = {file.name: read_header(file) for file in files}
     _check_index(folder, weight_map, headers)
     sidecars = {name: data for name in SIDECARS if (data := read_small(folder, name)) is not None}
     if "generation_config.json" in sidecars:
-        where = str(folder / "generation_config.json")
+        where = folder / "generation_config.json"
         if not isinstance(parse_json(sidecars["generation_config.json"], where), dict):
             raise ConversionError(f"{where}: expected a JSON object")
     warnings = unknown_key_warnings(config)
@@ -64,7 +63,7 @@ def open_safetensors(folder: Path) -> Source:
         config_bytes = (json.dumps(config, indent=2) + "\n").encode()
     return Source(
         kind="safetensors",
-        name=folder.resolve().name,
+        name=folder.name,
         config=config,
         tensors=tensors,
         files=files,
@@ -73,46 +72,27 @@ def open_safetensors(folder: Path) -> Source:
     )
 
 
-def read_small(folder: Path, name: str) -> bytes | None:
+def read_small(folder: Place, name: str) -> bytes | None:
     """The bytes of a small file of the folder, None if it is not there.
 
     Raises: ConversionError when it is unreadable, too large or leads out of the folder.
     """
-    if not (folder / name).exists() and not (folder / name).is_symlink():
-        return None
-    file = SourceFile(resolve_inside(folder, name), name)
     try:
-        if file.size > MAX_JSON_BYTES:
-            raise ConversionError(f"{folder / name}: larger than {MAX_JSON_BYTES >> 20} MiB")
-        return file.read(0, file.size).tobytes()
-    finally:
-        file.close()
+        return folder.read(checked_name(folder, name))
+    except StoreError:
+        raise
+    except PlaceError as error:
+        raise ConversionError(str(error)) from None
 
 
-def resolve_inside(folder: Path, name: str) -> Path:
-    """The real path of `folder/name`, which must lie in the folder.
+def checked_name(folder: Place, name: str) -> str:
+    """`name`, which must be that of a file in the folder itself.
 
-    The Hugging Face cache keeps its files elsewhere: `models--X/snapshots/REV/name` may link into `models--X/blobs`.
-
-    Raises: ConversionError for a path, a link that leads out, or what is not a regular file.
+    Raises: ConversionError.
     """
-    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+    if not name or name in (".", "..") or any(char in name for char in "/\\\0"):
         raise ConversionError(f"{folder}: file name {quote(name)} must be a name without folders")
-    root = folder.resolve()
-    try:
-        real = (root / name).resolve(strict=True)
-        mode = real.stat().st_mode
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConversionError(f"{folder / one_line(name)}: cannot be read ({reason})") from None
-    allowed = [root]
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        allowed.append(root.parent.parent / "blobs")
-    if not any(real.is_relative_to(place) for place in allowed):
-        raise ConversionError(f"{folder / name}: is a link that leads out of the folder, to {real}")
-    if not stat.S_ISREG(mode):
-        raise ConversionError(f"{folder / name}: not a regular file")
-    return real
+    return name
 
 
 def read_header(file: SourceFile) -> dict[str, SourceTensor]:
@@ -120,15 +100,15 @@ def read_header(file: SourceFile) -> dict[str, SourceTensor]:
 
     Raises: ConversionError for a header that breaks the format in any way.
     """
-    where = str(file.path)
+    where = file.path
     if file.size < 8:
         raise ConversionError(f"{where}: {file.size} bytes are too few for a safetensors file")
-    length = int.from_bytes(file.read(0, 8).tobytes(), "little")
+    length = int.from_bytes(file.read_hashed(0, 8).tobytes(), "little")
     if length > _MAX_HEADER_BYTES or 8 + length > file.size:
         raise ConversionError(
             f"{where}: header length {length} exceeds the file ({file.size} bytes) or {_MAX_HEADER_BYTES}"
         )
-    header = parse_json(file.read(8, length).tobytes(), f"{where}: header")
+    header = parse_json(file.read_hashed(8, length).tobytes(), f"{where}: header")
     if not isinstance(header, dict):
         raise ConversionError(f"{where}: header must be a JSON object, got {type(header).__name__}")
     metadata = header.pop("__metadata__", {})
@@ -181,10 +161,10 @@ def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
+def _weight_map(folder: Place) -> dict[str, str]:
     """Tensor name to file name; for a single file, that file under the empty name."""
     index = read_small(folder, _INDEX)
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    names = [name for name in folder.names() if name.endswith(".safetensors")]
     if index is None:
         if _SINGLE in names:
             return {"": _SINGLE}
@@ -194,14 +174,14 @@ def _weight_map(folder: Path) -> dict[str, str]:
             raise ConversionError(
                 f"{folder}: has {len(names)} safetensors files but no {_INDEX}, so their roles are unknown"
             )
-        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        pickles = [name for name in folder.names() if name.endswith((".bin", ".pt", ".pth"))]
         if pickles:
             raise ConversionError(
                 f"{folder}: has only pickled weights ({pickles[0]}), which can run code and are never opened; "
                 "convert them to safetensors first"
             )
         raise ConversionError(f"{folder}: has no safetensors files")
-    value = parse_json(index, str(folder / _INDEX))
+    value = parse_json(index, folder / _INDEX)
     weight_map = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise ConversionError(f"{folder / _INDEX}: weight_map must map tensor names to file names")
@@ -213,7 +193,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _check_index(
-    folder: Path, weight_map: Mapping[str, str], headers: Mapping[str, Mapping[str, SourceTensor]]
+    folder: Place, weight_map: Mapping[str, str], headers: Mapping[str, Mapping[str, SourceTensor]]
 ) -> None:
     problems = [] if "" in weight_map else list(_index_problems(weight_map, headers))
     if problems:

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import stat
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from jaxllama.errors import ConversionError, MissingExtraError, one_line, quote
+from jaxllama.errors import ConversionError, MissingExtraError, PlaceError, StoreError, one_line, quote
+from jaxllama.weights.places import Place, PlaceLike, open_place
 
 MAX_JSON_BYTES = 256 * 2**20
 _GAP_BLOCK_BYTES = 8 * 2**20
+# What waits for the bytes before it to be hashed.
+_MAX_EARLY_BYTES = 64 * 2**20
+# A gap of this size (alignment, a tensor that nobody needs) is read at once rather than wait for its reader.
+_SMALL_GAP_BYTES = 2**18
 FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # The block types of GGML that the gguf package dequantises.
 BLOCK_TYPES = (
@@ -41,70 +45,88 @@ _PARTS = {
 
 
 class SourceFile:
-    """A source file, read by position and hashed on the way.
+    """A source file, read by position and hashed on the way. Threads may share it.
 
-    `read_hashed` at rising offsets hashes the file as a whole (gaps are read for the hash alone), so that a model of
-    141 GB is read once.
+    Bytes that `read_hashed` brings in the order of the file, or nearly, are hashed as they pass. What was skipped, or
+    came much too early, is read again for the hash.
     """
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
-        self.path = path
-        self.name = name or path.name
+    def __init__(self, place: Place, name: str) -> None:
         try:
-            status = path.stat()
-            if not stat.S_ISREG(status.st_mode):
-                raise ConversionError(f"{path}: not a regular file")
-            self._file = path.open("rb", buffering=0)
-        except OSError as error:
-            raise ConversionError(f"{path}: cannot be read ({error.strerror})") from None
-        self.size = status.st_size
-        self.mtime_ns = status.st_mtime_ns
+            file = place.stat(name)
+        except StoreError:
+            raise
+        except PlaceError as error:
+            raise ConversionError(str(error)) from None
+        if file is None:
+            raise ConversionError(f"{place / name}: cannot be read (there is no such file)")
+        self.place = place
+        self.path = place / name
+        self.name = name
+        self.size = file.size
+        self.tag = file.tag
+        self._file = file
         self._hash = hashlib.sha256()
         self._hashed = 0
+        self._early: dict[int, np.ndarray] = {}
+        self._early_bytes = 0
+        self._lock = threading.Lock()
 
     def read(self, offset: int, num_bytes: int) -> np.ndarray:
         """`num_bytes` bytes from `offset` as uint8 `[num_bytes]`.
 
-        Raises: ConversionError when the file ends before.
+        Raises: StoreError when the file ends before.
         """
         buffer = np.empty(num_bytes, np.uint8)
-        view, done = memoryview(buffer), 0
-        try:
-            while done < num_bytes:
-                got = os.preadv(self._file.fileno(), [view[done : done + 2**30]], offset + done)
-                if got == 0:
-                    raise ConversionError(
-                        f"{self.path}: ends at byte {offset + done}, expected {self.size} "
-                        "bytes. Did it change meanwhile?"
-                    )
-                done += got
-        except OSError as error:
-            raise ConversionError(f"{self.path}: cannot be read at byte {offset + done} ({error.strerror})") from None
+        if num_bytes:
+            self.place.read_into(self._file, offset, memoryview(buffer))
         return buffer
 
     def read_hashed(self, offset: int, num_bytes: int) -> np.ndarray:
-        """`read`, adding the bytes to the file's hash. Offsets must not fall."""
-        self._hash_gap(offset)
+        """`read`, adding the bytes to the file's hash."""
         data = self.read(offset, num_bytes)
-        self._hash.update(data)
-        self._hashed = offset + num_bytes
+        with self._lock:
+            if 0 < offset - self._hashed <= _SMALL_GAP_BYTES:
+                self._add(self.read(self._hashed, offset - self._hashed))
+            if offset > self._hashed and self._early_bytes + num_bytes <= _MAX_EARLY_BYTES:
+                self._early[offset] = data
+                self._early_bytes += num_bytes
+            elif offset <= self._hashed < offset + num_bytes:
+                self._add(data[self._hashed - offset :])
+                while (early := self._take_early()) is not None:
+                    self._add(early)
         return data
 
     def sha256(self) -> str:
-        """The hash of the whole file; reads what `read_hashed` has not."""
-        self._hash_gap(self.size)
-        return self._hash.hexdigest()
+        """The hash of the whole file; reads what `read_hashed` has not.
 
-    def close(self) -> None:
-        """Closes the file; reads fail afterwards."""
-        self._file.close()
+        Raises: StoreError when the store itself says that it is another.
+        """
+        with self._lock:
+            while self._hashed < self.size:
+                early = self._take_early()
+                end = min(self._early, default=self.size)
+                num_bytes = min(_GAP_BLOCK_BYTES, end - self._hashed)
+                self._add(self.read(self._hashed, num_bytes) if early is None else early)
+            digest = self._hash.hexdigest()
+        if self._file.sha256 not in (None, digest):
+            raise StoreError(f"{self.path}: sha256 is {digest}, the store says {self._file.sha256}. Try again")
+        return digest
 
-    def _hash_gap(self, end: int) -> None:
-        assert end >= self._hashed, f"{self.name} is read backwards"
-        while self._hashed < end:
-            block = self.read(self._hashed, min(_GAP_BLOCK_BYTES, end - self._hashed))
-            self._hash.update(block)
-            self._hashed += len(block)
+    def _take_early(self) -> np.ndarray | None:
+        """What waited for the next byte, from that byte on."""
+        for offset in sorted(self._early):
+            if offset > self._hashed:
+                break
+            data = self._early.pop(offset)
+            self._early_bytes -= len(data)
+            if offset + len(data) > self._hashed:
+                return data[self._hashed - offset :]
+        return None
+
+    def _add(self, data: np.ndarray) -> None:
+        self._hash.update(data)
+        self._hashed += len(data)
 
 
 @dataclass(frozen=True)
@@ -136,7 +158,7 @@ class SourceTensor:
     def read_rows(self, start: int, stop: int, *, hashed: bool = True) -> np.ndarray:
         """Rows `[start, stop)` as they are stored; block types are dequantised to float32.
 
-        Slices must be read in order when `hashed`.
+        `hashed`: they are added to the file's hash, best in the order of the file.
         """
         row_bytes = self.num_bytes // self.shape[0]
         read = self.file.read_hashed if hashed else self.file.read
@@ -166,34 +188,36 @@ class Source:
     warnings: tuple[str, ...] = field(default=())
 
     def close(self) -> None:
-        """Closes every file."""
+        """Ends connections and closes every file."""
         for file in self.files:
-            file.close()
+            file.place.close()
 
 
-def open_source(path: Path) -> Source:
+def open_source(place: PlaceLike) -> Source:
     """Opens a folder of safetensors or a GGUF file and checks its headers.
 
     A folder with one GGUF file (or the parts of one) and no safetensors is that GGUF file, and a part is the whole.
 
-    Raises: ConversionError naming the file, the tensor and the reason; ConfigError for an unsupported model.
+    Raises: ConversionError naming the file, the tensor and the reason; ConfigError for an unsupported model;
+        PlaceError where there is nothing.
     """
     from jaxllama.weights.sources.safetensors import open_safetensors
 
-    if not path.exists():
-        raise ConversionError(f"{path}: does not exist; expected a folder of safetensors or a GGUF file")
-    if path.is_dir():
-        ggufs = sorted(path.glob("*.gguf"))
+    place = open_place(place)
+    if place.file is None:
+        names = place.names()
+        ggufs = [name for name in names if name.endswith(".gguf")]
         # Of a model in parts all have the same name but for the number.
-        models = {re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"\1", file.name) for file in ggufs}
-        if len(models) == 1 and not any(path.glob("*.safetensors")):
-            return _open_gguf(ggufs[0])
-        return open_safetensors(path)
-    if path.suffix == ".gguf":
-        return _open_gguf(path)
-    if path.suffix == ".safetensors":
-        raise ConversionError(f"{path}: give the folder that holds it and config.json: {path.parent}")
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        models = {re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"\1", name) for name in ggufs}
+        if len(models) == 1 and not any(name.endswith(".safetensors") for name in names):
+            return _open_gguf(place, ggufs[0])
+        return open_safetensors(place)
+    path, suffix = place / place.file, PurePosixPath(place.file).suffix
+    if suffix == ".gguf":
+        return _open_gguf(place, place.file)
+    if suffix == ".safetensors":
+        raise ConversionError(f"{path}: give the folder that holds it and config.json: {place}")
+    if suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
         raise ConversionError(
             f"{path}: pickled weights can run code and are never opened; convert them to safetensors first"
         )
@@ -225,14 +249,14 @@ def parse_json(data: bytes, where: str) -> Any:
         raise ConversionError(f"{where}: not valid JSON ({one_line(error)})") from None
 
 
-def _open_gguf(path: Path) -> Source:
+def _open_gguf(place: Place, name: str) -> Source:
     try:
         from jaxllama.weights.sources.gguf import open_gguf
     except ModuleNotFoundError as error:
         if error.name != "gguf":
             raise
         raise MissingExtraError("gguf", "gguf") from None
-    return open_gguf(path)
+    return open_gguf(place, name)
 
 
 def _dequantize(rows: np.ndarray, dtype: str) -> np.ndarray:

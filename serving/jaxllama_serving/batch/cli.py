@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError
+from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError, StoreError
+from jaxllama.weights.places import MODEL_HELP
 from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.process.cli import add_behaviour, add_model, behaviour, load_model
 
@@ -34,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="IN", type=Path, help="requests, one JSON object a line")
     parser.add_argument("output", metavar="OUT", type=Path, help="answers; made, or gone on with")
     parser.add_argument(
-        "--checkpoint", metavar="CKPT", type=Path, required=True, help="folder written by `jaxllama convert`"
+        "--checkpoint",
+        metavar="MODEL",
+        required=True,
+        help=MODEL_HELP,
     )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add_model(parser.add_argument_group("model and engine"))
@@ -45,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Answers the batch. Returns 0, 1 on a failure and 2 on bad input; the last two say why."""
     try:
         return _run(args)
-    except (EngineError, OSError) as error:
+    except (EngineError, StoreError, OSError) as error:
         return _fail(error, 1)
     except JaxLlamaError as error:
         return _fail(error, 2)

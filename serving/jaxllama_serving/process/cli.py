@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING, Any
 from jaxllama.errors import (
     CheckpointError,
     ConfigError,
+    ConversionError,
     JaxLlamaError,
     MissingExtraError,
+    PlaceError,
     RequestError,
+    StoreError,
     TokenizerError,
 )
+from jaxllama.weights.places import MODEL_HELP, short_name
 from jaxllama_serving.config import REASONING_FIELDS, TOOL_PARSERS, ServerConfig, ServerConfigError
 from jaxllama_serving.process import hosts
 
@@ -29,12 +33,21 @@ if TYPE_CHECKING:
     from jaxllama_serving.process.hosts import Hosts
 
 KEYS_VARIABLE = "JAXLLAMA_API_KEYS"
-BAD_INPUT = (ServerConfigError, CheckpointError, ConfigError, TokenizerError, RequestError, MissingExtraError)
+BAD_INPUT = (
+    ServerConfigError,
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    MissingExtraError,
+    PlaceError,
+    RequestError,
+    TokenizerError,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `serve`, in groups."""
-    parser.add_argument("checkpoint", type=Path, help="folder written by `jaxllama convert`")
+    parser.add_argument("checkpoint", metavar="MODEL", help=MODEL_HELP)
     _add_network(parser.add_argument_group("network"))
     engine = parser.add_argument_group("model and engine")
     add_model(engine)
@@ -66,6 +79,13 @@ def add_model(group: argparse._ArgumentGroup) -> None:
         "--dtype", choices=("bfloat16", "float32"), help="of weights and cache (default: the checkpoint's)"
     )
     group.add_argument("--quantize", choices=("int8",), help="round the weights on loading (default: as stored)")
+    group.add_argument(
+        "--max-in-flight",
+        type=float,
+        default=2.0,
+        metavar="GIB",
+        help="host memory that loading takes at most, beside the weights of CPU devices (default: %(default)g)",
+    )
     group.add_argument("--kv-dtype", choices=("int8",), help="of the cache (default: as the weights)")
     group.add_argument("--max-rows", type=int, default=16, help="sequences decoded together (default: %(default)s)")
     group.add_argument("--max-context", type=int, help="longest prompt and completion together (default: the model's)")
@@ -132,7 +152,7 @@ def behaviour(args: argparse.Namespace) -> dict[str, Any]:
         "price_input",
         "price_output",
     )
-    names = tuple(args.served_model_name or (args.checkpoint.resolve().name,))
+    names = tuple(args.served_model_name or (short_name(args.checkpoint),))
     return {"model_names": names, **{name: getattr(args, name) for name in fields}}
 
 
@@ -230,6 +250,8 @@ def run(args: argparse.Namespace) -> int:
         except ModuleNotFoundError as error:
             raise MissingExtraError("serve", error.name or "aiohttp") from None
         return serve(config, lambda: _load(args, found), started=started)
+    except StoreError as error:
+        return _fail(str(error), 1)
     except BAD_INPUT as error:
         return _fail(str(error), 2)
     except (JaxLlamaError, OSError) as error:
@@ -260,6 +282,7 @@ def load_model(args: argparse.Namespace, *, max_queue: int, group: Group | None 
         compilation_cache=args.compilation_cache,
     )
     how = {"data": args.data, "dtype": args.dtype, "quantize": args.quantize}
+    how["max_in_flight_bytes"] = int(args.max_in_flight * 2**30)
     return jaxllama.load(args.checkpoint, **how, options=options, group=group)
 
 
@@ -290,8 +313,9 @@ def _load(args: argparse.Namespace, found: Hosts | None) -> Llama:
 def _settings(args: argparse.Namespace) -> dict[str, object]:
     """What must be the same in all processes, by the names a user knows."""
     import jaxllama
+    from jaxllama.weights.opening import open_model
 
-    manifest = jaxllama.Checkpoint.open(args.checkpoint).manifest
+    manifest = open_model(args.checkpoint).manifest
     return {
         "jaxllama": jaxllama.__version__,
         "the checkpoint": hashlib.sha256(manifest.to_json().encode()).hexdigest()[:12],

@@ -27,7 +27,8 @@ from unit.weights.sources.sources import BF16, CONFIG, weights, write_gguf, writ
 import jaxllama.weights.checkpoint
 from jaxllama.errors import ConversionError
 from jaxllama.model.params import build_params, get_param, param_specs
-from jaxllama.weights.checkpoint import Checkpoint, restore_params
+from jaxllama.weights.checkpoint import Checkpoint
+from jaxllama.weights.loading import restore_params
 
 
 def restored(path: Path) -> dict[str, np.ndarray]:

@@ -35,8 +35,8 @@ from jaxllama.model.params import (
     stored_specs,
 )
 from jaxllama.model.platforms.cpu import PLAIN
-from jaxllama.weights.checkpoint import MANIFEST, Checkpoint, restore_params
-from jaxllama.weights.loading import load_params
+from jaxllama.weights.checkpoint import MANIFEST, Checkpoint
+from jaxllama.weights.loading import load_params, restore_params
 
 pytestmark = pytest.mark.optimized
 

@@ -27,9 +27,8 @@ from jaxllama.model.mesh import param_shardings
 from jaxllama.model.native import PackedWeight, library, pack
 from jaxllama.model.params import Params, QuantizedWeight, get_param, param_specs
 from jaxllama.model.platforms.describe import describe_platform
-from jaxllama.weights.checkpoint import restore_params
 from jaxllama.weights.forms import fit, unpack
-from jaxllama.weights.loading import load_params
+from jaxllama.weights.loading import load_params, restore_params
 
 pytestmark = pytest.mark.optimized
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,8 @@ import jaxllama.weights.array_files
 from jaxllama.errors import CheckpointError, ConfigError
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import Params, ParamSpec, build_params, get_param, param_specs
-from jaxllama.weights.checkpoint import MANIFEST, Checkpoint, Manifest, ParamsWriter, hash_file, restore_params
+from jaxllama.weights.checkpoint import MANIFEST, Checkpoint, Manifest, ParamsWriter, hash_file
+from jaxllama.weights.loading import restore_params
 
 CONFIG = {
     "model_type": "llama",
@@ -242,7 +244,7 @@ def test_a_config_of_another_model_is_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "c")
     checkpoint = Checkpoint.open(tmp_path / "c")
     other = LlamaConfig.from_hf(CONFIG | {"intermediate_size": 48})
-    wrong = Checkpoint(checkpoint.path, other, checkpoint.dtype, {}, checkpoint.manifest)
+    wrong = dataclasses.replace(checkpoint, config=other)
     with pytest.raises(CheckpointError, match=r"gate_proj: shape \(40, 24\), expected \(48, 24\)"):
         restore_params(wrong, jnp.float32, one_device())
 

@@ -19,6 +19,7 @@ from jaxllama.errors import ConfigError, ConversionError, JaxLlamaError
 from jaxllama.model.config import LlamaConfig, RopeScaling
 from jaxllama.model.params import param_specs
 from jaxllama.weights.checkpoint import Checkpoint
+from jaxllama.weights.places import LocalPlace
 from jaxllama.weights.sources.names import match_tensors
 from jaxllama.weights.sources.source import BLOCK_TYPES, open_source
 
@@ -363,7 +364,7 @@ def test_our_header_agrees_with_the_gguf_package(tmp_path: Path) -> None:
     from jaxllama.weights.sources.gguf_file import read_gguf_header
     from jaxllama.weights.sources.source import SourceFile
 
-    file = SourceFile(tmp_path / "model.gguf")
+    file = SourceFile(LocalPlace(tmp_path), "model.gguf")
     header = read_gguf_header(file)
     file.close()
     reader = gguf.GGUFReader(tmp_path / "model.gguf")

@@ -1,0 +1,191 @@
+"""Where a loader's numbers come from: the arrays of a checkpoint, or the tensors of a source that is not converted.
+
+Both give blocks, some rows and some columns of an array, as they are or would be stored. Threads read many at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllama.errors import CheckpointError, PlaceError, StoreError
+from jaxllama.model.params import ParamSpec, QuantizedWeight
+from jaxllama.weights.places import Place
+from jaxllama.weights.sources.source import SourceTensor
+from jaxllama.weights.sources.stored import Storage, read_rounded, read_stored, round_rows
+
+PARAMS = "params"
+
+
+class Reader(Protocol):
+    """Reads blocks of arrays. `quantize` is how matrices are stored; `num_readers` blocks at a time are read fast."""
+
+    quantize: str | None
+    num_readers: int
+
+    def prepare(self, parts: Iterable[ParamSpec], pool: Executor) -> None:
+        """Must be called before anything else, with all the arrays that will be read. Raises: CheckpointError."""
+
+    def order(self, part: ParamSpec) -> Any:
+        """Arrays are read fastest in the order of this."""
+
+    def dtype(self, part: ParamSpec) -> np.dtype:
+        """That the array has as it is stored."""
+
+    def row_multiple(self, part: ParamSpec) -> int:
+        """Blocks start and end at multiples of this many rows."""
+
+    def num_columns(self, part: ParamSpec) -> int:
+        """How many columns can be read without the others, all of them if none can."""
+
+    def read(self, part: ParamSpec, rows: slice, columns: slice, out: np.ndarray | None) -> np.ndarray:
+        """The block, `[rows, columns]` or `[rows]`: in `out`, contiguous and of the right dtype, if that is given and
+        the reader can.
+
+        Raises: CheckpointError, ConversionError or StoreError, saying what is wrong with which file.
+        """
+
+    def read_rounded(self, spec: ParamSpec, rows: slice) -> QuantizedWeight:
+        """Whole rows of a matrix that is not stored as int8, rounded. Raises: as `read`."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A zarr array as it lies: what its `.zarray` says."""
+
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    dtype: np.dtype
+
+
+class CheckpointReader:
+    """The zarr arrays of a checkpoint, read by the ranges of their chunks."""
+
+    def __init__(self, place: Place, files: Mapping[str, Any], quantize: str | None) -> None:
+        self.quantize = quantize
+        self.num_readers = place.num_readers
+        self._place = place
+        self._files = files
+        self._arrays: dict[str, _Stored] = {}
+
+    def prepare(self, parts: Iterable[ParamSpec], pool: Executor) -> None:
+        parts = list(parts)
+        for part, stored in zip(parts, pool.map(self._open, parts), strict=True):
+            self._arrays[part.name] = stored
+
+    def order(self, part: ParamSpec) -> Any:
+        return 0
+
+    def dtype(self, part: ParamSpec) -> np.dtype:
+        return self._arrays[part.name].dtype
+
+    def row_multiple(self, part: ParamSpec) -> int:
+        return 1
+
+    def num_columns(self, part: ParamSpec) -> int:
+        chunk = self._arrays[part.name].chunk
+        return chunk[1] if len(chunk) > 1 else 1
+
+    def read(self, part: ParamSpec, rows: slice, columns: slice, out: np.ndarray | None) -> np.ndarray:
+        stored = self._arrays[part.name]
+        shape = (rows.stop - rows.start, *([columns.stop - columns.start] if len(stored.shape) > 1 else []))
+        out = np.empty(shape, stored.dtype) if out is None else out
+        height, width = stored.chunk[0], self.num_columns(part)
+        for row in range(rows.start // height, math.ceil(rows.stop / height)):
+            first, last = max(rows.start, row * height), min(rows.stop, (row + 1) * height)
+            target = out[first - rows.start : last - rows.start]
+            if len(stored.shape) == 1:
+                self._read_rows(part, f"{row}", first - row * height, target, 1)
+                continue
+            for column in range(columns.start // width, math.ceil(columns.stop / width)):
+                left, right = max(columns.start, column * width), min(columns.stop, (column + 1) * width)
+                piece = target[:, left - columns.start : right - columns.start]
+                name, start = f"{row}.{column}", first - row * height
+                if right - left == width and piece.flags.c_contiguous:
+                    self._read_rows(part, name, start, piece, width)
+                else:
+                    whole = np.empty((last - first, width), stored.dtype)
+                    self._read_rows(part, name, start, whole, width)
+                    piece[...] = whole[:, left - column * width : right - column * width]
+        return out
+
+    def read_rounded(self, spec: ParamSpec, rows: slice) -> QuantizedWeight:
+        weight = round_rows(self.read(spec, rows, slice(0, spec.shape[1]), None))
+        if not np.isfinite(weight.scale).all():
+            raise CheckpointError(f"{self._place}: {spec.name} has NaN or infinite values")
+        return weight
+
+    def _read_rows(self, part: ParamSpec, chunk: str, start: int, out: np.ndarray, width: int) -> None:
+        """Whole rows of a chunk, from its row `start`."""
+        name = f"{PARAMS}/{part.name}/{chunk}"
+        file = self._place.stat(name)
+        if file is None:
+            raise CheckpointError(f"{self._place / name}: missing. Convert the model again")
+        data = memoryview(out.reshape(-1).view(np.uint8))
+        self._place.read_into(file, start * width * out.itemsize, data)
+
+    def _open(self, part: ParamSpec) -> _Stored:
+        name = f"{PARAMS}/{part.name}/.zarray"
+        if name not in self._files:
+            raise CheckpointError(
+                f"{self._place}: tensor {part.name} is not in the checkpoint. Is config.json of this model?"
+            )
+        where = self._place / name
+        try:
+            value = json.loads(self._place.read(name) or b"")
+            stored = _Stored(tuple(value["shape"]), tuple(value["chunks"]), jnp.dtype(value["dtype"]))
+            is_plain = (value["compressor"], value["filters"], value["order"]) == (None, None, "C")
+            is_plain = is_plain and value["dimension_separator"] == "." and value["zarr_format"] == 2
+            is_plain = is_plain and all(type(n) is int and n > 0 for n in (*stored.chunk, *stored.shape))
+        except StoreError:
+            raise
+        except (PlaceError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{where}: cannot be read ({error})") from None
+        if stored.shape != part.shape:
+            raise CheckpointError(
+                f"{self._place / PARAMS}/{part.name}: shape {stored.shape}, expected {part.shape}. "
+                "Is config.json of this model?"
+            )
+        if not is_plain or len(stored.chunk) != len(part.shape) or any(stored.chunk[2:]):
+            raise CheckpointError(f"{where}: not an array as jaxllama writes them. Convert the model again")
+        return stored
+
+
+class SourceReader:
+    """The tensors of a source, as the converter would store them."""
+
+    def __init__(self, tensors: Mapping[str, SourceTensor], storage: Storage, num_readers: int) -> None:
+        self.quantize: str | None = None
+        self.num_readers = num_readers
+        self._tensors = tensors
+        self._storage = storage
+
+    def prepare(self, parts: Iterable[ParamSpec], pool: Executor) -> None:
+        """Everything was checked when the source was opened."""
+
+    def order(self, part: ParamSpec) -> Any:
+        tensor = self._tensors[part.hf_name]
+        return tensor.file.name, tensor.offset
+
+    def dtype(self, part: ParamSpec) -> np.dtype:
+        return self._storage.numpy_dtype
+
+    def row_multiple(self, part: ParamSpec) -> int:
+        return self._tensors[part.hf_name].row_multiple
+
+    def num_columns(self, part: ParamSpec) -> int:
+        return part.shape[1] if len(part.shape) > 1 else 1
+
+    def read(self, part: ParamSpec, rows: slice, columns: slice, out: np.ndarray | None) -> np.ndarray:
+        array = read_stored(self._tensors[part.hf_name], rows.start, rows.stop, self._storage.numpy_dtype)
+        return array if array.ndim == 1 else array[:, columns]
+
+    def read_rounded(self, spec: ParamSpec, rows: slice) -> QuantizedWeight:
+        return read_rounded(self._tensors[spec.hf_name], rows.start, rows.stop, self._storage.numpy_dtype)
