@@ -366,7 +366,7 @@ def test_our_header_agrees_with_the_gguf_package(tmp_path: Path) -> None:
 
     file = SourceFile(LocalPlace(tmp_path), "model.gguf")
     header = read_gguf_header(file)
-    file.close()
+    file.place.close()
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     assert header.metadata == {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
     assert {t.name: (t.offset, t.num_bytes, t.dtype, list(t.shape)) for t in header.tensors.values()} == {
