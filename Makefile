@@ -38,6 +38,7 @@ bench: $(VENV)/.dev $(ORACLE)/.done $(MODEL)/manifest.json $(GGUF)  ## Paired wi
 
 oracle: $(ORACLE)/.done $(GGUF)  ## Makes tests/golden again, with transformers, in an environment of its own
 	$(ORACLE)/bin/python tests/oracle/make_tiny.py --out tests/golden
+	$(ORACLE)/bin/python tests/oracle/make_families.py --out tests/golden
 	$(ORACLE)/bin/python tests/oracle/make_goldens.py --gguf $(GGUF) --out tests/golden
 
 clean:

@@ -36,7 +36,23 @@ def inverse_frequencies(rope: RopeScaling, head_dim: int) -> Array:
         return frequencies / rope.factor
     if rope.rope_type == "llama3":
         return np.array([_llama3_frequency(rope, frequency) for frequency in frequencies])
+    if rope.rope_type == "yarn":
+        return np.array([_yarn_frequency(rope, pair, head_dim) for pair in range(head_dim // 2)])
     return frequencies
+
+
+def _yarn_frequency(rope: RopeScaling, pair: int, head_dim: int) -> float:
+    """Source: Peng et al. 2023, arXiv:2309.00071, section 3.2, with the bounds on whole dimensions."""
+
+    def pair_that_turns(turns: float) -> float:
+        wavelength = rope.original_max_position_embeddings / turns
+        return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low = max(math.floor(pair_that_turns(rope.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(rope.beta_slow)), head_dim - 1)
+    slowed = min(max((pair - low) / (high - low), 0), 1)
+    frequency = rope.theta ** (-2 * pair / head_dim)
+    return (1 - slowed) * frequency + slowed * frequency / rope.factor
 
 
 def _llama3_frequency(rope: RopeScaling, frequency: float) -> float:

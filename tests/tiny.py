@@ -91,7 +91,7 @@ def make_params(
     """The weights on `mesh`, sharded by the rules."""
     arrays: dict[tuple[str | int, ...], Any] = {}
     for spec in param_specs(config):
-        array = np.asarray(weights[spec.hf_name], dtype)
+        array = np.asarray(weights[spec.hf_name][slice(*(spec.hf_rows or (None,)))], dtype)
         parts = stored_specs(spec, quantize)
         # NumPy's give the bits of XLA's, which would compile a dozen programs for each shape. Of NaN the scale tells.
         with np.errstate(invalid="ignore"):

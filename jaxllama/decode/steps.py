@@ -63,8 +63,8 @@ def _forward_chunk(
     (page_table, shard), (tokens, start, num_tokens) = place, chunk
     positions = chunk_positions(tokens.shape[0], start, num_tokens)[None]
 
-    def attend(q: Array, kv: Array, pool: KVPool, pages: Array) -> tuple[Array, KVPool]:
-        out, pool = platform.attention.prefill(q[0], kv[0], pool, pages[0], start, num_tokens, shard)
+    def attend(q: Array, kv: Array, pool: KVPool, pages: Array, window: int | None) -> tuple[Array, KVPool]:
+        out, pool = platform.attention.prefill(q[0], kv[0], pool, pages[0], start, num_tokens, shard, window)
         return out[None], pool
 
     once = jnp.minimum(num_tokens, 1)  # 0 in the runs that only compile
@@ -124,8 +124,8 @@ def _decode_step(
     rows = jax.tree.map(lambda x: x[some], state.rows)
     active, positions, sampling = rows.active, rows.length, rows.sampling
 
-    def attend(q: Array, kv: Array, pool: KVPool, pages: Array) -> tuple[Array, KVPool]:
-        out, pool = platform.attention.decode(q[:, 0], kv[:, 0], pool, pages, positions, active)
+    def attend(q: Array, kv: Array, pool: KVPool, pages: Array, window: int | None) -> tuple[Array, KVPool]:
+        out, pool = platform.attention.decode(q[:, 0], kv[:, 0], pool, pages, positions, active, window)
         return out[:, None], pool
 
     tokens, page_table = rows.last_token[:, None], state.page_table[some]

@@ -14,6 +14,7 @@ half the traffic on a TPU's links and in its HBM.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,8 +29,10 @@ from jaxllama.model.params import Params
 from jaxllama.model.platforms.platform import Platform
 from jaxllama.model.rope import RotaryAngles, rotary_angles, rotate
 
-type Attend = Callable[[Array, Array, KVPool, Array], tuple[Array, KVPool]]
-"""Writes, then attends: `(q [rows, tokens, H, D], kv [rows, tokens, 2K, D], pool, page_table) -> (out as q, pool)`."""
+type Attend = Callable[[Array, Array, KVPool, Array, int | None], tuple[Array, KVPool]]
+"""Writes, then attends: `(q [rows, tokens, H, D], kv [rows, tokens, 2K, D], pool, page_table, window) -> (out, pool)`.
+
+`out` is as `q`. A query sees the last `window` tokens, itself included; None: all before it."""
 
 
 class Transformer(nnx.Module):
@@ -42,7 +45,7 @@ class Transformer(nnx.Module):
         self.dtype = jnp.float32 if platform.keeps_float32 else params["norm"].dtype
         self.embed_tokens = Linear(params, "embed_tokens", jnp.float32)
         self.layers = nnx.data(params["layers"])
-        self.norm = RMSNorm(params["norm"], config.rms_norm_eps)
+        self.norm = RMSNorm(params["norm"], config.rms_norm_eps, params["norm"].dtype)
         self.lm_head = self.embed_tokens if config.tie_word_embeddings else Linear(params, "lm_head", jnp.float32)
 
     def __call__(
@@ -58,47 +61,65 @@ class Transformer(nnx.Module):
 
         `once` is 1 whenever this runs, and the compiler must not know it: see `Platform.layers_per_loop`.
         """
-        x = self.embed_tokens.rows(tokens).astype(self.dtype)
+        x = _times(self.embed_tokens.rows(tokens), self.config.embedding_multiplier).astype(self.dtype)
         angles = rotary_angles(self.config, positions)
         num_pages = pool.pages.shape[0] // (self.num_shards * self.config.num_layers)
 
-        # Jitted, one layer is traced and lowered for all. XLA inlines the calls.
-        @jax.jit
-        def run(weights: Mapping[str, Any], x: Array, pool: KVPool, pages: Array) -> tuple[Array, KVPool]:
-            return DecoderLayer(self.config, weights, self.dtype)(x, angles, pool, pages, attend)
+        # Jitted, layers of a kind are traced and lowered once. XLA inlines the calls.
+        @partial(jax.jit, static_argnames=("has_rope", "window"))
+        def run(
+            weights: Mapping[str, Any], x: Array, pool: KVPool, pages: Array, has_rope: bool, window: int | None
+        ) -> tuple[Array, KVPool]:
+            def within(q: Array, kv: Array, pool: KVPool, pages: Array) -> tuple[Array, KVPool]:
+                return attend(q, kv, pool, pages, window)
+
+            return DecoderLayer(self.config, weights, self.dtype)(x, angles if has_rope else None, pool, pages, within)
 
         def layer(index: int, x: Array, pool: KVPool) -> tuple[Array, KVPool]:
-            return run(self.layers[index], x, pool, page_table + index * num_pages)
+            pages, config = page_table + index * num_pages, self.config
+            return run(self.layers[index], x, pool, pages, has_rope=config.has_rope(index), window=config.window(index))
 
         x, pool = _through_layers(layer, len(self.layers), x, pool, per_loop=self.layers_per_loop, once=once)
         return self.norm(x), pool
 
     def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """Float32 scores of every token of the vocabulary."""
-        return self.lm_head(hidden)
+        return _times(self.lm_head(hidden), 1 / self.config.logits_divisor)
 
 
 class DecoderLayer(nnx.Module):
-    """One pre-norm transformer layer."""
+    """One Transformer layer: each of its two blocks normalises what it takes in, or else what it puts out."""
 
     def __init__(self, config: LlamaConfig, weights: Mapping[str, Any], dtype: Any) -> None:
-        self.input_layernorm = RMSNorm(weights["input_layernorm"], config.rms_norm_eps)
+        first, second = "input_layernorm", "post_attention_layernorm"
+        if config.norms_outputs:
+            first, second = "post_attention_layernorm", "post_feedforward_layernorm"
+        self.config = config
+        self.entry_dtype = weights[first].dtype
+        norm_dtype = dtype if config.norms_outputs else self.entry_dtype
+        self.attention_norm = RMSNorm(weights[first], config.rms_norm_eps, norm_dtype)
         self.self_attn = SelfAttention(config, weights, dtype)
-        self.post_attention_layernorm = RMSNorm(weights["post_attention_layernorm"], config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(weights[second], config.rms_norm_eps, norm_dtype)
         self.mlp_parts = nnx.data([MLP(part, dtype) for part in weights.get("ffn_parts", [weights])])
 
     def __call__(
         self,
         x: Float[Array, "rows tokens embed"],
-        angles: RotaryAngles,
+        angles: RotaryAngles | None,
         pool: KVPool,
         page_table: Int[Array, "rows max_pages"],
-        attend: Attend,
+        attend: Callable[[Array, Array, KVPool, Array], tuple[Array, KVPool]],
     ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
-        out, pool = self.self_attn(self.input_layernorm(x), angles, pool, page_table, attend)
-        x = x + out
-        normed = self.post_attention_layernorm(x)
-        return x + sum(part(normed) for part in self.mlp_parts), pool
+        out, pool = self.self_attn(self._taken(x, self.attention_norm), angles, pool, page_table, attend)
+        x = self._add(x, out, self.attention_norm)
+        taken = self._taken(x, self.mlp_norm)
+        return self._add(x, sum(part(taken) for part in self.mlp_parts), self.mlp_norm), pool
+
+    def _taken(self, x: Array, norm: RMSNorm) -> Array:
+        return x.astype(self.entry_dtype) if self.config.norms_outputs else norm(x)
+
+    def _add(self, x: Array, out: Array, norm: RMSNorm) -> Array:
+        return x + _times(norm(out) if self.config.norms_outputs else out, self.config.residual_multiplier)
 
 
 class SelfAttention(nnx.Module):
@@ -110,20 +131,31 @@ class SelfAttention(nnx.Module):
         self.k_proj = Linear(weights, "k_proj", dtype)
         self.v_proj = Linear(weights, "v_proj", dtype)
         self.o_proj = Linear(weights, "o_proj", dtype)
+        if config.qk_norm is not None:
+            self.q_norm = RMSNorm(weights["q_norm"], config.rms_norm_eps, dtype)
+            self.k_norm = RMSNorm(weights["k_norm"], config.rms_norm_eps, dtype)
 
     def __call__(
         self,
         x: Float[Array, "rows tokens embed"],
-        angles: RotaryAngles,
+        angles: RotaryAngles | None,
         pool: KVPool,
         page_table: Int[Array, "rows max_pages"],
-        attend: Attend,
+        attend: Callable[[Array, Array, KVPool, Array], tuple[Array, KVPool]],
     ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
+        config = self.config
         # The barrier keeps XLA from slicing or transposing the weights in every step (v5p: 41 to 30.6 ms).
         q, k, v = jax.lax.optimization_barrier(tuple(Linear.together(x, self.q_proj, self.k_proj, self.v_proj)))
-        q, k, v = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in (q, k, v))
-        kv = interleave_kv(rotate(k, angles), v)
-        out, pool = attend(rotate(q, angles).astype(x.dtype), kv.astype(x.dtype), pool, page_table)
+        if config.qk_norm == "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.reshape(*x.shape[:2], -1, config.head_dim) for y in (q, k, v))
+        if config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        if config.attention_multiplier is not None:
+            q = _times(q, config.attention_scale * config.head_dim**0.5)  # `attend` divides by that root
+        out, pool = attend(q.astype(x.dtype), interleave_kv(k, v).astype(x.dtype), pool, page_table)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), pool
 
 
@@ -141,16 +173,22 @@ class MLP(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation in float32, to the weights' dtype (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    """Root-mean-square normalisation in float32, to `dtype` (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, weight: Array, eps: float) -> None:
+    def __init__(self, weight: Array, eps: float, dtype: Any) -> None:
         self.weight = nnx.Param(weight)
         self.eps = eps
+        self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         weight, x = self.weight[...], x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (x * scale * weight.astype(jnp.float32)).astype(weight.dtype)
+        return (x * scale * weight.astype(jnp.float32)).astype(self.dtype)
+
+
+def _times(x: Array, factor: float) -> Array:
+    """`x * factor`, without an operation for a factor of 1."""
+    return x if factor == 1 else x * factor
 
 
 def _through_layers(

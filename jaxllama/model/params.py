@@ -31,6 +31,7 @@ class ParamSpec:
 
     `path` leads to it in the `Params` tree, `axes` are the logical names of its dimensions (see `mesh.py`), `hf_name`
     is its name in a Hugging Face checkpoint. Values and layout are the same in both: nothing is folded or permuted.
+    `hf_rows` are its rows, start and end, in a tensor that holds several; None: it is the whole tensor.
     `dtype` None is the model's own; the parts of a quantised matrix have theirs (`stored_specs`).
     """
 
@@ -39,6 +40,12 @@ class ParamSpec:
     axes: tuple[str, ...]
     hf_name: str
     dtype: str | None = None
+    hf_rows: tuple[int, int] | None = None
+
+    @property
+    def hf_key(self) -> tuple[str, tuple[int, int] | None]:
+        """Where it is in a Hugging Face checkpoint; the parts of a quantised matrix are in one place."""
+        return self.hf_name, self.hf_rows
 
     @property
     def size(self) -> int:
@@ -65,22 +72,43 @@ def _layer_specs(c: LlamaConfig, layer: int) -> Iterator[ParamSpec]:
     def spec(name: str, module: str, shape: tuple[int, ...], axes: tuple[str, ...], kind: str = "weight") -> ParamSpec:
         return ParamSpec(("layers", layer, name), shape, axes, f"model.layers.{layer}.{module}.{kind}")
 
-    heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    heads, kv_heads, ffn = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
+    norms = ("input_layernorm", "post_attention_layernorm")
+    if c.norms_outputs:
+        norms = ("post_attention_layernorm", "post_feedforward_layernorm")
+    for norm in norms:
+        yield spec(norm, norm, (c.hidden_size,), ("embed",))
+    if c.qk_norm is not None:
+        by_head = c.qk_norm == "head"
+        for name, width, axis in (("q_norm", heads, "heads"), ("k_norm", kv_heads, "kv_heads")):
+            size, named = (c.head_dim, "head_dim") if by_head else (width, axis)
+            yield spec(name, f"self_attn.{name}", (size,), (named,))
     projections = (
         ("q_proj", "self_attn", (heads, c.hidden_size), ("heads", "embed"), c.attention_bias),
         ("k_proj", "self_attn", (kv_heads, c.hidden_size), ("kv_heads", "embed"), c.attention_bias),
         ("v_proj", "self_attn", (kv_heads, c.hidden_size), ("kv_heads", "embed"), c.attention_bias),
-        ("o_proj", "self_attn", (c.hidden_size, heads), ("embed", "heads"), c.attention_bias),
-        ("gate_proj", "mlp", (c.intermediate_size, c.hidden_size), ("ffn", "embed"), c.mlp_bias),
-        ("up_proj", "mlp", (c.intermediate_size, c.hidden_size), ("ffn", "embed"), c.mlp_bias),
-        ("down_proj", "mlp", (c.hidden_size, c.intermediate_size), ("embed", "ffn"), c.mlp_bias),
+        ("o_proj", "self_attn", (c.hidden_size, heads), ("embed", "heads"), c.o_proj_bias),
+        ("gate_proj", "mlp", (ffn, c.hidden_size), ("ffn", "embed"), c.mlp_bias),
+        ("up_proj", "mlp", (ffn, c.hidden_size), ("ffn", "embed"), c.mlp_bias),
+        ("down_proj", "mlp", (c.hidden_size, ffn), ("embed", "ffn"), c.mlp_bias),
     )
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        yield spec(norm, norm, (c.hidden_size,), ("embed",))
+    fused = _fused_rows(heads, kv_heads, ffn) if c.is_fused else {}
     for name, block, shape, axes, has_bias in projections:
-        yield spec(name, f"{block}.{name}", shape, axes)
+        tensor, rows = fused.get(name, (name, None))
+        yield replace(spec(name, f"{block}.{tensor}", shape, axes), hf_rows=rows)
         if has_bias:
-            yield spec(f"{name}_bias", f"{block}.{name}", shape[:1], axes[:1], "bias")
+            yield replace(spec(f"{name}_bias", f"{block}.{tensor}", shape[:1], axes[:1], "bias"), hf_rows=rows)
+
+
+def _fused_rows(heads: int, kv_heads: int, ffn: int) -> dict[str, tuple[str, tuple[int, int]]]:
+    """The tensor and its rows that hold each projection, where several are stored as one."""
+    return {
+        "q_proj": ("qkv_proj", (0, heads)),
+        "k_proj": ("qkv_proj", (heads, heads + kv_heads)),
+        "v_proj": ("qkv_proj", (heads + kv_heads, heads + 2 * kv_heads)),
+        "gate_proj": ("gate_up_proj", (0, ffn)),
+        "up_proj": ("gate_up_proj", (ffn, 2 * ffn)),
+    }
 
 
 def num_params(config: LlamaConfig) -> int:

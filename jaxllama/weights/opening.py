@@ -94,7 +94,7 @@ def _as_checkpoint(source: Source, place: Place) -> Checkpoint:
     }
     provenance = {"kind": source.kind, "name": source.name, "files": stored}
     manifest = Manifest(storage.dtype, provenance, files, versions())
-    tensors = {spec.hf_name: tensor for spec, tensor in pairs}
+    tensors = {spec.hf_key: tensor for spec, tensor in pairs}
     return Checkpoint(
         folder,
         config,

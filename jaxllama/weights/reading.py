@@ -161,7 +161,9 @@ class CheckpointReader:
 class SourceReader:
     """The tensors of a source, as the converter would store them."""
 
-    def __init__(self, tensors: Mapping[str, SourceTensor], storage: Storage, num_readers: int) -> None:
+    def __init__(
+        self, tensors: Mapping[tuple[str, tuple[int, int] | None], SourceTensor], storage: Storage, num_readers: int
+    ) -> None:
         self.quantize: str | None = None
         self.num_readers = num_readers
         self._tensors = tensors
@@ -171,21 +173,21 @@ class SourceReader:
         """Everything was checked when the source was opened."""
 
     def order(self, part: ParamSpec) -> Any:
-        tensor = self._tensors[part.hf_name]
+        tensor = self._tensors[part.hf_key]
         return tensor.file.name, tensor.offset
 
     def dtype(self, part: ParamSpec) -> np.dtype:
         return self._storage.numpy_dtype
 
     def row_multiple(self, part: ParamSpec) -> int:
-        return self._tensors[part.hf_name].row_multiple
+        return self._tensors[part.hf_key].row_multiple
 
     def num_columns(self, part: ParamSpec) -> int:
         return part.shape[1] if len(part.shape) > 1 else 1
 
     def read(self, part: ParamSpec, rows: slice, columns: slice, out: np.ndarray | None) -> np.ndarray:
-        array = read_stored(self._tensors[part.hf_name], rows.start, rows.stop, self._storage.numpy_dtype)
+        array = read_stored(self._tensors[part.hf_key], rows.start, rows.stop, self._storage.numpy_dtype)
         return array if array.ndim == 1 else array[:, columns]
 
     def read_rounded(self, spec: ParamSpec, rows: slice) -> QuantizedWeight:
-        return read_rounded(self._tensors[spec.hf_name], rows.start, rows.stop, self._storage.numpy_dtype)
+        return read_rounded(self._tensors[spec.hf_key], rows.start, rows.stop, self._storage.numpy_dtype)

@@ -89,6 +89,11 @@ def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def random_weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
+    """`draw_weights` of every tensor of a Llama with this config."""
+    return draw_weights(hf_shapes(config), seed)
+
+
+def draw_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
     """Float32 weights that bfloat16 holds exactly, the same on every machine.
 
     Tensor i of the sorted names draws standard normals n from `np.random.default_rng([seed, i])`. Norms are 1 + n/4,
@@ -96,7 +101,7 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     Attention scores and logits of such a model spread by about 1, so that a wrong rotation or head mapping shows.
     """
     weights = {}
-    for i, (name, shape) in enumerate(sorted(hf_shapes(config).items())):
+    for i, (name, shape) in enumerate(sorted(shapes.items())):
         values = np.random.default_rng([seed, i]).standard_normal(shape)
         if name.endswith("norm.weight"):
             values = 1 + values / 4

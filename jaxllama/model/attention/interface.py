@@ -16,6 +16,7 @@ class Attention(Protocol):
 
     `kv` is interleaved by head (K0 V0 K1 V1 …). Page tables hold pages of the layer at hand (already offset). What a
     kernel wants of the engine and of the rest of the model is in its platform's description (`platforms`).
+    A query sees the last `window` tokens, itself included; None: all before it.
     """
 
     def validate(self, *, page_size: int, num_rows: int, table_width: int) -> None:
@@ -30,6 +31,7 @@ class Attention(Protocol):
         page_table: Int[Array, "rows max_pages"],
         positions: Int[Array, " rows"],
         active: Bool[Array, " rows"],
+        window: int | None = None,
     ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
         """One token a row, at its position. Rows that are not active write nothing; what they return is not read."""
         ...
@@ -42,6 +44,7 @@ class Attention(Protocol):
         page_table: Int[Array, " max_pages"],
         start: Int[Array, ""],
         num_tokens: Int[Array, ""],
+        window: int | None = None,
     ) -> tuple[Float[Array, "tokens heads head_dim"], KVPool]:
         """A chunk of one row from position `start`, of which `num_tokens` are real."""
         ...

@@ -35,12 +35,14 @@ class ReferenceAttention:
         page_table: Int[Array, "rows max_pages"],
         positions: Int[Array, " rows"],
         active: Bool[Array, " rows"],
+        window: int | None = None,
     ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
         """As `Attention.decode`."""
         pool = write_tokens(pool, kv, page_table, positions, active)
         # Rows that are not active would only make the others wait for their blocks.
-        positions = jnp.where(active, positions, 0)
-        return self._attend_once(q, pool, page_table, positions, active), pool
+        none = 0 if window is None else jnp.where(active, positions, 0).max()
+        positions = jnp.where(active, positions, none)
+        return self._attend_once(q, pool, page_table, positions, active, window), pool
 
     def prefill(
         self,
@@ -50,20 +52,23 @@ class ReferenceAttention:
         page_table: Int[Array, " max_pages"],
         start: Int[Array, ""],
         num_tokens: Int[Array, ""],
+        window: int | None = None,
     ) -> tuple[Float[Array, "tokens heads head_dim"], KVPool]:
         """As `Attention.prefill`."""
         pool = write_pages(pool, kv, page_table, start, num_tokens)
         positions = chunk_positions(len(q), start, num_tokens)
-        return self._attend(q[None], pool, page_table[None], positions[None])[0], pool
+        return self._attend(q[None], pool, page_table[None], positions[None], window)[0], pool
 
-    def _attend(self, q: Array, pool: KVPool, page_table: Array, positions: Array) -> Array:
-        return paged_attention(q, pool, page_table, positions)
+    def _attend(self, q: Array, pool: KVPool, page_table: Array, positions: Array, window: int | None) -> Array:
+        return paged_attention(q, pool, page_table, positions, window)
 
-    def _attend_once(self, q: Array, pool: KVPool, page_table: Array, positions: Array, active: Array) -> Array:
+    def _attend_once(
+        self, q: Array, pool: KVPool, page_table: Array, positions: Array, active: Array, window: int | None
+    ) -> Array:
         """`_attend` with one query a row, [rows, heads, head_dim]."""
 
         def attend(q: Array, page_table: Array, positions: Array) -> Array:
-            return self._attend(q[:, None], pool, page_table, positions[:, None])[:, 0]
+            return self._attend(q[:, None], pool, page_table, positions[:, None], window)[:, 0]
 
         rows = (q, page_table, positions)
         if len(q) != 2:
@@ -86,8 +91,9 @@ def paged_attention(
     pool: KVPool,
     page_table: Int[Array, "rows max_pages"],
     positions: Int[Array, "rows tokens"],
+    window: int | None = None,
 ) -> Float[Array, "rows tokens heads head_dim"]:
-    """Each query attends to its row's keys at positions up to its own.
+    """Each query attends to its row's keys at positions up to its own, the last `window` of them (None: all).
 
     Walks the pages in blocks of `BLOCK_TOKENS` with an online softmax, up to the last position asked for. A block past
     a row's own end leaves its sums as they are, bit for bit, so a row's result does not depend on how long the others
@@ -104,30 +110,38 @@ def paged_attention(
     pages_per_block = max(1, min(BLOCK_TOKENS // pool.page_size, page_table.shape[1]))
     page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages_per_block)))
     block = pages_per_block * pool.page_size
-    walk = partial(_walk, pool, page_table, pages_per_block)
+    walk = partial(_walk, pool, page_table, pages_per_block, window)
     shape = (rows, heads, tokens)
     sums = _Sums(jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
     end = positions[:, -1].max() // block + 1
+
+    def first(positions: Array) -> Any:
+        """The first block that any of the queries sees."""
+        return 0 if window is None else jnp.maximum(positions.min() - window + 1, 0) // block
+
     if tokens == 1:
         at_once = max(1, min(BLOCKS_PER_GROUP // rows, page_table.shape[1] // pages_per_block))
-        done: Any = 0
+        done = first(positions)
         if at_once > 1:
-            done = end // at_once * at_once
-            sums = walk(q, positions, 0, end // at_once, sums, num_blocks=at_once)
+            start, done = done // at_once, end // at_once * at_once
+            sums = walk(q, positions, start, end // at_once, sums, num_blocks=at_once)
         return _result(walk(q, positions, done, end, sums), q.dtype)
     whole = (positions[:, 0].min() + 1) // block
     # Without the mask between them, a score's scale and the subtraction of the largest would be one operation with
     # another rounding than elsewhere.
-    sums = walk(q, positions, 0, whole, sums, is_whole=pool.scales is None)
+    if window is None:
+        sums = walk(q, positions, 0, whole, sums, is_whole=pool.scales is None)
     if tokens <= QUERY_BLOCK or tokens % QUERY_BLOCK:
-        return _result(walk(q, positions, whole, end, sums), q.dtype)
+        start = whole if window is None else first(positions)
+        return _result(walk(q, positions, start, end, sums), q.dtype)
 
     def split(x: Array, axis: int) -> Array:
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, QUERY_BLOCK, *x.shape[axis + 1 :]), axis, 0)
 
     def rest(part: tuple[Array, Array, _Sums]) -> Array:
         q, positions, sums = part
-        return _result(walk(q, positions, whole, positions[:, -1].max() // block + 1, sums), q.dtype)
+        start = whole if window is None else first(positions)
+        return _result(walk(q, positions, start, positions[:, -1].max() // block + 1, sums), q.dtype)
 
     parts = (split(q, 1), split(positions, 1), jax.tree.map(lambda x: split(x, 2), sums))
     return jnp.moveaxis(jax.lax.map(rest, parts), 0, 1).reshape(q.shape)
@@ -150,6 +164,7 @@ def _walk(
     pool: KVPool,
     page_table: Array,
     pages_per_block: int,
+    window: int | None,
     q: Array,
     positions: Array,
     start: Any,
@@ -177,14 +192,18 @@ def _walk(
         scores = scales.of_keys(products.scores(kv))
         if not is_whole:
             visible = kv_positions <= positions[:, :, None]
+            if window is not None:
+                visible &= kv_positions > positions[:, :, None] - window
             visible = visible.reshape(rows, tokens, num_blocks, -1).swapaxes(1, 2)[:, :, None]
             scores = jnp.where(visible, scores, _MASKED)
-        # Every row sees position 0, so from the first block on `largest` is a score and masked ones become 0.
+        # Without a window every row sees position 0: from the first block on `largest` is a score, masked ones give 0.
         block_largest = _fold(jnp.maximum, jnp.max, scores)
         largest = [sums.largest]
         for i in range(num_blocks):
             largest.append(jnp.maximum(largest[-1], block_largest[:, i]))
         probs = _exp2((scores - jnp.stack(largest[1:], 1)[..., None]) * scale)
+        if window is not None:
+            probs = jnp.where(visible, probs, 0)
         probs = jax.lax.optimization_barrier(probs.astype(kv.dtype))
         totals = _fold(jnp.add, jnp.sum, probs.astype(jnp.float32))
         outs = products.weighted(scales.of_values(probs).astype(kv.dtype), kv)

@@ -47,16 +47,18 @@ class ShardedAttention:
         page_table: Int[Array, "rows max_pages"],
         positions: Int[Array, " rows"],
         active: Bool[Array, " rows"],
+        window: int | None = None,
     ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
         """As `Attention.decode`."""
         if self.mesh is None:
-            return self.kernel.decode(q, kv, pool, page_table, positions, active)
+            return self.kernel.decode(q, kv, pool, page_table, positions, active, window)
         splits_heads = self._splits_heads(q, kv)
 
         # The exchange over `rep` is spelt out: XLA's own choice is five all-gathers a layer (bench/LOG.md).
         def attend(q: Array, kv: Array, pool: KVPool, *rest: Array) -> tuple[Array, KVPool]:
             q = jax.lax.all_to_all(q, "rep", 0, 1, tiled=True) if splits_heads else self._own_rows(q)
-            out, pool = self.kernel.decode(q, self._own_rows(kv), pool, *map(self._own_rows, rest))
+            table, positions, active = map(self._own_rows, rest)
+            out, pool = self.kernel.decode(q, self._own_rows(kv), pool, table, positions, active, window)
             if splits_heads:
                 return jax.lax.all_to_all(out, "rep", 1, 0, tiled=True), pool
             return jax.lax.all_gather(out, "rep", tiled=True), pool
@@ -75,6 +77,7 @@ class ShardedAttention:
         start: Int[Array, ""],
         num_tokens: Int[Array, ""],
         shard: Int[Array, ""],
+        window: int | None = None,
     ) -> tuple[Float[Array, "tokens heads head_dim"], KVPool]:
         """As `Attention.prefill`, for a row of `shard`, which alone attends and tells the others."""
         splits_heads = self._splits_heads(q, kv)
@@ -83,13 +86,13 @@ class ShardedAttention:
             q: Array, kv: Array, pool: KVPool, table: Array, start: Array, num_tokens: Array, shard: Array
         ) -> tuple[Array, KVPool]:
             if self.num_shards == 1:
-                return self.kernel.prefill(q, kv, pool, table, start, num_tokens)
+                return self.kernel.prefill(q, kv, pool, table, start, num_tokens, window)
             if splits_heads:
                 q = jax.lax.all_gather(q, "rep", axis=1, tiled=True)
             owns = is_own(shard)
             # No tokens, and page 0, which no row is given.
             table, start, num_tokens = (jnp.where(owns, x, 0) for x in (table, start, num_tokens))
-            out, pool = self.kernel.prefill(q, kv, pool, table, start, num_tokens)
+            out, pool = self.kernel.prefill(q, kv, pool, table, start, num_tokens, window)
             out = jax.lax.psum(jnp.where(owns, out, 0), "data")
             if splits_heads:
                 return jax.lax.psum_scatter(out, "rep", scatter_dimension=1, tiled=True), pool

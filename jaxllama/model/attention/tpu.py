@@ -44,8 +44,10 @@ class TpuAttention:
         page_table: Int[Array, "rows max_pages"],
         positions: Int[Array, " rows"],
         active: Bool[Array, " rows"],
+        window: int | None = None,
     ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
-        """As `Attention.decode`. Rows that are not active write to page 0, which no row is given."""
+        """As `Attention.decode`, without windows. Rows that are not active write to page 0, which no row is given."""
+        assert window is None, "windows have no kernel here"
         page_table, positions = self.without_inactive(page_table, positions, active, pool)
         kv = jnp.where(active[:, None, None], kv, 0)
         out, pages = _kernel()(
@@ -78,8 +80,10 @@ class TpuAttention:
         page_table: Int[Array, " max_pages"],
         start: Int[Array, ""],
         num_tokens: Int[Array, ""],
+        window: int | None = None,
     ) -> tuple[Float[Array, "tokens heads head_dim"], KVPool]:
-        """As `Attention.prefill`. Zeros for the padding."""
+        """As `Attention.prefill`, without windows. Zeros for the padding."""
+        assert window is None, "windows have no kernel here"
         out, pages = self.prefill_pages(q, kv, pool.pages, page_table, start, num_tokens)
         return out, pool._replace(pages=pages)
 

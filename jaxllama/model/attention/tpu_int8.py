@@ -39,8 +39,10 @@ class Int8TpuAttention(TpuAttention):
         page_table: Int[Array, "rows max_pages"],
         positions: Int[Array, " rows"],
         active: Bool[Array, " rows"],
+        window: int | None = None,
     ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
-        """As `Attention.decode`. Rows that are not active write to page 0, which no row is given."""
+        """As `Attention.decode`, without windows. Rows that are not active write to page 0, which no row is given."""
+        assert window is None, "windows have no kernel here"
         page_table, positions = self.without_inactive(page_table, positions, active, pool)
         return _decode(q, stored(kv, pool), pool, page_table, positions, interpret=self.interpret)
 
@@ -52,8 +54,10 @@ class Int8TpuAttention(TpuAttention):
         page_table: Int[Array, " max_pages"],
         start: Int[Array, ""],
         num_tokens: Int[Array, ""],
+        window: int | None = None,
     ) -> tuple[Float[Array, "tokens heads head_dim"], KVPool]:
-        """As `Attention.prefill`, over a bfloat16 copy of the row's pages."""
+        """As `Attention.prefill`, without windows, over a bfloat16 copy of the row's pages."""
+        assert window is None, "windows have no kernel here"
         pool = write_pages(pool, kv, page_table, start, num_tokens)
         copied = _floats(jax.tree.map(lambda part: part[page_table], pool), q.dtype).swapaxes(1, 2)
         # Past the row's end pages may hold a failed row's scales; the kernel wants them finite.

@@ -13,19 +13,20 @@ order than its own loops, which it uses for small ones; the library's products d
 
 
 def describe(case: Case) -> Platform:
-    """Kernels for all dtypes and heads, on one CPU that has the instructions."""
+    """Kernels for all dtypes and heads, on one CPU that has the instructions; for attention without windows."""
     has_kernels = case.mesh.size == 1 and native.is_available()
-    attention = ShardedAttention(CpuAttention()) if has_kernels else case.reference()
+    attends = has_kernels and not case.config.windows
+    attention = ShardedAttention(CpuAttention()) if attends else case.reference()
     return Platform(
         "cpu",
         attention,
         compiler_options=COMPILER_OPTIONS,
         packs_weights=has_kernels,
         has_row_buckets=attention.num_shards == 1,
-        min_rows=1 if has_kernels else 2,
+        min_rows=1 if attends else 2,
         # Our kernels take every sum in one order. Through XLA it is so in bfloat16, on one device or more, as measured
         # (bench/LOG.md; a test repeats it); in float32 it is not, and with `data` above 1 nobody has looked.
-        programs_agree=has_kernels or (case.dtype == "bfloat16" and case.mesh.shape["data"] == 1),
+        programs_agree=attends or (case.dtype == "bfloat16" and case.mesh.shape["data"] == 1),
     )
 
 

@@ -1,4 +1,4 @@
-"""TPUs: Pallas kernels for a cache in bfloat16 or int8 and heads of a multiple of 128; plain JAX otherwise."""
+"""TPUs: Pallas kernels for a cache in bfloat16 or int8, heads of a multiple of 128 and no windows; else plain JAX."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_PART_BYTES = 32 * 2**20
 def describe(case: Case) -> Platform:
     """What the compiled 70B was measured to want (bench/LOG.md)."""
     kernel = {"bfloat16": TpuAttention, "int8": Int8TpuAttention}.get(case.kv_dtype)
-    if kernel is None or case.config.head_dim % 128:
+    if kernel is None or case.config.head_dim % 128 or case.config.windows:
         return Platform("tpu", case.reference(), max_part_bytes=MAX_PART_BYTES)
     return with_kernel(kernel(case.config.num_layers), case.mesh)
 

@@ -31,7 +31,9 @@ def match_tensors(
         raise ConversionError(
             f"{where}: config.json says {config.num_layers} layers, but there are {len(tensors)} tensors"
         )
-    specs = {spec.hf_name: spec for spec in param_specs(config)}
+    specs: dict[str, list[ParamSpec]] = {}
+    for spec in param_specs(config):
+        specs.setdefault(spec.hf_name, []).append(spec)
     problems = [f"missing {name}" for name in specs if name not in tensors]
     for name, tensor in tensors.items():
         if name in specs:
@@ -45,15 +47,21 @@ def match_tensors(
             f"{where}: {len(problems)} tensor(s) do not fit config.json: {listed(problems)}. "
             "Is config.json from this model?"
         )
-    pairs = [(spec, tensors[name]) for name, spec in specs.items()]
+    pairs = [
+        (spec, tensors[name] if spec.hf_rows is None else tensors[name].part(*spec.hf_rows))
+        for name, held in specs.items()
+        for spec in held
+    ]
     return tuple(sorted(pairs, key=lambda pair: (pair[1].file.name, pair[1].offset)))
 
 
-def _problems(spec: ParamSpec, tensor: SourceTensor) -> list[str]:
+def _problems(held: list[ParamSpec], tensor: SourceTensor) -> list[str]:
+    """What is wrong with a tensor that holds these parameters, one after the other."""
     if not tensor.is_readable:
         return [f"{tensor.name} has dtype {tensor.dtype}, expected one of {', '.join((*FLOATS, *BLOCK_TYPES))}"]
-    if tensor.shape != spec.shape:
-        return [f"{tensor.name} has shape {list(tensor.shape)}, expected {list(spec.shape)}"]
+    shape = (sum(spec.shape[0] for spec in held), *held[0].shape[1:])
+    if tensor.shape != shape:
+        return [f"{tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}"]
     return []
 
 

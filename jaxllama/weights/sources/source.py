@@ -11,7 +11,7 @@ import json
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -154,6 +154,16 @@ class SourceTensor:
     def row_multiple(self) -> int:
         """Slices start and end at multiples of this many rows."""
         return 1 if self.heads is None else self.shape[0] // self.heads
+
+    def part(self, start: int, stop: int) -> SourceTensor:
+        """Rows `[start, stop)` as a tensor of their own."""
+        row_bytes = self.num_bytes // self.shape[0]
+        return replace(
+            self,
+            offset=self.offset + start * row_bytes,
+            num_bytes=(stop - start) * row_bytes,
+            shape=(stop - start, *self.shape[1:]),
+        )
 
     def read_rows(self, start: int, stop: int, *, hashed: bool = True) -> np.ndarray:
         """Rows `[start, stop)` as they are stored; block types are dequantised to float32.

@@ -77,16 +77,18 @@ def last_logits_of_one_layer(config: LlamaConfig, weights: tiny.Weights, ids: np
     def project(x: np.ndarray, name: str, heads: int) -> np.ndarray:
         return (x @ w[f"self_attn.{name}.weight"].T).reshape(len(x), heads, config.head_dim)
 
-    k = reference.rotate(project(normed, "k_proj", config.num_kv_heads), positions, inv_freq)
+    factor = config.rope.attention_factor
+    k = factor * reference.rotate(project(normed, "k_proj", config.num_kv_heads), positions, inv_freq)
     v = project(normed, "v_proj", config.num_kv_heads)
     last = slice(len(ids) - num_last, None)
-    q = reference.rotate(project(normed[last], "q_proj", config.num_heads), positions[last], inv_freq)
-    future = positions > positions[last][:, None]
+    q = factor * reference.rotate(project(normed[last], "q_proj", config.num_heads), positions[last], inv_freq)
+    window = config.window(0) or len(ids)
+    hidden = (positions > positions[last][:, None]) | (positions <= positions[last][:, None] - window)
     heads = []
     for head in range(config.num_heads):
         kv_head = head // (config.num_heads // config.num_kv_heads)
         scores = q[:, head] @ k[:, kv_head].T / np.sqrt(config.head_dim)
-        heads.append(reference.softmax(np.where(future, -np.inf, scores)) @ v[:, kv_head])
+        heads.append(reference.softmax(np.where(hidden, -np.inf, scores)) @ v[:, kv_head])
     x = embedded[last] + np.concatenate(heads, axis=-1) @ w["self_attn.o_proj.weight"].T
     normed = reference.rms_norm(x, w["post_attention_layernorm.weight"], config.rms_norm_eps)
     gate, up = normed @ w["mlp.gate_proj.weight"].T, normed @ w["mlp.up_proj.weight"].T

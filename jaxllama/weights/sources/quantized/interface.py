@@ -37,6 +37,13 @@ class QuantizedTensor(SourceTensor):
         """True: whoever made it knows how."""
         return True
 
+    def part(self, start: int, stop: int) -> SourceTensor:
+        """Raises: ConversionError, for the values of several matrices may be quantised together."""
+        raise ConversionError(
+            f"{self.file.path}: {self.name} holds several matrices and is quantised, which is not supported; convert "
+            "from the unquantised weights"
+        )
+
     @abstractmethod
     def read_rows(self, start: int, stop: int, *, hashed: bool = True) -> np.ndarray:
         """Rows `[start, stop)`, `[rows, in]`, of the values and in the dtype that the format's own library gives."""
