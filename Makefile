@@ -10,7 +10,7 @@ ORACLE := .oracle-venv
 ORACLE_PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 
-.PHONY: serve test test-slow test-clients lint format bench oracle notebook clean
+.PHONY: serve test test-slow test-clients lint format bench wheel oracle notebook clean
 
 serve: $(VENV)/.serve $(MODEL)/manifest.json  ## Serve the default model on http://localhost:$(PORT)
 	$(BIN)/jaxllama serve $(MODEL) --port $(PORT) --served-model-name default HuggingFaceTB/SmolLM2-135M-Instruct
@@ -35,6 +35,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev $(ORACLE)/.done $(MODEL)/manifest.json $(GGUF)  ## Paired with transformers; prints a table, writes a plot
 	$(BIN)/python bench/speed.py $(MODEL) --gguf $(GGUF) --peer-python $(ORACLE)/bin/python
+
+wheel: $(VENV)/.dev  ## A wheel in dist/; on Linux with x86-64 and a C++ compiler it brings the CPU kernels
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 oracle: $(ORACLE)/.done $(GGUF)  ## Makes tests/golden again, with transformers, in an environment of its own
 	$(ORACLE)/bin/python tests/oracle/make_tiny.py --out tests/golden

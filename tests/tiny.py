@@ -26,7 +26,7 @@ from jaxllama.model.mesh import param_shardings
 from jaxllama.model.params import Params, QuantizedWeight, build_params, get_param, param_specs, stored_specs
 from jaxllama.model.platforms.describe import describe_platform
 from jaxllama.weights.checkpoint import MANIFEST, Manifest, ParamsWriter, hash_file
-from jaxllama.weights.forms import fit
+from jaxllama.weights.forms import fit, unpack
 
 type Weights = Mapping[str, np.ndarray]
 
@@ -105,6 +105,7 @@ def dequantized(config: LlamaConfig, params: Params) -> Weights:
     """What int8 weights stand for, in float64, by their Hugging Face names."""
 
     def exact(weight: Any) -> np.ndarray:
+        weight = unpack(weight)
         if not isinstance(weight, QuantizedWeight):
             return np.asarray(weight, np.float64)
         return np.asarray(weight.values, np.float64) * np.asarray(weight.scale, np.float64)[:, None]

@@ -1,0 +1,156 @@
+// The kernels without XLA: products and attention beside float64, and a hash of the products' bits. For instruction sets
+// that only an emulator has, and for sanitizers. Prints the instruction set and the hash; aborts on a difference.
+
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "attention.h"
+#include "products.h"
+
+namespace {
+
+struct OneThread {
+  int64_t num_threads() const { return 1; }
+  template <typename Work>
+  void Schedule(Work&& work) {
+    work();
+  }
+};
+
+OneThread pool;
+std::mt19937 bits(0);
+
+float Random() { return static_cast<float>(bits() % 2001) / 1000.0f - 1.0f; }
+
+BFloat16 Rounded(float x) {
+  uint32_t word;
+  std::memcpy(&word, &x, sizeof word);
+  return static_cast<BFloat16>((word + 0x7fff + (word >> 16 & 1)) >> 16);
+}
+
+void Expect(double got, double want, double tolerance, const char* what) {
+  if (std::abs(got - want) <= tolerance) return;
+  std::printf("%s: got %g, expected %g\n", what, got, want);
+  std::abort();
+}
+
+void Put(float x, float* to) { *to = x; }
+void Put(float x, BFloat16* to) { *to = Rounded(x); }
+void Put(float x, int8_t* to) { *to = static_cast<int8_t>(x * 127.0f); }
+double Value(float x) { return x; }
+double Value(BFloat16 x) { return ToFloat(x); }
+double Value(int8_t x) { return x; }
+
+// One product in tasks of a few blocks; its outputs, whose bits go to `hash`.
+template <typename W>
+void CheckProduct(Format format, int64_t rows, int64_t in, int64_t out, uint64_t* hash) {
+  constexpr int64_t kInputs = 4 / sizeof(W);
+  const int64_t blocks = (out + 15) / 16, lines = (in + kInputs - 1) / kInputs;
+  std::vector<W> weight(out * in), packed(blocks * lines * 16 * kInputs);
+  for (int64_t o = 0; o < out; ++o) {
+    for (int64_t i = 0; i < in; ++i) {
+      Put(Random(), &weight[o * in + i]);
+      packed[((o / 16 * lines + i / kInputs) * 16 + o % 16) * kInputs + i % kInputs] = weight[o * in + i];
+    }
+  }
+  std::vector<float> x(rows * in), y(rows * out, 7.0f), scales(blocks * 16, 0.5f);
+  for (float& value : x) value = ToFloat(Rounded(Random()));
+  Inputs inputs;
+  inputs.rows = rows;
+  inputs.stride = (in + 3) / 4 * 4;
+  Convert(pool, x.data(), in, &inputs);
+  Task task{};
+  task.format = format;
+  task.lines = lines;
+  task.block_bytes = lines * kLineBytes;
+  task.out = out;
+  for (int64_t block = 0; block < blocks; block += 5) {
+    task.num_blocks = std::min<int64_t>(5, blocks - block);
+    task.num_outputs = std::min(task.num_blocks * 16, out - block * 16);
+    task.blocks = reinterpret_cast<const char*>(packed.data()) + block * task.block_bytes;
+    task.scales = format == Format::kInt8 ? &scales[block * 16] : nullptr;
+    task.y = &y[block * 16];
+    Run(task, inputs);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t o = 0; o < out; ++o) {
+      double want = 0;
+      for (int64_t i = 0; i < in; ++i) want += x[r * in + i] * Value(weight[o * in + i]);
+      Expect(y[r * out + o], format == Format::kInt8 ? want / 2 : want, format == Format::kInt8 ? 2e-3 : 2e-5, "product");
+      uint32_t word;
+      std::memcpy(&word, &y[r * out + o], sizeof word);
+      *hash = (*hash ^ word) * 1099511628211ull;
+    }
+  }
+}
+
+// A row of `length` tokens, of which the last `tokens` are queries: as a chunk, then one by one.
+template <typename Lines, typename KV>
+void CheckAttention(int64_t head_dim, int64_t length, int64_t tokens) {
+  constexpr int64_t kHeads = 6, kKvHeads = 2, kPage = 5;
+  constexpr bool kIsInt8 = std::is_same_v<KV, int8_t>;
+  const int64_t width = (length + kPage - 1) / kPage, pages = width + 1;
+  std::vector<KV> pool_pages(pages * kPage * 2 * kKvHeads * head_dim);
+  for (KV& value : pool_pages) Put(Random(), &value);
+  std::vector<float> scales(pages * kPage * 2 * kKvHeads, kIsInt8 ? 1 / 127.0f : 1.0f);
+  std::vector<int32_t> table(width), positions(tokens);
+  for (int64_t i = 0; i < width; ++i) table[i] = static_cast<int32_t>(width - i);
+  for (int64_t i = 0; i < tokens; ++i) positions[i] = static_cast<int32_t>(length - tokens + i);
+  std::vector<float> q(tokens * kHeads * head_dim), chunk(q.size()), single(q.size());
+  for (float& value : q) value = 2 * Random();
+  const auto run = [&](int64_t first, int64_t count, float* out) {
+    const Attention<Lines, KV> attention{&q[first * kHeads * head_dim], pool_pages.data(), scales.data(), table.data(),
+                                         &positions[first], out + first * kHeads * head_dim, true, count, kHeads,
+                                         head_dim, kPage, kKvHeads, width};
+    if (attention.FirstRowWithoutPages(1) >= 0) std::abort();
+    count == 1 ? attention.AttendOnce(pool, 1) : attention.AttendChunk(pool, 1);
+  };
+  run(0, tokens, chunk.data());
+  for (int64_t i = 0; i < tokens; ++i) run(i, 1, single.data());
+  const auto at = [&](int64_t position, int64_t row, int64_t d) {
+    const int64_t page = table[position / kPage], slot = position % kPage;
+    const int64_t index = kIsInt8 ? (page * 2 * kKvHeads + row) * kPage + slot : (page * kPage + slot) * 2 * kKvHeads + row;
+    return Value(pool_pages[index * head_dim + d]) * (kIsInt8 ? 1 / 127.0f : 1.0f);
+  };
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t h = 0; h < kHeads; ++h) {
+      const int64_t row = 2 * (h / (kHeads / kKvHeads)), first = (t * kHeads + h) * head_dim;
+      std::vector<double> want(head_dim);
+      double total = 0;
+      for (int64_t k = 0; k <= positions[t]; ++k) {
+        double score = 0;
+        for (int64_t d = 0; d < head_dim; ++d) score += q[first + d] * at(k, row, d);
+        const double p = std::exp(score / std::sqrt(static_cast<double>(head_dim)));
+        total += p;
+        for (int64_t d = 0; d < head_dim; ++d) want[d] += p * at(k, row + 1, d);
+      }
+      for (int64_t d = 0; d < head_dim; ++d) {
+        Expect(chunk[first + d], want[d] / total, 1e-5, "attention");
+        Expect(single[first + d], chunk[first + d], 0, "one query and a chunk");
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  uint64_t hash = 14695981039346656037ull;
+  for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 95}) {
+    for (const auto& [in, out] : {std::pair<int64_t, int64_t>{96, 160}, {33, 101}, {1, 1}}) {
+      CheckProduct<float>(Format::kFloat32, rows, in, out, &hash);
+      CheckProduct<BFloat16>(Format::kBFloat16, rows, in, out, &hash);
+      CheckProduct<int8_t>(Format::kInt8, rows, in, out, &hash);
+    }
+  }
+  for (int64_t head_dim : {64, 6, 34}) {
+    for (const auto& [length, tokens] : {std::pair<int64_t, int64_t>{1, 1}, {131, 9}, {600, 20}}) {
+      CheckAttention<FloatLines, float>(head_dim, length, tokens);
+      CheckAttention<BFloat16Lines, BFloat16>(head_dim, length, tokens);
+      CheckAttention<BFloat16Lines, int8_t>(head_dim, length, tokens);
+    }
+  }
+  std::printf("%s %016llx\n", kInstructionSet, static_cast<unsigned long long>(hash));
+}
