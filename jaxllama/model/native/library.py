@@ -106,7 +106,7 @@ def compiled(instructions: InstructionSet) -> Path:
     files = [path.read_bytes() for path in source_files()]
     flags = " ".join((*FLAGS, *instructions.flags))
     key = hashlib.sha256(b"\0".join((*files, version.stdout, jaxlib.__version__.encode(), flags.encode()))).hexdigest()
-    folder = Path.home() / ".cache" / "jaxllama" / "native"
+    folder = _folder()
     path = folder / f"kernels-{instructions.name}-{key[:16]}.so"
     if not path.exists():
         logger.info("compiling kernels.cc for this CPU")
@@ -117,6 +117,14 @@ def compiled(instructions: InstructionSet) -> Path:
             build(instructions, made, compiler)
             made.replace(path)
     return path
+
+
+def _folder() -> Path:
+    """In that of JAX's compiled programs (`--compilation-cache`), if it is one of this machine's."""
+    programs = jax.config.jax_compilation_cache_dir
+    if programs and "://" not in programs:
+        return Path(programs) / "native"
+    return Path.home() / ".cache" / "jaxllama" / "native"
 
 
 def build(instructions: InstructionSet, to: Path, compiler: list[str], more: Sequence[str] = ()) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -337,9 +338,12 @@ def test_what_is_saved_is_what_was_loaded(tmp_path):
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_the_best_instruction_set_of_a_cpu_is_taken(monkeypatch):
@@ -397,3 +401,5 @@ def test_they_are_compiled_once(monkeypatch, home):
     assert path.stat().st_mtime_ns == made
     (home / "one.h").write_text('extern "C" int one() { return 2; }')
     assert library.compiled(instructions) != path
+    jax.config.update("jax_compilation_cache_dir", str(home / "elsewhere"))
+    assert library.compiled(instructions).parent == home / "elsewhere" / "native"
