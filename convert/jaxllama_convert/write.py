@@ -43,6 +43,7 @@ type Weight = np.ndarray | QuantizedWeight
 
 # Elements converted at a time: what is in memory beyond the tensors themselves is a few times 16 MB.
 _SLICE_ELEMENTS = 4 * 2**20
+_COPY_COMMANDS = {"gs://": "gcloud storage cp -r", "s3://": "aws s3 cp --recursive"}
 # Metadata and rounding of the file system, beyond the tensors.
 _SPARE_DISK_BYTES = 16 * 2**20
 
@@ -92,6 +93,12 @@ def convert(
         raise ConversionError(f"dtype {quote(dtype)} is not supported, expected one of {', '.join(DTYPES)}")
     if quantize not in (None, *QUANTIZATIONS):
         raise ConversionError(f"quantize {quote(quantize)} is not supported, expected 'int8' or None")
+    if (url := os.fspath(dst)).startswith(tuple(_COPY_COMMANDS)):
+        command = next(command for scheme, command in _COPY_COMMANDS.items() if url.startswith(scheme))
+        raise ConversionError(
+            f"{url}: conversions write to folders of this machine. Convert to one, then: {command} FOLDER {url}. "
+            "Or serve the source as it is, which needs no conversion"
+        )
     try:
         destination, place = resolve_destination(dst, ConversionError), open_place(src)
         if isinstance(place, LocalPlace):

@@ -53,6 +53,8 @@ def save_params(
         raise CheckpointError(f"{path}: this model is of no checkpoint, whose config and tokenizer could be saved")
     if group is not None and not group.is_leader:
         raise LockstepError(f"process {group.process_id} follows process 0, which alone saves")
+    if "://" in os.fspath(path):
+        raise CheckpointError(f"{path}: models are saved to folders of this machine; copy the checkpoint from there")
     destination = resolve_destination(path, CheckpointError)
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise CheckpointError(f"{destination}: exists. Choose another folder, or remove it first")
