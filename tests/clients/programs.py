@@ -80,7 +80,7 @@ PROGRAMS = (
         without_dependencies=("bfcl-eval==2026.3.23",),
     ),
     Program("inspect-ai", ("inspect-ai==0.3.285", "openai==3.57.0"), "evaluations/inspect_checks.py", DEFAULT),
-    Program("lm-eval", ("lm-eval[api]==0.4.13",), "evaluations/lm_eval_checks.py", DEFAULT),
+    Program("lm-eval", ("lm-eval[api]==0.4.13", "transformers==5.24.0"), "evaluations/lm_eval_checks.py", DEFAULT),
     Program("aiperf", ("aiperf==0.13.0",), "evaluations/aiperf_checks.py"),
     # Its torch only loads data: the one of the oracle's environment, which for Python 3.11 has no GPU's libraries here.
     Program(
