@@ -10,26 +10,37 @@ ORACLE := .oracle-venv
 ORACLE_PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 
-.PHONY: serve test test-slow test-clients lint format bench wheel oracle notebook clean
+# Tests that compile next to nothing: what `make check` has time for.
+QUICK := tests/layers_test.py tests/unit/errors_test.py tests/unit/decode/prompts_test.py tests/unit/decode/sampling_params_test.py \
+	tests/unit/engine/scheduling tests/unit/model/config_test.py tests/unit/model/params_test.py tests/unit/serving/protocol \
+	tests/unit/serving/requests tests/unit/system tests/unit/text/chat_test.py tests/unit/text/sandbox_test.py tests/unit/weights/sources/safetensors_test.py
+
+.PHONY: help serve check test test-slow test-clients lint format bench wheel oracle clean
+
+help:  ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 serve: $(VENV)/.serve $(MODEL)/manifest.json  ## Serve the default model on http://localhost:$(PORT)
 	$(BIN)/jaxllama serve $(MODEL) --port $(PORT) --served-model-name default HuggingFaceTB/SmolLM2-135M-Instruct
 
-test: $(VENV)/.dev $(MODEL)/manifest.json  ## Everything that takes minutes, not hours
+check: lint  ## Before every commit, in under two minutes: lint, types, and the tests that compile next to nothing
+	$(BIN)/pytest -q -n 2 --durations 0 --durations-min 5 -m "not slow" $(QUICK)
+
+test: $(VENV)/.dev $(MODEL)/manifest.json  ## Everything that takes minutes, not hours: half an hour on two cores
 	$(BIN)/pytest -m "not slow"
 
-test-slow: $(VENV)/.dev $(MODEL)/manifest.json
+test-slow: $(VENV)/.dev $(MODEL)/manifest.json  ## What takes hours, or a gigabyte of disk, or the TPU compiler
 	$(BIN)/pytest -m slow
 
 test-clients: $(VENV)/.dev $(MODEL)/manifest.json  ## Outside programs against our server; installs each, about 40 minutes
 	$(BIN)/python tests/clients/run.py
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.dev  ## Style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/.dev
+format: $(VENV)/.dev  ## Mends the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -44,7 +55,7 @@ oracle: $(ORACLE)/.done $(GGUF)  ## Makes tests/golden again, with transformers,
 	$(ORACLE)/bin/python tests/oracle/make_families.py --out tests/golden
 	$(ORACLE)/bin/python tests/oracle/make_goldens.py --gguf $(GGUF) --out tests/golden
 
-clean:
+clean:  ## Removes environments, models and caches
 	rm -rf $(VENV) $(ORACLE) .cache models
 
 # Set-up: each step is a file, so that a second run starts from what exists.

@@ -82,7 +82,7 @@ CASES = (
 
 
 def misses(case: Case, setup: Setup, got: Compiled, ms: float, least_bytes: float) -> list[str]:
-    """The bars that a decode program does not reach, in TPU.md's words."""
+    """The bars that a decode program does not reach, in docs/tpu.md's words."""
     found = ["time"] if case.bar_ms is not None and ms > case.bar_ms else []
     if case.program != "decode" or got.measurement is None:
         return found

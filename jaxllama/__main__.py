@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_application(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
+def _add_application(commands: argparse._SubParsersAction[_Parser], name: str, text: str) -> argparse.ArgumentParser:
     """A command that lives in its own package, `jaxllama_convert` or `jaxllama_serving`."""
     module = {
         "convert": "jaxllama_convert.cli",

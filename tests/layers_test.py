@@ -23,7 +23,7 @@ PACKAGES = {
     "jaxllama_serving": ROOT / "serving" / "jaxllama_serving",
 }
 
-# DESIGN.md, "The tree": a module imports from layers above its own line and from its own package only.
+# docs/architecture.md, "The tree": a module imports from layers above its own line and from its own package only.
 LAYERS = (
     ("jaxllama.errors",),
     ("jaxllama.model.config", "jaxllama.system", "jaxllama.model.platforms.startup"),
@@ -70,7 +70,7 @@ CORNERS = {
     "uvloop": ("jaxllama_serving",),
     "huggingface_hub": ("jaxllama.weights.places.hub",),
     "obstore": ("jaxllama.weights.places.bucket",),
-    "http": ("jaxllama.weights.places.http_ranges", "jaxllama_serving"),
+    "http": ("jaxllama.weights.places.http_ranges",),
     "httpx": (),
     "httpx2": (),
     "requests": (),
@@ -189,7 +189,7 @@ def layer_of(module: str) -> tuple[int, str]:
     fitting = [(length, number, entry) for length, number, entry in entries if is_within(module, entry)]
     if module != "jaxllama":
         fitting = [item for item in fitting if item[2] != "jaxllama"]
-    assert fitting, f"{module} is in no layer: DESIGN.md names them"
+    assert fitting, f"{module} is in no layer: the table above names them"
     _, number, entry = max(fitting)
     return number, entry
 
@@ -347,6 +347,53 @@ def test_files_stay_small_and_have_telling_names():
     assert not too_long
     vague = {"utils", "helpers", "common", "misc"}
     assert not [name for name in module_names() if name.split(".")[-1] in vague]
+
+
+def folders() -> list[Path]:
+    """Every folder of the packages."""
+    found = [path for root in PACKAGES.values() for path in (root, *root.rglob("*")) if path.is_dir()]
+    return [path for path in found if path.name != "__pycache__"]
+
+
+def test_a_folder_shows_what_it_holds():
+    """At most twelve entries beside `__init__.py`, which says in one line what lives there."""
+    crowded, silent = {}, []
+    for folder in folders():
+        entries = [path.name for path in folder.iterdir() if path.name not in ("__pycache__", "__init__.py")]
+        if len(entries) > 12:
+            crowded[str(folder.relative_to(ROOT))] = len(entries)
+        init = folder / "__init__.py"
+        if init.exists() and not (ast.get_docstring(ast.parse(init.read_text())) or "").splitlines()[:1]:
+            silent.append(str(init.relative_to(ROOT)))
+    assert not crowded
+    assert not silent
+
+
+def test_the_tree_in_the_documentation_is_the_tree():
+    text = (ROOT / "docs" / "architecture.md").read_text().split("```")[1]
+    described: list[str] = []
+    package = ""
+    for line in text.strip().splitlines():
+        name = line.split()[0]
+        package = package if line.startswith(" ") else name
+        described.append(name if name == package else package + name)
+    missing = [path for path in described if not (ROOT / path).exists()]
+    assert not missing, f"docs/architecture.md, 'The tree', names what is not there: {', '.join(missing)}"
+    undescribed = {f"{folder.relative_to(ROOT).as_posix()}/" for folder in folders()} - set(described)
+    # What a folder of the tree keeps to itself.
+    undescribed = {path for path in undescribed if path.count("/") < 4}
+    assert not undescribed, f"docs/architecture.md, 'The tree', needs a line for {', '.join(sorted(undescribed))}"
+
+
+def test_every_grant_is_used():
+    """A library's corner that nobody in it imports any more is closed."""
+    unused = [
+        (library, corner)
+        for library, corners in CORNERS.items()
+        for corner in corners
+        if not any(is_within(item.source, corner) and is_within(item.target, library) for item in all_imports())
+    ]
+    assert not unused
 
 
 def test_the_errors_are_the_documented_tree():

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxllama.errors import RequestError
+from jaxllama.errors import RequestError, quote
 
 MAX_TOKEN_ID = 2**31 - 1
 _KEY = "control"
@@ -34,8 +34,9 @@ class Number:
         """Returns the value. Raises: RequestError."""
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not (self.low < value if self.above else self.low <= value) or not value <= self.high:
-            raise RequestError(f"{name} must be {self.wanted}, got {value!r}", name)
-        return value
+            raise RequestError(f"{name} must be {self.wanted}, got {quote(value)}", name)
+        number: float = value
+        return number
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Integer:
     def check(self, name: str, value: Any) -> int:
         """Returns the value. Raises: RequestError."""
         if isinstance(value, bool) or not isinstance(value, int) or not self.low <= value <= self.high:
-            raise RequestError(f"{name} must be {self.wanted}, got {value!r}", name)
+            raise RequestError(f"{name} must be {self.wanted}, got {quote(value)}", name)
         return value
 
 
@@ -67,7 +68,7 @@ class Boolean:
     def check(self, name: str, value: Any) -> bool:
         """Returns the value. Raises: RequestError."""
         if not isinstance(value, bool):
-            raise RequestError(f"{name} must be {self.wanted}, got {value!r}", name)
+            raise RequestError(f"{name} must be {self.wanted}, got {quote(value)}", name)
         return value
 
 
@@ -91,7 +92,7 @@ class Strings:
         for text in strings:
             if not isinstance(text, str) or not 1 <= len(text.encode("utf-8", "surrogatepass")) <= self.max_bytes:
                 raise RequestError(
-                    f"{name}: each must be a string of 1 to {self.max_bytes} bytes, got {text!r:.80}", name
+                    f"{name}: each must be a string of 1 to {self.max_bytes} bytes, got {quote(text)}", name
                 )
         return strings
 

@@ -10,7 +10,7 @@ from jaxllama.plan.measure import KernelWork
 from jaxllama.plan.setup import PARTS, Setup, kv_bytes_per_token, weight_bytes
 
 EFFICIENCY = 0.75
-"""Of the roofline, where nothing was compiled. The compiled 70B reached 0.59 (v5p-4) to 0.89 (v6e-8), TPU.md."""
+"""Of the roofline, where nothing was compiled. The compiled 70B reached 0.59 (v5p-4) to 0.89 (v6e-8), docs/tpu.md."""
 
 _KERNEL_FLOPS_EFFICIENCY = 0.5
 _TEMPORARY_BYTES = 128 * 2**20
@@ -78,7 +78,7 @@ def _layer_params(config: LlamaConfig) -> int:
 
 def _chunk_attention_flops(setup: Setup) -> float:
     """Of one chunk in the middle of a prompt, on a device of the shard that has its pages: the others wait."""
-    return setup.mesh.shape["rep"] * _attention_flops(setup, setup.chunk_tokens * mean_prefill_context(setup))
+    return int(setup.mesh.shape["rep"]) * _attention_flops(setup, setup.chunk_tokens * mean_prefill_context(setup))
 
 
 def _attention_flops(setup: Setup, pairs: float) -> float:

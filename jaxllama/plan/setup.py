@@ -176,7 +176,7 @@ def _weight_bytes(config: LlamaConfig, mesh: Any, quantize: str | None, parts: t
 
 def kv_bytes_per_token(setup: Setup) -> float:
     """Bytes of one token's keys and values, all layers, on one device that holds them."""
-    return cache.kv_bytes_per_token(setup.config, setup.kv_dtype) / setup.mesh.shape["kv"]
+    return cache.kv_bytes_per_token(setup.config, setup.kv_dtype) / int(setup.mesh.shape["kv"])
 
 
 def _as_mesh(setup: Setup) -> Any:
@@ -185,4 +185,4 @@ def _as_mesh(setup: Setup) -> Any:
 
 
 def _shard_bytes(shape: Any, sharding: NamedSharding) -> int:
-    return math.prod(sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
+    return math.prod(sharding.shard_shape(shape.shape)) * int(shape.dtype.itemsize)

@@ -20,8 +20,9 @@ from typing import Any
 
 import jinja2
 from jinja2 import meta, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 _MAX_NUMBER = 100_000  # of a range's length and of a width
@@ -94,7 +95,8 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return frozenset(texts | {node.attr for node in tree.find_all(nodes.Getattr)})
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        return _AddTicks().visit(super()._parse(source, name, filename))
+        template: nodes.Template = _AddTicks().visit(super()._parse(source, name, filename))
+        return template
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """A binary operation, unless its result would be too large."""
@@ -131,7 +133,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     def concat_values(self, *values: Any) -> str:
         """The `~` operator."""
         self._check_nested(values)
-        return self._checked("".join(map(str, values)))
+        return str(self._checked("".join(map(str, values))))
 
     def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         skipped = 1 if hasattr(function, "jinja_pass_arg") else 0
@@ -255,9 +257,10 @@ class _AddTicks(NodeTransformer):
         return _call("concat_values", node.nodes, node.lineno)
 
     def _with_tick(self, node: Any) -> nodes.Node:
-        node = self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_call("tick", [], node.lineno), lineno=node.lineno))
-        return node
+        visited: Any = self.generic_visit(node)
+        visited.body.insert(0, nodes.ExprStmt(_call("tick", [], visited.lineno), lineno=visited.lineno))
+        with_tick: nodes.Node = visited
+        return with_tick
 
 
 def _call(method: str, args: list[nodes.Expr], lineno: int) -> nodes.Call:

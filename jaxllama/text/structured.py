@@ -220,7 +220,8 @@ class _Described(SimpleNamespace):
     """A tokenizer as llguidance wants it described: attributes, and a call that encodes."""
 
     def __call__(self, text: bytes | str) -> list[int]:
-        return self.encode(text)
+        ids: list[int] = self.encode(text)
+        return ids
 
 
 class Grammar:

@@ -27,13 +27,13 @@ from jaxllama.model.params import Params, ParamSpec, QuantizedWeight, param_spec
 from jaxllama.system.staging import locked_folder, put_in_place, resolve_destination
 from jaxllama.weights.checkpoint import (
     MANIFEST,
-    PARAMS,
     Checkpoint,
     FileRecord,
     ParamsWriter,
     write_manifest,
 )
 from jaxllama.weights.forms import get_whole
+from jaxllama.weights.reading import PARAMS
 
 # What a process has in flight: as many shards in memory, as many files that wait for the disk.
 _NUM_WRITERS = 4

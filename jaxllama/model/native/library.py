@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jaxlib
+import jaxlib.version
 
 logger = logging.getLogger("jaxllama.model.native")
 
@@ -105,7 +105,8 @@ def compiled(instructions: InstructionSet) -> Path:
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=_COMPILE_TIMEOUT_S)
     files = [path.read_bytes() for path in source_files()]
     flags = " ".join((*FLAGS, *instructions.flags))
-    key = hashlib.sha256(b"\0".join((*files, version.stdout, jaxlib.__version__.encode(), flags.encode()))).hexdigest()
+    built_with = (version.stdout, jaxlib.version.__version__.encode(), flags.encode())
+    key = hashlib.sha256(b"\0".join((*files, *built_with))).hexdigest()
     folder = _folder()
     path = folder / f"kernels-{instructions.name}-{key[:16]}.so"
     if not path.exists():

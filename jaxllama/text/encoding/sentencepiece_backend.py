@@ -74,7 +74,7 @@ class SentencePieceBackend:
         if token_id in self._raw_byte_ids:
             return bytes.fromhex(piece[3:5])
         if self._sp.is_unknown(token_id):
-            return self._sp.decode([token_id]).encode()
+            return str(self._sp.decode([token_id])).encode()
         return piece.replace("▁", " ").encode()
 
     def _find_specials(self, added: Mapping[int, SpecialToken]) -> list[SpecialToken]:

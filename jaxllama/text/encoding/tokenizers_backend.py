@@ -181,7 +181,7 @@ class TokenizersBackend:
     def _normalize(self, text: str) -> str:
         if self._normalizer is None:
             return text
-        return guarded(f"{self._where}: normalising failed", self._normalizer.normalize_str, text)
+        return str(guarded(f"{self._where}: normalising failed", self._normalizer.normalize_str, text))
 
     def _split_normalized(self, text: str) -> Iterator[SpecialToken | str]:
         plain = list(self._plain_splitter.split(text))

@@ -94,7 +94,7 @@ def test_int8_saves_half_of_the_weights_traffic(small):
 
 
 def test_a_tpu7x_reads_the_weights_as_they_lie():
-    """Its compiler would copy them all into other tiles (`compilation.keep_weights_as_they_are`)."""
+    """Its compiler would copy them all into other tiles (`startup.keep_weights_as_they_are`)."""
     config = dataclasses.replace(LlamaConfig.from_hf(json.loads(LLAMA_70B.read_text())), num_layers=1)
     got = compile_program(Setup(config, Topology.parse("tpu7x:2x2x1"), rows=64, context=2048), "decode")
     assert got.measurement is not None
@@ -107,7 +107,7 @@ LLAMA_70B = Path(__file__).parents[3] / "bench" / "configs" / "llama3-70b.json"
 
 @dataclass(frozen=True)
 class Bar:
-    """What a step of the 70B with a context of 2,048 reaches: TPU.md's bars (v6e: 15.7) or better.
+    """What a step of the 70B with a context of 2,048 reaches: docs/tpu.md's bars (v6e: 15.7) or better.
 
     `exchanges` are the collectives of a layer beside its two all-reduces.
     """
