@@ -57,7 +57,7 @@ def open_place(place: PlaceLike, *, confined: bool = True) -> Place:
     try:
         return open_hub(text)
     except PlaceError as error:
-        raise type(error)(f"{error}. On this machine there is no {path} either") from None
+        raise type(error)(f"{error} (on this machine there is no {path} either)") from None
 
 
 def is_remote(place: PlaceLike) -> bool:
