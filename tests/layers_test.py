@@ -224,6 +224,29 @@ def test_imports_go_strictly_down():
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_module_imports_itself_in_a_circle():
+    """Inside functions and under TYPE_CHECKING too. A package's `__init__` may gather what its modules define."""
+    known = module_names()
+    below: dict[str, set[str]] = {name: set() for name in known}
+    for item in all_imports():
+        if item.target in known and not is_within(item.source, item.target):
+            below[item.source].add(item.target)
+    circles: list[str] = []
+    done: set[str] = set()
+
+    def walk(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            circles.append(" -> ".join((*path[path.index(name) :], name)))
+        elif name not in done:
+            for target in sorted(below[name]):
+                walk(target, (*path, name))
+            done.add(name)
+
+    for name in sorted(known):
+        walk(name, ())
+    assert not circles, "\n".join(circles)
+
+
 def test_text_is_below_sampling_and_the_device():
     below = ("jaxllama.errors", "jaxllama.text")
     wrong = [

@@ -28,9 +28,10 @@ from jaxllama.weights.checkpoint import (
     write_manifest,
 )
 from jaxllama.weights.places import LocalPlace, PlaceLike, open_place
+from jaxllama.weights.sources.detect import open_source
 from jaxllama.weights.sources.names import match_tensors
 from jaxllama.weights.sources.quantized.interface import Int8Tensor
-from jaxllama.weights.sources.source import FLOATS, Source, SourceTensor, open_source
+from jaxllama.weights.sources.source import FLOATS, Source, SourceTensor
 from jaxllama.weights.sources.stored import Pairs, Storage, default_dtype, read_rounded, read_stored
 from jaxllama_convert.memory import peak_ram_bytes
 from jaxllama_convert.staging import OutputError, Staging, check_apart, open_staging

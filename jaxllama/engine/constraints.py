@@ -8,33 +8,14 @@ depend on the number of steps in a dispatch. Masks go to the device before such 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
-from jaxtyping import UInt32
 
 from jaxllama.engine.calls import Programs, SetMasks
+from jaxllama.engine.scheduling.constraint import Constraint
 from jaxllama.engine.scheduling.request import EngineRequest
 from jaxllama.errors import RequestError
 from jaxllama.text.structured import num_mask_words
-
-
-class Constraint(Protocol):
-    """What the next token of one request may be; `text.constraint.OutputConstraint` is one."""
-
-    @property
-    def num_free(self) -> int:
-        """How many tokens may be sampled before the next must be asked for; at 0, `mask` says which it may be."""
-
-    @property
-    def halt_id(self) -> int | None:
-        """An id that is not free: after it the device must wait, however many tokens are free otherwise."""
-
-    def mask(self) -> UInt32[np.ndarray, " words"]:
-        """The tokens that may come next, bit i % 32 of word i // 32 for token i. At least one. Raises: RequestError."""
-
-    def advance(self, token_id: int) -> None:
-        """Takes the token that has come. Raises: RequestError."""
 
 
 class Constraints:

@@ -29,12 +29,13 @@ from jaxllama.engine.calls import (
     SavePages,
 )
 from jaxllama.engine.compilation import OnProgress, num_compilations, use_compilation_cache
-from jaxllama.engine.constraints import Constraint, Constraints, attach, needs_new_row
+from jaxllama.engine.constraints import Constraints, attach, needs_new_row
 from jaxllama.engine.device import Device
 from jaxllama.engine.dispatch import Dispatch, Dispatches
 from jaxllama.engine.options import EngineOptions, EngineStats, StepReport
 from jaxllama.engine.placement import Placement
 from jaxllama.engine.scheduling.chunks import ChunkPlan, Span
+from jaxllama.engine.scheduling.constraint import Constraint
 from jaxllama.engine.scheduling.request import EngineRequest, FinishReason, TokenOutput, checked_prompt
 from jaxllama.engine.scheduling.scheduler import Scheduler
 from jaxllama.engine.sizes import size_engine

@@ -15,8 +15,9 @@ from jaxllama.text.encoding.tokenizer import Tokenizer, load_tokenizer
 from jaxllama.weights.checkpoint import MANIFEST, Checkpoint, FileRecord, Manifest, read_configs, versions
 from jaxllama.weights.places import Place, PlaceLike, is_remote, open_place
 from jaxllama.weights.reading import PARAMS, SourceReader
+from jaxllama.weights.sources.detect import open_source
 from jaxllama.weights.sources.names import match_tensors
-from jaxllama.weights.sources.source import Source, open_source, parse_json
+from jaxllama.weights.sources.source import Source, parse_json
 from jaxllama.weights.sources.stored import Storage, default_dtype
 
 logger = logging.getLogger("jaxllama")

@@ -6,13 +6,11 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from jaxllama.decode.params import SamplingParams
+from jaxllama.engine.scheduling.constraint import Constraint
 from jaxllama.errors import ContextLengthError, RequestError
-
-if TYPE_CHECKING:
-    from jaxllama.engine.constraints import Constraint
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 

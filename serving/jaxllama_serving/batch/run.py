@@ -17,7 +17,7 @@ from jaxllama.errors import EngineStoppedError
 from jaxllama_serving.batch.files import InputFile, Line, LineError, OutputFile
 from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.http.events import to_json
-from jaxllama_serving.http.inside import inside_session
+from jaxllama_serving.process.inside import inside_session
 
 if TYPE_CHECKING:
     from jaxllama import Llama

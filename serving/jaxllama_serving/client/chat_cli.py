@@ -88,7 +88,7 @@ async def _chat_with_server(args: argparse.Namespace) -> int:
 
 async def _chat_with_checkpoint(args: argparse.Namespace, llama: Any) -> int:
     from jaxllama_serving.client.api import Endpoint
-    from jaxllama_serving.http.inside import inside_session
+    from jaxllama_serving.process.inside import inside_session
     from jaxllama_serving.process.server import check_model
 
     config = ServerConfig(**behaviour(args))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxllama_serving.config import ServerConfig
-from jaxllama_serving.protocol.harmless import SERVICE_TIER
+from jaxllama_serving.protocol.shared_fields import SERVICE_TIER
 from jaxllama_serving.requests.choices import Choice, Choices, Update
 from jaxllama_serving.requests.prepare import Prepared
 

@@ -20,8 +20,9 @@ from jaxllama.model.config import LlamaConfig, RopeScaling
 from jaxllama.model.params import param_specs
 from jaxllama.weights.checkpoint import Checkpoint
 from jaxllama.weights.places import LocalPlace
+from jaxllama.weights.sources.detect import open_source
 from jaxllama.weights.sources.names import match_tensors
-from jaxllama.weights.sources.source import BLOCK_TYPES, open_source
+from jaxllama.weights.sources.source import BLOCK_TYPES
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -20,10 +20,11 @@ from unit.weights.sources.sources import BF16, CONFIG, weights
 from jaxllama.errors import ConfigError, ConversionError, JaxLlamaError
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.int8 import quantize_rows
+from jaxllama.weights.sources.detect import open_source
 from jaxllama.weights.sources.names import match_tensors
 from jaxllama.weights.sources.patterns import compile_pattern
 from jaxllama.weights.sources.quantized.interface import Int8Tensor, unpack_words
-from jaxllama.weights.sources.source import Source, open_source
+from jaxllama.weights.sources.source import Source
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "quantised"
 CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "cases.json").read_text())["cases"]

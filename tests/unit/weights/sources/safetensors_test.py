@@ -16,8 +16,8 @@ from unit.weights.sources.sources import BF16, CONFIG, raw_safetensors, weights,
 from jaxllama.errors import ConfigError, ConversionError
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import param_specs
+from jaxllama.weights.sources.detect import open_source
 from jaxllama.weights.sources.names import match_tensors
-from jaxllama.weights.sources.source import open_source
 
 INDEX = "model.safetensors.index.json"
 
