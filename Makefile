@@ -15,7 +15,7 @@ QUICK := tests/layers_test.py tests/unit/errors_test.py tests/unit/decode/prompt
 	tests/unit/engine/scheduling tests/unit/model/config_test.py tests/unit/model/params_test.py tests/unit/serving/protocol \
 	tests/unit/serving/requests tests/unit/system tests/unit/text/chat_test.py tests/unit/text/sandbox_test.py tests/unit/weights/sources/safetensors_test.py
 
-.PHONY: help serve check test test-slow test-clients lint format bench wheel oracle clean
+.PHONY: help serve check test test-shapes test-slow test-clients lint format bench wheel oracle clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ check: lint  ## Before every commit, in under two minutes: lint, types, and the 
 
 test: $(VENV)/.dev $(MODEL)/manifest.json  ## Everything that takes minutes, not hours: half an hour on two cores
 	$(BIN)/pytest -m "not slow"
+
+test-shapes: $(VENV)/.dev  ## The units of model and decode, with the annotations of arrays checked
+	CHECK_SHAPES=1 $(BIN)/pytest -m "not slow" tests/unit/model tests/unit/decode
 
 test-slow: $(VENV)/.dev $(MODEL)/manifest.json  ## What takes hours, or a gigabyte of disk, or the TPU compiler
 	$(BIN)/pytest -m slow

@@ -14,6 +14,11 @@ jax.config.update("jax_platforms", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_num_cpu_devices", 8)
 
+if os.environ.get("CHECK_SHAPES"):
+    import shape_checks
+
+    shape_checks.install()
+
 import tiny  # noqa: E402
 
 from jaxllama import Engine, Llama  # noqa: E402

@@ -110,7 +110,7 @@ def dequantized(config: LlamaConfig, params: Params) -> Weights:
             return np.asarray(weight, np.float64)
         return np.asarray(weight.values, np.float64) * np.asarray(weight.scale, np.float64)[:, None]
 
-    return {spec.hf_name: exact(get_param(params, spec)) for spec in param_specs(config)}
+    return {spec.hf_name: exact(unpack(get_param(params, spec))) for spec in param_specs(config)}
 
 
 def make_llama(

@@ -68,8 +68,13 @@ class Transformer(nnx.Module):
         # Jitted, layers of a kind are traced and lowered once. XLA inlines the calls.
         @partial(jax.jit, static_argnames=("has_rope", "window"))
         def run(
-            weights: Mapping[str, Any], x: Array, pool: KVPool, pages: Array, has_rope: bool, window: int | None
-        ) -> tuple[Array, KVPool]:
+            weights: Mapping[str, Any],
+            x: Float[Array, "rows tokens embed"],
+            pool: KVPool,
+            pages: Int[Array, "rows max_pages"],
+            has_rope: bool,
+            window: int | None,
+        ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
             def within(q: Array, kv: Array, pool: KVPool, pages: Array) -> tuple[Array, KVPool]:
                 return attend(q, kv, pool, pages, window)
 
@@ -175,7 +180,7 @@ class MLP(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation in float32, to `dtype` (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, weight: Array, eps: float, dtype: Any) -> None:
+    def __init__(self, weight: Float[Array, " embed"], eps: float, dtype: Any) -> None:
         self.weight = nnx.Param(weight)
         self.eps = eps
         self.dtype = dtype

@@ -5,7 +5,7 @@ A weight has one scale an output channel, a key or value one a token and head. B
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from jaxtyping import Array, Float, Int8
@@ -15,9 +15,15 @@ _LARGEST = 127
 _SMALLEST = 1e-30
 
 
+@overload
+def quantize_rows(x: Float[Array, "*rows width"]) -> tuple[Int8[Array, "*rows width"], Float[Array, "*rows"]]: ...
+@overload
 def quantize_rows(
-    x: Float[Array, "*rows width"] | np.ndarray,
-) -> tuple[Int8[Array, "*rows width"], Float[Array, "*rows"]]:
+    x: Float[np.ndarray, "*rows width"],
+) -> tuple[Int8[np.ndarray, "*rows width"], Float[np.ndarray, "*rows"]]: ...
+def quantize_rows(
+    x: Float[Array | np.ndarray, "*rows width"],
+) -> tuple[Int8[Array | np.ndarray, "*rows width"], Float[Array | np.ndarray, "*rows"]]:
     """`(values, scale)` with `x ≈ values * scale` to half a scale; a scale is the row's largest magnitude / 127.
 
     A row of zeros (or of magnitudes below 1e-30) has values 0. A row with NaN or infinity has scale NaN. NumPy arrays

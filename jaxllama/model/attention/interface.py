@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllama.model.cache import KVPool
 
 
+@runtime_checkable
 class Attention(Protocol):
     """Writes new keys and values to the cache and attends to it, on one device, with its heads, rows and pages.
 

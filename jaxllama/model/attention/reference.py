@@ -59,15 +59,32 @@ class ReferenceAttention:
         positions = chunk_positions(len(q), start, num_tokens)
         return self._attend(q[None], pool, page_table[None], positions[None], window)[0], pool
 
-    def _attend(self, q: Array, pool: KVPool, page_table: Array, positions: Array, window: int | None) -> Array:
+    def _attend(
+        self,
+        q: Float[Array, "rows tokens heads head_dim"],
+        pool: KVPool,
+        page_table: Int[Array, "rows max_pages"],
+        positions: Int[Array, "rows tokens"],
+        window: int | None,
+    ) -> Float[Array, "rows tokens heads head_dim"]:
         return paged_attention(q, pool, page_table, positions, window)
 
     def _attend_once(
-        self, q: Array, pool: KVPool, page_table: Array, positions: Array, active: Array, window: int | None
-    ) -> Array:
-        """`_attend` with one query a row, [rows, heads, head_dim]."""
+        self,
+        q: Float[Array, "rows heads head_dim"],
+        pool: KVPool,
+        page_table: Int[Array, "rows max_pages"],
+        positions: Int[Array, " rows"],
+        active: Bool[Array, " rows"],
+        window: int | None,
+    ) -> Float[Array, "rows heads head_dim"]:
+        """`_attend` with one query a row."""
 
-        def attend(q: Array, page_table: Array, positions: Array) -> Array:
+        def attend(
+            q: Float[Array, "rows heads head_dim"],
+            page_table: Int[Array, "rows max_pages"],
+            positions: Int[Array, " rows"],
+        ) -> Float[Array, "rows heads head_dim"]:
             return self._attend(q[:, None], pool, page_table, positions[:, None], window)[:, 0]
 
         rows = (q, page_table, positions)
@@ -156,19 +173,19 @@ class _Sums(NamedTuple):
     weighted: Float[Array, "rows heads tokens head_dim"]
 
 
-def _result(sums: _Sums, dtype: Any) -> Array:
+def _result(sums: _Sums, dtype: Any) -> Float[Array, "rows tokens heads head_dim"]:
     return (sums.weighted / sums.total[..., None]).astype(dtype).transpose(0, 2, 1, 3)
 
 
 def _walk(
     pool: KVPool,
-    page_table: Array,
+    page_table: Int[Array, "rows max_pages"],
     pages_per_block: int,
     window: int | None,
-    q: Array,
-    positions: Array,
+    q: Float[Array, "rows tokens heads head_dim"],
+    positions: Int[Array, "rows tokens"],
     start: Any,
-    end: Array,
+    end: Int[Array, ""],
     sums: _Sums,
     *,
     num_blocks: int = 1,
@@ -185,7 +202,7 @@ def _walk(
     products = (_one_query_products if tokens == 1 else _chunk_products)(q, kv_heads, num_blocks)
     scale = head_dim**-0.5 * math.log2(math.e)
 
-    def visit(index: Array, sums: _Sums) -> _Sums:
+    def visit(index: Int[Array, ""], sums: _Sums) -> _Sums:
         pages = jax.lax.dynamic_slice_in_dim(page_table, index * num_pages, num_pages, axis=1)
         kv_positions = index * size + jnp.arange(size)
         kv, scales = _read(pool, pages, None if is_whole else kv_positions <= positions[:, -1:], q)
@@ -217,14 +234,16 @@ def _walk(
     return jax.lax.fori_loop(start, end, visit, sums)
 
 
-def _fold(combine: Callable[[Array, Array], Array], reduce: Callable[..., Array], x: Array) -> Array:
+def _fold(
+    combine: Callable[[Array, Array], Array], reduce: Callable[..., Array], x: Float[Array, "*batch width"]
+) -> Float[Array, "*batch"]:
     """Reduces the last dimension, by halves at first: XLA's reductions of rows take 3 to 20 times as long on CPUs."""
     while (size := x.shape[-1]) > 16 and size % 2 == 0:
         x = combine(x[..., : size // 2], x[..., size // 2 :])
     return reduce(x, axis=-1)
 
 
-def _exp2(x: Array) -> Array:
+def _exp2(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """2^x for x ≤ 0, to 2e-7 of it: 1 at 0, and 0 from -127 on. NaN stays NaN.
 
     Rounded to bfloat16 it takes 0.6 of XLA's time on CPUs. The polynomial is the least-maximum fit of its degree to 2^f
@@ -247,8 +266,13 @@ class _Scales(NamedTuple):
     of_values: Callable[[Array], Array]
 
 
-def _read(pool: KVPool, pages: Array, is_own: Array | None, q: Array) -> tuple[Array, _Scales]:
-    """Blocks of every row, [rows, size, 2K, D], and their scales. `is_own`: [rows, size], None if all are."""
+def _read(
+    pool: KVPool,
+    pages: Int[Array, "rows num_pages"],
+    is_own: Bool[Array, "rows size"] | None,
+    q: Float[Array, "rows tokens heads head_dim"],
+) -> tuple[Float[Array, "rows size kv2 head_dim"], _Scales]:
+    """Blocks of every row, and their scales. `is_own` None: all are."""
 
     def read(part: Array) -> Array:
         part = part.at[pages].get(mode="promise_in_bounds")
@@ -263,7 +287,9 @@ def _read(pool: KVPool, pages: Array, is_own: Array | None, q: Array) -> tuple[A
     if scales is None:
         return kv, _Scales(lambda scores: scores, lambda probs: probs)
 
-    def multiply(x: Array, scales: Array) -> Array:
+    def multiply(
+        x: Float[Array, "rows blocks heads tokens block"], scales: Float[Array, "rows size kv"]
+    ) -> Float[Array, "rows blocks heads tokens block"]:
         per_head = scales.reshape(len(pages), x.shape[1], -1, scales.shape[2]).swapaxes(2, 3)
         return x * jnp.repeat(per_head, x.shape[2] // scales.shape[2], axis=2)[:, :, :, None]
 
@@ -288,11 +314,13 @@ def _chunk_products(q: Float[Array, "rows tokens heads head_dim"], kv_heads: int
     rows, tokens, heads, head_dim = q.shape
     grouped = q.transpose(0, 2, 1, 3).reshape(rows, kv_heads, heads // kv_heads * tokens, head_dim)
 
-    def scores(kv: Array) -> Array:
+    def scores(kv: Float[Array, "rows size kv2 head_dim"]) -> Float[Array, "rows blocks heads tokens block"]:
         out = jnp.einsum("bkqd,btkd->bkqt", grouped, kv[:, :, 0::2], preferred_element_type=jnp.float32)
         return out.reshape(rows, 1, heads, tokens, -1)
 
-    def weighted(probs: Array, kv: Array) -> Array:
+    def weighted(
+        probs: Float[Array, "rows blocks heads tokens block"], kv: Float[Array, "rows size kv2 head_dim"]
+    ) -> Float[Array, "rows blocks heads tokens head_dim"]:
         probs = probs.reshape(rows, kv_heads, -1, probs.shape[-1])
         out = jnp.einsum("bkqt,btkd->bkqd", probs, kv[:, :, 1::2], preferred_element_type=jnp.float32)
         return out.reshape(rows, 1, heads, tokens, head_dim)
@@ -313,12 +341,14 @@ def _one_query_products(q: Float[Array, "rows 1 heads head_dim"], kv_heads: int,
     wide = (q[:, 0, :, None, :] * is_own_key[:, :, None]).reshape(rows, heads, width)
     wide = jnp.repeat(wide, num_blocks, axis=0)
 
-    def scores(kv: Array) -> Array:
+    def scores(kv: Float[Array, "rows size kv2 head_dim"]) -> Float[Array, "rows blocks heads tokens block"]:
         flat = kv.reshape(rows * num_blocks, -1, width)
         out = jnp.einsum("bhc,btc->bht", wide, flat, preferred_element_type=jnp.float32)
         return out.reshape(rows, num_blocks, heads, 1, -1)
 
-    def weighted(probs: Array, kv: Array) -> Array:
+    def weighted(
+        probs: Float[Array, "rows blocks heads tokens block"], kv: Float[Array, "rows size kv2 head_dim"]
+    ) -> Float[Array, "rows blocks heads tokens head_dim"]:
         flat = kv.reshape(rows * num_blocks, -1, width)
         probs = probs.reshape(rows * num_blocks, heads, -1)
         out = jnp.einsum("bht,btc->bhc", probs, flat, preferred_element_type=jnp.float32)

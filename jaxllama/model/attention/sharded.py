@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxllama.model.attention.interface import Attention
 from jaxllama.model.cache import KVPool, is_own, on_devices, pool_spec, spec_of
@@ -55,7 +55,12 @@ class ShardedAttention:
         splits_heads = self._splits_heads(q, kv)
 
         # The exchange over `rep` is spelt out: XLA's own choice is five all-gathers a layer (bench/LOG.md).
-        def attend(q: Array, kv: Array, pool: KVPool, *rest: Array) -> tuple[Array, KVPool]:
+        def attend(
+            q: Float[Array, "rows own_heads head_dim"],
+            kv: Float[Array, "rows own_kv2 head_dim"],
+            pool: KVPool,
+            *rest: Array,
+        ) -> tuple[Float[Array, "rows own_heads head_dim"], KVPool]:
             q = jax.lax.all_to_all(q, "rep", 0, 1, tiled=True) if splits_heads else self._own_rows(q)
             table, positions, active = map(self._own_rows, rest)
             out, pool = self.kernel.decode(q, self._own_rows(kv), pool, table, positions, active, window)
@@ -83,8 +88,14 @@ class ShardedAttention:
         splits_heads = self._splits_heads(q, kv)
 
         def attend(
-            q: Array, kv: Array, pool: KVPool, table: Array, start: Array, num_tokens: Array, shard: Array
-        ) -> tuple[Array, KVPool]:
+            q: Float[Array, "tokens own_heads head_dim"],
+            kv: Float[Array, "tokens own_kv2 head_dim"],
+            pool: KVPool,
+            table: Int[Array, " max_pages"],
+            start: Int[Array, ""],
+            num_tokens: Int[Array, ""],
+            shard: Int[Array, ""],
+        ) -> tuple[Float[Array, "tokens own_heads head_dim"], KVPool]:
             if self.num_shards == 1:
                 return self.kernel.prefill(q, kv, pool, table, start, num_tokens, window)
             if splits_heads:
@@ -103,14 +114,14 @@ class ShardedAttention:
         specs = (q_spec, spec_of(self.mesh, (), _KV), pages, *[everywhere] * 4)
         return on_devices(attend, self.mesh, specs, (q_spec, pages))(q, kv, pool, page_table, start, num_tokens, shard)
 
-    def _splits_heads(self, q: Array, kv: Array) -> bool:
+    def _splits_heads(self, q: Float[Array, "rows heads head_dim"], kv: Float[Array, "rows kv2 head_dim"]) -> bool:
         """Whether `rep` splits the query heads: where each device has one KV head whose queries it divides."""
         if self.mesh is None:
             return False
         kv_heads, rep = kv.shape[1] // 2, self.mesh.shape["rep"]
         return rep > 1 and kv_heads == self.mesh.shape["kv"] and q.shape[1] // kv_heads % rep == 0
 
-    def _own_rows(self, rows: Array) -> Array:
+    def _own_rows(self, rows: Shaped[Array, "rows ..."]) -> Shaped[Array, "own ..."]:
         """Of the rows that devices along `rep` have in common, those that this one attends for."""
         parts = rows.reshape(jax.lax.axis_size("rep"), -1, *rows.shape[1:])
         return parts[jax.lax.axis_index("rep")]

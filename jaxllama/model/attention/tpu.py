@@ -64,7 +64,11 @@ class TpuAttention:
         return out[:, 0], pool._replace(pages=pages)
 
     def without_inactive(
-        self, page_table: Array, positions: Array, active: Array, pool: KVPool
+        self,
+        page_table: Int[Array, "rows max_pages"],
+        positions: Int[Array, " rows"],
+        active: Bool[Array, " rows"],
+        pool: KVPool,
     ) -> tuple[Int[Array, "rows max_pages"], Int[Array, " rows"]]:
         """Page table and positions with those rows at position 0 of page 0 that are not active."""
         num_pages = pool.pages.shape[0] // self.num_layers
@@ -88,7 +92,13 @@ class TpuAttention:
         return out, pool._replace(pages=pages)
 
     def prefill_pages(
-        self, q: Array, kv: Array, pages: Array, table: Array, start: Array, num_tokens: Array
+        self,
+        q: Float[Array, "tokens heads head_dim"],
+        kv: Float[Array, "tokens kv2 head_dim"],
+        pages: Float[Array, "pages page_size kv2 head_dim"],
+        table: Int[Array, " max_pages"],
+        start: Int[Array, ""],
+        num_tokens: Int[Array, ""],
     ) -> tuple[Float[Array, "tokens heads head_dim"], Float[Array, "pages page_size kv2 head_dim"]]:
         """`prefill` of a pool's pages."""
         out, pages = _kernel()(

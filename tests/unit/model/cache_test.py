@@ -53,7 +53,7 @@ def test_tokens_go_where_the_page_table_says():
 def test_rows_that_are_not_valid_write_nothing():
     pool, kv = make_pool(), make_kv(2)
     unwritten = KVPool(jnp.asarray(pool), None)
-    got = write_tokens(unwritten, kv, np.zeros((2, 3), np.int32), np.array([0, 7]), np.zeros(2, bool)).pages
+    got = jax.jit(write_tokens)(unwritten, kv, np.zeros((2, 3), np.int32), np.array([0, 7]), np.zeros(2, bool)).pages
     np.testing.assert_array_equal(got, pool)
 
 
@@ -71,7 +71,7 @@ def test_pages_past_a_chunk_s_tokens_are_not_touched():
     table = np.array([8, 3, 5, 1, 0, 0], np.int32)
     for num_tokens in range(3 * PAGE + 1):
         unwritten = KVPool(jnp.asarray(pool), None)
-        got = np.asarray(write_pages(unwritten, kv, table, np.int32(PAGE), np.int32(num_tokens)).pages)
+        got = np.asarray(jax.jit(write_pages)(unwritten, kv, table, np.int32(PAGE), np.int32(num_tokens)).pages)
         num_pages = -(-num_tokens // PAGE)
         for index, page in enumerate(table[1:4]):
             real = slice(0, min(PAGE, max(0, num_tokens - index * PAGE)))
@@ -85,7 +85,7 @@ def test_pages_past_a_chunk_s_tokens_are_not_touched():
 def test_writing_keeps_the_pool_s_dtype():
     pool = KVPool(jnp.asarray(make_pool(), jnp.bfloat16), None)
     kv = make_kv(2)
-    got = write_tokens(pool, kv, np.array([[1], [2]], np.int32), np.array([0, 1]), np.ones(2, bool)).pages
+    got = jax.jit(write_tokens)(pool, kv, np.array([[1], [2]], np.int32), np.array([0, 1]), np.ones(2, bool)).pages
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got[1, 0], kv[0].astype(jnp.bfloat16))
 
@@ -125,13 +125,13 @@ def test_int8_is_off_by_half_a_step_at_most(magnitude):
     # One by one the tokens get the same bits.
     one_by_one = empty_int8()
     for position, token in enumerate(kv):
-        one_by_one = write_tokens(one_by_one, token[None], table[None], np.array([position]), np.ones(1, bool))
+        one_by_one = jax.jit(write_tokens)(one_by_one, token[None], table[None], np.array([position]), np.ones(1, bool))
     for a, b in zip(chunk, one_by_one, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_int8_leaves_every_other_slot_alone():
-    got = write_tokens(
+    got = jax.jit(write_tokens)(
         empty_int8(), make_kv(2), np.array([[3], [4]], np.int32), np.array([1, 2]), np.array([True, False])
     )
     for part, old in zip(got, empty_int8(), strict=True):
@@ -153,5 +153,5 @@ def test_int8_of_a_number_that_is_none_says_so_in_the_scale(bad):
 def test_int8_of_zeros_is_zero():
     kv = make_kv(1)
     kv[0, 2] = 0
-    pool = write_tokens(empty_int8(), kv, np.array([[1]], np.int32), np.array([0]), np.ones(1, bool))
+    pool = jax.jit(write_tokens)(empty_int8(), kv, np.array([[1]], np.int32), np.array([0]), np.ones(1, bool))
     np.testing.assert_array_equal(read(pool)[1, 0, 2], 0)

@@ -1,0 +1,17 @@
+"""With CHECK_SHAPES set (`make test-shapes`), every annotated array is checked while tests run: its dtype, and that the
+sizes of one call agree."""
+
+from __future__ import annotations
+
+from beartype import BeartypeConf, beartype
+from jaxtyping import install_import_hook
+
+PACKAGES = ("jaxllama.model", "jaxllama.decode")
+
+# An int is good enough where a float is asked for, as type checkers have it.
+check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+
+def install() -> None:
+    """Call it before anything of `PACKAGES` is imported. Programs are checked while they are traced."""
+    install_import_hook(PACKAGES, "shape_checks.check")
