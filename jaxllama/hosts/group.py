@@ -11,31 +11,38 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
 import json
 import os
 import queue
-import select
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxllama.errors import ConfigError, LockstepError, one_line
+from jaxllama.hosts.link import (
+    ANSWER,
+    BEAT,
+    FAILED,
+    HELLO,
+    MESSAGE,
+    QUESTION,
+    START,
+    STOP,
+    Link,
+    free_port,
+    listen,
+    set_up,
+)
 from jaxllama.model.platforms.startup import prepare_jax
 
-_HEAD = struct.Struct("!BI")
-_HELLO, _START, _BEAT, _MESSAGE, _STOP, _FAILED, _QUESTION, _ANSWER = range(1, 9)
 _MAX_HANDSHAKE_BYTES = 1 << 16
-_MAX_MESSAGE_BYTES = 1 << 28
 _HANDSHAKE_TIMEOUT_S = 3.0
 _TICK_S = 0.5
 # Others wait longer than process 0 before they judge it: its verdict, which names the process at fault, comes first.
@@ -47,67 +54,13 @@ _GRACE_S = 3.0
 _JAX_TIMEOUT_S = 60
 
 
-@dataclass(eq=False)
-class _Link:
-    """A connection to another process. `heard` is when anything last came from it."""
-
-    sock: socket.socket
-    process_id: int
-    name: str
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    heard: float = field(default_factory=time.monotonic)
-    is_done: bool = False
-
-    def send(self, kind: int, payload: bytes = b"") -> None:
-        with self.lock:
-            self.sock.sendall(_HEAD.pack(kind, len(payload)) + payload)
-
-    def try_send(self, kind: int, payload: bytes = b"") -> None:
-        """Sends a short message unless that would block: whoever reads nothing must not hold up the others."""
-        if self.lock.acquire(blocking=False):
-            try:
-                if select.select([], [self.sock], [], 0)[1]:
-                    self.sock.sendall(_HEAD.pack(kind, len(payload)) + payload)
-            except (OSError, ValueError):
-                pass  # The reader of this link sees it too, and says so.
-            finally:
-                self.lock.release()
-
-    def is_open(self) -> bool:
-        """Whether the other end still holds the connection."""
-        try:
-            return self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-
-    def receive(self, max_bytes: int = _MAX_MESSAGE_BYTES) -> tuple[int, bytes]:
-        """The next message. Raises: OSError or EOFError when the connection is gone, ValueError for nonsense."""
-        kind, size = _HEAD.unpack(self._read(_HEAD.size))
-        if not _HELLO <= kind <= _ANSWER or size > max_bytes:
-            raise ValueError(f"a message of kind {kind} and {size} bytes")
-        return kind, self._read(size)
-
-    def _read(self, size: int) -> bytes:
-        data = bytearray(size)
-        view = memoryview(data)
-        while view:
-            count = self.sock.recv_into(view)
-            if not count:
-                raise EOFError
-            self.heard = time.monotonic()
-            view = view[count:]
-        return bytes(data)
-
-
 class Group:
     """The processes that run one engine, as one of them sees them. `join` makes it."""
 
     def __init__(
         self,
         process_id: int,
-        links: list[_Link],
+        links: list[Link],
         num_processes: int,
         heartbeat_timeout_s: float,
         relay: subprocess.Popen[bytes] | None,
@@ -144,7 +97,7 @@ class Group:
 
         Raises: LockstepError when one of them is gone.
         """
-        self._send_all(_MESSAGE, message)
+        self._send_all(MESSAGE, message)
 
     def messages(self) -> Iterator[bytes]:
         """What process 0 publishes, until it closes its group."""
@@ -154,7 +107,7 @@ class Group:
     def ask(self, question: bytes) -> list[bytes]:
         """Process 0 asks all others. Returns what each answers (`answer_with`), by process id. Raises: as `publish`."""
         with self._asking:
-            self._send_all(_QUESTION, question)
+            self._send_all(QUESTION, question)
             return [answer for _, answer in sorted(self._answers.get() for _ in self._links)]
 
     def answer_with(self, answer: Callable[[bytes], bytes]) -> None:
@@ -164,7 +117,7 @@ class Group:
             while True:
                 reply = answer(self._questions.get())
                 with contextlib.suppress(OSError):  # The reader of this link says so.
-                    self._links[0].send(_ANSWER, reply)
+                    self._links[0].send(ANSWER, reply)
 
         threading.Thread(target=run, name="jaxllama-answers", daemon=True).start()
 
@@ -175,7 +128,7 @@ class Group:
         self._closed.set()
         for link in self._links:
             with contextlib.suppress(OSError):
-                link.send(_STOP)
+                link.send(STOP)
         jax.distributed.shutdown()
         atexit.unregister(_end_now)
         if self._relay is not None:
@@ -192,7 +145,7 @@ class Group:
             time.sleep(2 * _GRACE_S)
         self._closed.set()
         for link in self._links:
-            link.try_send(_FAILED, _shorten(error).encode())
+            link.try_send(FAILED, _shorten(error).encode())
 
     def fail(self, error: BaseException) -> None:
         """As `leave`, and ends this process with code 1."""
@@ -208,23 +161,23 @@ class Group:
 
     # The group's threads
 
-    def _read(self, link: _Link) -> None:
+    def _read(self, link: Link) -> None:
         try:
             while True:
                 kind, payload = link.receive()
-                if kind == _MESSAGE and not self.is_leader:
+                if kind == MESSAGE and not self.is_leader:
                     self._inbox.put(payload)
-                elif kind == _QUESTION and not self.is_leader:
+                elif kind == QUESTION and not self.is_leader:
                     self._questions.put(payload)
-                elif kind == _ANSWER and self.is_leader:
+                elif kind == ANSWER and self.is_leader:
                     self._answers.put((link.process_id, payload))
-                elif kind == _STOP:
+                elif kind == STOP:
                     # Process 0 closes first: the others leave when it says so, and not before.
                     if self.is_leader and not self._closed.is_set():
                         self._fail(f"{link.name} has left before process 0 closed the engine")
                     link.is_done = True
                     self._inbox.put(None)
-                elif kind == _FAILED:
+                elif kind == FAILED:
                     reason = payload.decode(errors="replace")
                     named = reason.startswith("process ") and not self.is_leader
                     self._fail(reason if named else f"{link.name} failed: {reason}")
@@ -244,7 +197,7 @@ class Group:
                     link.heard = now
             last = now
             for link in self._links:
-                link.try_send(_BEAT)
+                link.try_send(BEAT)
             for link in self._links:
                 if not link.is_done and now - link.heard > self._timeout_s:
                     self._fail(f"{link.name} has stopped answering: nothing from it for {self._timeout_s:g} s")
@@ -265,7 +218,7 @@ class Group:
             flush=True,
         )
         for link in self._links:
-            link.try_send(_FAILED, reason.encode())
+            link.try_send(FAILED, reason.encode())
         if self._on_failure is not None:
             self._on_failure(LockstepError(reason))
 
@@ -339,12 +292,12 @@ def parse_address(address: str) -> tuple[str, int]:
 
 def _gather(
     host: str, port: int, hello: Mapping[str, Any], deadline: float, timeout_s: float
-) -> tuple[list[_Link], str]:
+) -> tuple[list[Link], str]:
     """Process 0: waits for all others. Returns their links and the address for JAX's runtime."""
     num_processes = hello["num_processes"]
-    links: dict[int, _Link] = {}
+    links: dict[int, Link] = {}
     refused = ""
-    with _listen(host, port) as listener:
+    with listen(host, port) as listener:
         told = time.monotonic()
         while len(links) < num_processes - 1:
             now = time.monotonic()
@@ -352,7 +305,7 @@ def _gather(
             if now > deadline:
                 reason = f"{_processes(missing)} not joined within {timeout_s:g} s{refused}"
                 for link in links.values():
-                    link.try_send(_FAILED, reason.encode())
+                    link.try_send(FAILED, reason.encode())
                 raise LockstepError(reason)
             if now - told > 5.0:
                 print(f"Waiting: {_processes(missing)} not joined yet{refused}", flush=True)
@@ -367,23 +320,23 @@ def _gather(
                     refused = f" ({problem})"
                     print(f"Refused: {problem}", flush=True)
         bound = listener.getsockname()[0]
-    jax_port = _free_port(bound)
+    jax_port = free_port(bound)
     for link in links.values():
-        link.send(_START, json.dumps({"jax_port": jax_port}).encode())
+        link.send(START, json.dumps({"jax_port": jax_port}).encode())
     address = f"[{bound}]" if ":" in bound else bound
     return [links[i] for i in sorted(links)], f"{address}:{jax_port}"
 
 
-def _welcome(sock: socket.socket, own: Mapping[str, Any], links: Mapping[int, _Link]) -> tuple[_Link | None, str]:
+def _welcome(sock: socket.socket, own: Mapping[str, Any], links: Mapping[int, Link]) -> tuple[Link | None, str]:
     """Reads who connects. Returns its link, or None and what is wrong with it; a stranger is not worth a word."""
     sock.settimeout(_HANDSHAKE_TIMEOUT_S)
-    link = _Link(sock, 0, "a process")
+    link = Link(sock, 0, "a process")
     try:
         kind, payload = link.receive(_MAX_HANDSHAKE_BYTES)
         hello = json.loads(payload)
         process_id, name, settings = int(hello["process_id"]), str(hello["name"])[:200], dict(hello["settings"])
         num_processes = int(hello["num_processes"])
-        if kind != _HELLO:
+        if kind != HELLO:
             raise ValueError
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         sock.close()
@@ -401,17 +354,17 @@ def _welcome(sock: socket.socket, own: Mapping[str, Any], links: Mapping[int, _L
         differing.insert(0, f"its process id is not from 1 to {own['num_processes'] - 1}")
     if differing:
         problem = f"{name}: {'; '.join(differing)}"
-        link.try_send(_FAILED, f"process 0 refuses {problem}".encode())
+        link.try_send(FAILED, f"process 0 refuses {problem}".encode())
         sock.close()
         return None, problem
-    _set_up(sock)
+    set_up(sock)
     link.process_id, link.name = process_id, name
     return link, ""
 
 
 def _report(
     host: str, port: int, hello: Mapping[str, Any], deadline: float, timeout_s: float
-) -> tuple[list[_Link], int]:
+) -> tuple[list[Link], int]:
     """Every other process: tells process 0 that it is here. Returns the link to it and the port of JAX's runtime."""
     address = f"{host}:{port}"
     while True:
@@ -424,47 +377,19 @@ def _report(
                     f"process 0 cannot be reached at {address} within {timeout_s:g} s: {error}"
                 ) from None
             time.sleep(0.2)
-    link = _Link(sock, 0, f"process 0 (at {address})")
+    link = Link(sock, 0, f"process 0 (at {address})")
     try:
-        link.send(_HELLO, json.dumps(hello).encode())
+        link.send(HELLO, json.dumps(hello).encode())
         # Process 0 has a deadline of its own, and says what it waits for when that passes.
         sock.settimeout(timeout_s + _PATIENCE_S)
         kind, payload = link.receive(_MAX_HANDSHAKE_BYTES)
-        if kind == _FAILED:
+        if kind == FAILED:
             raise LockstepError(payload.decode(errors="replace"))
         jax_port = int(json.loads(payload)["jax_port"])
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise LockstepError(f"{link.name} went away before all processes had joined: {error!r}") from None
-    _set_up(sock)
+    set_up(sock)
     return [link], jax_port
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Listens at `host` alone if that is an address of this machine, else everywhere."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0][4][0]
-    except socket.gaierror as error:
-        raise LockstepError(f"the coordinator's host {host!r} is not known: {error}") from None
-    # Many systems give their own name a loopback address, where no other machine finds it.
-    is_own_name = str(address).startswith("127.") and host != "localhost" and not host.startswith("127.")
-    try:
-        return socket.create_server(("" if is_own_name else host, port), family=family, backlog=128)
-    except OSError as error:
-        if error.errno != errno.EADDRNOTAVAIL:
-            raise LockstepError(f"process 0 cannot listen at {host}:{port}: {error}") from None
-    return socket.create_server(("", port), family=family, backlog=128)
-
-
-def _set_up(sock: socket.socket) -> None:
-    sock.settimeout(None)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _free_port(host: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-        sock.bind((host, 0))
-        return int(sock.getsockname()[1])
 
 
 def _start_relay(host: str, port: int) -> tuple[subprocess.Popen[bytes], int]:

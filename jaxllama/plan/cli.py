@@ -18,6 +18,7 @@ from jaxllama.plan.plot import check_plotting, save_plot
 from jaxllama.plan.report import as_table, as_text
 from jaxllama.plan.setup import DTYPES, Setup
 from jaxllama.plan.topology import Topology
+from jaxllama.system.strict_json import parse_object
 from jaxllama.weights.checkpoint import read_configs
 from jaxllama.weights.opening import read_config
 from jaxllama.weights.places import PLACE_HELP, is_remote
@@ -119,13 +120,7 @@ def _load_config(model: str) -> LlamaConfig:
         return read_configs(path)[0] if (path / "config.json").exists() else read_config(model)
     if not path.is_file():
         raise PlanError(f"{path} does not exist; expected a config.json, a Hugging Face folder or a checkpoint")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON ({str(error)[:100]})") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return LlamaConfig.from_hf(value)
+    return LlamaConfig.from_hf(parse_object(path.read_bytes(), path, ConfigError))
 
 
 def _prices(text: str | None) -> Callable[[str], float | None]:

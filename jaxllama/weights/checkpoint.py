@@ -40,6 +40,7 @@ from jaxllama.model.params import (
     param_specs,
     stored_specs,
 )
+from jaxllama.system.strict_json import parse_object
 from jaxllama.weights.array_files import chunk_of_shards, chunk_shape, chunks, zarr_metadata
 from jaxllama.weights.places import Place, PlaceLike, is_remote, open_place
 from jaxllama.weights.reading import PARAMS, CheckpointReader, Reader
@@ -402,7 +403,7 @@ def _read_remote_manifest(place: Place) -> dict[str, Any]:
     if data is None:
         what = "an incomplete checkpoint" if place.all_names() else "nothing there"
         raise CheckpointError(f"{place}: has no {MANIFEST}: {what}. Make one with: jaxllama convert SRC DST")
-    return _parse_json(data, place / MANIFEST)
+    return parse_object(data, place / MANIFEST, CheckpointError)
 
 
 def _fetch_text(place: Place, manifest: Manifest, folder: Path) -> None:
@@ -467,18 +468,8 @@ def _read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, A
             raise CheckpointError(f"{path}: larger than {_MAX_JSON_BYTES >> 20} MiB")
         data = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({one_line(error)})") from None
-    return _parse_json(data, str(path))
-
-
-def _parse_json(data: bytes, path: str) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({one_line(error)})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+        raise CheckpointError(f"{path}: cannot be read ({one_line(error)})") from None
+    return parse_object(data, path, CheckpointError)
 
 
 @contextlib.contextmanager

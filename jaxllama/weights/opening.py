@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxllama.errors import ConfigError
 from jaxllama.model.config import LlamaConfig
+from jaxllama.system.strict_json import parse_object
 from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
 from jaxllama.text.encoding.tokenizer import Tokenizer, load_tokenizer
 from jaxllama.weights.checkpoint import MANIFEST, Checkpoint, FileRecord, Manifest, read_configs, versions
@@ -17,7 +18,7 @@ from jaxllama.weights.places import Place, PlaceLike, is_remote, open_place
 from jaxllama.weights.reading import PARAMS, SourceReader
 from jaxllama.weights.sources.detect import open_source
 from jaxllama.weights.sources.names import match_tensors
-from jaxllama.weights.sources.source import Source, parse_json
+from jaxllama.weights.sources.source import Source
 from jaxllama.weights.sources.stored import Storage, default_dtype
 
 logger = logging.getLogger("jaxllama")
@@ -59,10 +60,7 @@ def read_config(place: PlaceLike) -> LlamaConfig:
         data = None if opened.file else opened.read("config.json")
         if data is None:
             return LlamaConfig.from_hf(open_source(opened).config)
-        value = parse_json(data, opened / "config.json")
-        if not isinstance(value, dict):
-            raise ConfigError(f"{opened / 'config.json'}: expected a JSON object")
-        return LlamaConfig.from_hf(value)
+        return LlamaConfig.from_hf(parse_object(data, opened / "config.json", ConfigError))
     finally:
         opened.close()
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from jaxllama.errors import TokenizerError, one_line, quote
+from jaxllama.system.strict_json import parse_object
 from jaxllama.text.encoding.detokenize import IncrementalDecoder
 from jaxllama.text.encoding.specials import SpecialToken
 
@@ -52,25 +52,15 @@ def guarded[T](what: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> 
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object without duplicate keys.
+    """The JSON object in a file.
 
     Raises: TokenizerError.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            seen: set[str] = set()
-            raise ValueError(f"duplicate key {quote(next(k for k, _ in pairs if k in seen or seen.add(k)))}")  # type: ignore[func-returns-value]
-        return result
-
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique)
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: cannot be read as JSON: {one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path}: expected a JSON object, got {type(value).__name__}.")
-    return value
+        data = path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{path}: cannot be read ({one_line(error)})") from None
+    return parse_object(data, path, TokenizerError)
 
 
 def special_token(entry: Mapping[str, Any], token_id: Any, where: str) -> SpecialToken:

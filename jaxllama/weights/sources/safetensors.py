@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxllama.errors import ConfigError, ConversionError, PlaceError, StoreError, listed, one_line, quote
+from jaxllama.system.strict_json import parse_object
 from jaxllama.weights.places import Place
 from jaxllama.weights.sources.config_keys import unknown_key_warnings
 from jaxllama.weights.sources.quantized.methods import QUANTIZATION_CONFIG, dequantized
-from jaxllama.weights.sources.source import Source, SourceFile, SourceTensor, parse_json
+from jaxllama.weights.sources.source import Source, SourceFile, SourceTensor
 
 SIDECARS = (
     "generation_config.json",
@@ -41,18 +42,14 @@ def open_safetensors(folder: Place) -> Source:
     config_bytes = read_small(folder, "config.json")
     if config_bytes is None:
         raise ConversionError(f"{folder}: has no config.json; expected a Hugging Face model folder")
-    config = parse_json(config_bytes, folder / "config.json")
-    if not isinstance(config, dict):
-        raise ConfigError(f"{folder / 'config.json'}: expected a JSON object")
+    config = parse_object(config_bytes, folder / "config.json", ConfigError)
     weight_map = _weight_map(folder)
     files = tuple(SourceFile(folder, checked_name(folder, name)) for name in sorted(set(weight_map.values())))
     headers = {file.name: read_header(file) for file in files}
     _check_index(folder, weight_map, headers)
     sidecars = {name: data for name in SIDECARS if (data := read_small(folder, name)) is not None}
     if "generation_config.json" in sidecars:
-        where = folder / "generation_config.json"
-        if not isinstance(parse_json(sidecars["generation_config.json"], where), dict):
-            raise ConversionError(f"{where}: expected a JSON object")
+        parse_object(sidecars["generation_config.json"], folder / "generation_config.json", ConversionError)
     warnings = unknown_key_warnings(config)
     if not {"tokenizer.json", "tokenizer.model"} & set(sidecars):
         warnings.append(f"{folder}: has no tokenizer.json or tokenizer.model; the checkpoint will take token ids only")
@@ -108,9 +105,7 @@ def read_header(file: SourceFile) -> dict[str, SourceTensor]:
         raise ConversionError(
             f"{where}: header length {length} exceeds the file ({file.size} bytes) or {_MAX_HEADER_BYTES}"
         )
-    header = parse_json(file.read_hashed(8, length).tobytes(), f"{where}: header")
-    if not isinstance(header, dict):
-        raise ConversionError(f"{where}: header must be a JSON object, got {type(header).__name__}")
+    header = parse_object(file.read_hashed(8, length).tobytes(), f"{where}: header", ConversionError)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ConversionError(f"{where}: header: __metadata__ must map names to texts, got {quote(metadata)}")
@@ -181,8 +176,7 @@ def _weight_map(folder: Place) -> dict[str, str]:
                 "convert them to safetensors first"
             )
         raise ConversionError(f"{folder}: has no safetensors files")
-    value = parse_json(index, folder / _INDEX)
-    weight_map = value.get("weight_map") if isinstance(value, dict) else None
+    weight_map = parse_object(index, folder / _INDEX, ConversionError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise ConversionError(f"{folder / _INDEX}: weight_map must map tensor names to file names")
     if _SINGLE in names and _SINGLE not in weight_map.values():

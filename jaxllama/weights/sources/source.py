@@ -7,7 +7,6 @@ a weight is read, and neither runs or unpickles anything from the model.
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxllama.errors import ConversionError, PlaceError, StoreError, one_line, quote
+from jaxllama.errors import ConversionError, PlaceError, StoreError
 from jaxllama.weights.places import Place
 
 MAX_JSON_BYTES = 256 * 2**20
@@ -199,31 +198,6 @@ class Source:
         """Ends connections and closes every file."""
         for file in self.files:
             file.place.close()
-
-
-def parse_json(data: bytes, where: str) -> Any:
-    """Parses JSON strictly: UTF-8, no duplicate keys, no NaN.
-
-    Raises: ConversionError.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value: dict[str, Any] = {}
-        for key, item in pairs:
-            if key in value:
-                raise ValueError(f"duplicate key {quote(key)}")
-            value[key] = item
-        return value
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except RecursionError:
-        raise ConversionError(f"{where}: nested too deeply") from None
-    except ValueError as error:
-        raise ConversionError(f"{where}: not valid JSON ({one_line(error)})") from None
 
 
 def _dequantize(rows: np.ndarray, dtype: str) -> np.ndarray:

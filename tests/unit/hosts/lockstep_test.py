@@ -31,6 +31,7 @@ from jaxllama.engine.calls import CALLS, Decode, ForgetPages, Insert, RestorePag
 from jaxllama.engine.device import Device
 from jaxllama.errors import ConfigError, LockstepError
 from jaxllama.hosts import group as distributed
+from jaxllama.hosts import link
 from jaxllama.hosts.group import join
 from jaxllama.hosts.lockstep import check_processes, follow, from_bytes, to_bytes
 from jaxllama.weights import array_files as zarr
@@ -207,8 +208,8 @@ class Peer:
         monkeypatch.setattr(distributed, "_exit_after", self.exits.append)
         here, self.sock = socket.socketpair()
         self.sock.settimeout(10)
-        link = distributed._Link(here, 1 - process_id, f"process {1 - process_id} (host x, pid 1)")
-        self.group = distributed.Group(process_id, [link], 2, 1.0, None)
+        near = link.Link(here, 1 - process_id, f"process {1 - process_id} (host x, pid 1)")
+        self.group = distributed.Group(process_id, [near], 2, 1.0, None)
         self.reasons: list[str] = []
         self.group.on_failure(self._on_failure)
 
@@ -246,8 +247,8 @@ def make_peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Peer]
     [
         (lambda peer: None, "process 1 (host x, pid 1) has stopped answering: nothing from it for 1 s"),
         (lambda peer: peer.sock.close(), "process 1 (host x, pid 1) is gone: its connection closed"),
-        (lambda peer: peer.send(distributed._FAILED, b"OOM"), "process 1 (host x, pid 1) failed: OOM"),
-        (lambda peer: peer.send(distributed._STOP), "process 1 (host x, pid 1) has left before process 0 closed"),
+        (lambda peer: peer.send(link.FAILED, b"OOM"), "process 1 (host x, pid 1) failed: OOM"),
+        (lambda peer: peer.send(link.STOP), "process 1 (host x, pid 1) has left before process 0 closed"),
         (lambda peer: peer.sock.sendall(b"GET / HTTP/1.1"), "process 1 (host x, pid 1) sent what no jaxllama sends"),
     ],
     ids=["silent", "gone", "failed", "left", "nonsense"],
@@ -262,7 +263,7 @@ def test_process_0_names_the_process_at_fault_once(act, reason, make_peer, capsy
 def test_a_process_that_beats_is_alive_and_one_that_fails_blames_itself_last(make_peer):
     peer = make_peer(0)
     for _ in range(6):
-        peer.send(distributed._BEAT)
+        peer.send(link.BEAT)
         time.sleep(0.4)
     assert not peer.failed.is_set()
     # A program broke here because process 1 died, which is seen a moment later.
@@ -278,16 +279,16 @@ def test_a_process_whose_own_program_fails_names_itself(monkeypatch, make_peer):
     peer = make_peer(0)
     peer.group.fail(RuntimeError("out of\nmemory"))
     assert peer.wait() == "process 0 failed: RuntimeError: out of memory"
-    assert distributed._Link(peer.sock, 0, "").receive() == (distributed._FAILED, b"RuntimeError: out of memory")
+    assert link.Link(peer.sock, 0, "").receive() == (link.FAILED, b"RuntimeError: out of memory")
 
 
 def test_a_follower_takes_messages_in_order_and_process_0s_verdict(make_peer):
     peer = make_peer(1)
     for i in range(3):
-        peer.send(distributed._MESSAGE, bytes([i]))
+        peer.send(link.MESSAGE, bytes([i]))
     messages = peer.group.messages()
     assert [next(messages) for _ in range(3)] == [b"\0", b"\1", b"\2"]
-    peer.send(distributed._FAILED, b"process 3 (host y, pid 2) is gone: its connection closed")
+    peer.send(link.FAILED, b"process 3 (host y, pid 2) is gone: its connection closed")
     assert peer.wait() == "process 3 (host y, pid 2) is gone: its connection closed"
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxllama.errors import ConversionError
+from jaxllama.system.strict_json import parse_object
 from jaxllama.weights.sources.quantized.interface import (
     BFLOAT16,
     Int8Tensor,
@@ -21,7 +22,7 @@ from jaxllama.weights.sources.quantized.interface import (
     read_all,
     take,
 )
-from jaxllama.weights.sources.source import SourceTensor, parse_json
+from jaxllama.weights.sources.source import SourceTensor
 
 # Float32: int8_vectorwise_dequant multiplies by it rather than divide.
 _PER_127 = np.float32(7.874015718698502e-3)
@@ -196,10 +197,7 @@ class _State:
         self._where = f"{tensor.file.path}: {tensor.name}"
         if tensor.num_bytes > _MAX_STATE_BYTES:
             raise ConversionError(f"{self._where}: {tensor.num_bytes} bytes are too many")
-        value = parse_json(read_all(tensor).tobytes(), self._where)
-        if not isinstance(value, dict):
-            raise ConversionError(f"{self._where}: expected a JSON object")
-        self._value = value
+        self._value = value = parse_object(read_all(tensor).tobytes(), self._where, ConversionError)
         known = {"quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"}
         if unknown := sorted(set(value) - known):
             raise ConversionError(f"{self._where}: not understood: {', '.join(unknown)}")
