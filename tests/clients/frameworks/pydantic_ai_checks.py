@@ -1,4 +1,4 @@
-"""pydantic-ai: text, streams, tools and structured results in its three modes."""
+"""pydantic-ai: text, streams, tools and structured results in two of its three modes."""
 
 from __future__ import annotations
 
