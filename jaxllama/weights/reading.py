@@ -19,7 +19,7 @@ from jaxllama.errors import CheckpointError, PlaceError, StoreError
 from jaxllama.model.params import ParamSpec, QuantizedWeight
 from jaxllama.weights.places import Place
 from jaxllama.weights.sources.source import SourceTensor
-from jaxllama.weights.sources.stored import Storage, read_rounded, read_stored, round_rows
+from jaxllama.weights.sources.stored import Storage, num_non_finite, read_rounded, read_stored, round_rows
 
 PARAMS = "params"
 
@@ -117,10 +117,10 @@ class CheckpointReader:
         return out
 
     def read_rounded(self, spec: ParamSpec, rows: slice) -> QuantizedWeight:
-        weight = round_rows(self.read(spec, rows, slice(0, spec.shape[1]), None))
-        if not np.isfinite(weight.scale).all():
+        array = self.read(spec, rows, slice(0, spec.shape[1]), None)
+        if num_non_finite(array):
             raise CheckpointError(f"{self._place}: {spec.name} has NaN or infinite values")
-        return weight
+        return round_rows(array)
 
     def _read_rows(self, part: ParamSpec, chunk: str, start: int, out: np.ndarray, width: int) -> None:
         """Whole rows of a chunk, from its row `start`."""

@@ -127,9 +127,9 @@ def test_bad_values_are_exit_code_2_and_one_line(config, capsys, args, parts):
     ("text", "part"),
     [
         (None, "does not exist"),
-        ("{", "not JSON"),
+        ("{", "not valid JSON"),
         ("[]", "expected a JSON object, got list"),
-        ("[" * 100_000, "not JSON"),
+        ("[" * 100_000, "nested too deeply"),
         (json.dumps(CONFIG | {"architectures": ["MixtralForCausalLM"]}), "MixtralForCausalLM"),
         (json.dumps({k: v for k, v in CONFIG.items() if k != "hidden_size"}), "hidden_size"),
     ],
@@ -147,7 +147,7 @@ def test_help_groups_the_flags(capsys):
         command("--help")
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for part in ("usage: jaxllama plan", "CONFIG_OR_CHECKPOINT", "what is planned", "the answer", "--search", "--plot"):
+    for part in ("usage: jaxllama plan", "MODEL", "what is planned", "the answer", "--search", "--plot"):
         assert part in text
 
 

@@ -66,7 +66,7 @@ BAD_FILES = {
     "NaN": (raw_safetensors(b'{"a": NaN}'), "NaN"),
     "deep nesting": (raw_safetensors(b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "nested too deeply"),
     "5,000 digits": (raw_safetensors(b'{"a": ' + b"9" * 5000 + b"}"), "not valid JSON"),
-    "a list": (raw_safetensors([1]), "must be a JSON object"),
+    "a list": (raw_safetensors([1]), "header: expected a JSON object, got list"),
     "duplicate key": (raw_safetensors(b'{"a": 1, "a": 2}'), "duplicate key 'a'"),
     "name with ..": (raw_safetensors({"..": GOOD}, b"\0" * 8), "safely"),
     "name with NUL": (raw_safetensors({"a\0b": GOOD}, b"\0" * 8), "safely"),
