@@ -118,7 +118,7 @@ def test_bad_input_is_exit_code_2_and_one_line(checkpoint, capsys, args, named):
 
 def test_a_missing_checkpoint_is_exit_code_2(tmp_path, capsys):
     assert command("generate", tmp_path / "nowhere", "a") == 2
-    assert_one_line(capsys.readouterr().err, "nowhere", "does not exist", "jaxllama convert")
+    assert_one_line(capsys.readouterr().err, "nowhere", "does not exist", "looked for", "no hub id")
 
 
 def test_a_failing_disk_is_exit_code_1(checkpoint, capsys, monkeypatch):
