@@ -23,7 +23,7 @@ from typing import Any
 from jaxllama.errors import CheckpointError, LockstepError, one_line
 from jaxllama.hosts.group import Group
 from jaxllama.model.config import LlamaConfig
-from jaxllama.model.params import Params, ParamSpec, QuantizedWeight, param_specs, stored_specs
+from jaxllama.model.params import Params, ParamSpec, param_specs, stored_specs
 from jaxllama.system.staging import locked_folder, put_in_place, resolve_destination
 from jaxllama.weights.checkpoint import (
     MANIFEST,
@@ -142,7 +142,8 @@ def _dtype(params: Params) -> str:
 
 
 def _quantize(params: Params) -> str | None:
-    return "int8" if isinstance(params["embed_tokens"], QuantizedWeight) else None
+    # An array has no scale; int8 matrices have one, packed or not.
+    return "int8" if getattr(params["embed_tokens"], "scale", None) is not None else None
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ SIDECARS = (
 )
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_MAX_NAME = 255  # of a file on nearly every system
 _MAX_HEADER_BYTES = 100_000_000
 _ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _ITEMSIZE |= {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
@@ -89,6 +90,10 @@ def checked_name(folder: Place, name: str) -> str:
     """
     if not name or name in (".", "..") or any(char in name for char in "/\\\0"):
         raise ConversionError(f"{folder}: file name {quote(name)} must be a name without folders")
+    if len(name) > _MAX_NAME:
+        raise ConversionError(
+            f"{folder}: file name {quote(name)} has {len(name)} characters, expected {_MAX_NAME} at most"
+        )
     return name
 
 

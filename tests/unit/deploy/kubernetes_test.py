@@ -150,7 +150,7 @@ def check_volumes(where: str, spec: Object) -> None:
         if "persistentVolumeClaim" in volume:
             assert volume["persistentVolumeClaim"]["claimName"] in CLAIMS, where
     args = parse(command_of_container(where, container))
-    assert str(args.checkpoint.parent) in mounts, f"{where}: the checkpoint lies on no volume"
+    assert str(Path(args.checkpoint).parent) in mounts, f"{where}: the checkpoint lies on no volume"
     assert str(args.api_key_file.parent) in mounts, f"{where}: the keys lie on no volume"
     assert "emptyDir" in mounts[args.compilation_cache], f"{where}: the cache cannot be written"
 

@@ -160,7 +160,7 @@ def test_rope_is_read_in_the_old_form_and_the_new(hf, rope):
     assert LlamaConfig.from_hf(LLAMA2_7B | hf).rope == rope
 
 
-@pytest.mark.parametrize("rope_type", ["yarn", "dynamic", "longrope", "mrope", "", None, 3, ["llama3"]])
+@pytest.mark.parametrize("rope_type", ["su", "ntk", "proportional", "mrope", "", None, 3, ["llama3"]])
 def test_an_unknown_rope_type_is_named(rope_type):
     with pytest.raises(ConfigError, match="rope type") as caught:
         LlamaConfig.from_hf(LLAMA2_7B | {"rope_scaling": {"rope_type": rope_type, "factor": 2.0}})
@@ -270,7 +270,7 @@ def test_rope_scaling_must_be_an_object(scaling):
 @pytest.mark.parametrize(
     ("broken", "named"),
     [
-        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "MistralForCausalLM"),
+        ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "MixtralForCausalLM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"model_type": "qwen2"}, "LlamaForCausalLM"),
         ({"model_type": None, "architectures": None}, "model_type"),

@@ -28,7 +28,8 @@ EXTRA_IDS = 5  # ids that the model has and the tokenizer does not
 @functools.cache
 def compiler_of(folder: Path) -> tuple[Tokenizer, GrammarCompiler, int]:
     tokenizer = load_tokenizer(folder, 200_000)
-    eos = tokenizer.special_tokens[json.loads((folder / "tokenizer_config.json").read_text())["eos_token"]]
+    named = json.loads((folder / "tokenizer_config.json").read_text())["eos_token"]
+    eos = tokenizer.special_tokens[named["content"] if isinstance(named, dict) else named]
     return tokenizer, GrammarCompiler(tokenizer, tokenizer.vocab_size + EXTRA_IDS, [eos]), eos
 
 

@@ -21,7 +21,8 @@ import jaxllama
 from jaxllama import Checkpoint, Llama, SamplingParams, make_mesh
 from jaxllama.errors import CheckpointError, LockstepError
 from jaxllama.weights import array_files as zarr
-from jaxllama.weights import checkpoint
+from jaxllama.weights import checkpoint, saving
+from jaxllama.weights.forms import get_whole
 from jaxllama.weights.loading import load_params
 from jaxllama.weights.saving import save_params
 
@@ -41,8 +42,10 @@ def load(folder: Path, *, tp: int = 1, data: int = 1, **how: Any) -> Llama:
     return jaxllama.load(folder, make_mesh(Checkpoint.open(folder).config, tp=tp, data=data), **how)
 
 
-def bits(params: Any) -> list[tuple[str, tuple[int, ...], bytes]]:
-    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+def bits(llama: Any) -> list[tuple[str, tuple[int, ...], bytes]]:
+    """Of every stored array, in whatever form the devices have it."""
+    parts = saving._parts(llama.config, llama.params)
+    arrays = [np.asarray(get_whole(llama.params, part)) for part in parts]
     return [(array.dtype.name, array.shape, array.tobytes()) for array in arrays]
 
 
@@ -50,7 +53,8 @@ def on_one_device(folder: Path) -> Any:
     """The weights as another process would load them, the files having been checked against the manifest."""
     opened = Checkpoint.open(folder)
     opened.verify()
-    return load_params(opened, make_mesh(opened.config, tp=1), None)
+    params = load_params(opened, make_mesh(opened.config, tp=1), None)
+    return SimpleNamespace(config=opened.config, params=params)
 
 
 def nothing_but(folder: Path, *names: str) -> bool:
@@ -72,7 +76,7 @@ def test_a_saved_model_loads_with_the_same_bits(tmp_path, name, tp, data, dtype,
     source = tiny.write_checkpoint(tmp_path / "source", name, tiny.random_weights(config, 0), vocab_size=280)
     with load(source, tp=tp, data=data, dtype=dtype, quantize=quantize) as llama:
         saved = llama.save(tmp_path / "out" / "saved")
-        want = bits(llama.params)
+        want = bits(llama)
     assert (saved.dtype, saved.manifest.quantize, saved.config) == (dtype, quantize, llama.config)
     assert saved.manifest.source["files"]["manifest.json"]["size"] == (source / "manifest.json").stat().st_size
     assert bits(on_one_device(saved.path)) == want
@@ -81,14 +85,14 @@ def test_a_saved_model_loads_with_the_same_bits(tmp_path, name, tp, data, dtype,
             assert (saved.path / file.name).read_bytes() == file.read_bytes()
     assert nothing_but(tmp_path / "out", "saved")
     with load(saved.path, tp=2) as again:
-        assert bits(again.params) == want
+        assert bits(again) == want
         assert again.tokenizer is not None
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_weights_in_parts_are_saved_whole(tmp_path, model, quantize, monkeypatch):
     with load(model, tp=4, quantize=quantize) as llama:
-        want = bits(llama.params)
+        want = bits(llama)
     with monkeypatch.context() as on_tpu:
         on_tpu.setattr("jaxllama.weights.forms.num_ffn_parts", lambda *_: 3)
         with load(model, tp=4, quantize=quantize) as llama:
@@ -246,7 +250,7 @@ def test_two_processes_save_as_one_and_one_killed_half_way_leaves_no_checkpoint(
     written = {name for name in processes[1].text.split() if "layers.0.gate_proj.values" in name}
     assert written == {f"params/layers.0.gate_proj.values/{i}.0" for i in (4, 5, 6, 7)}
     with load(model, dtype=jnp.bfloat16, quantize="int8", tp=4) as llama:
-        want = bits(llama.params)
+        want = bits(llama)
         assert bits(on_one_device(out)) == want
         assert not (tmp_path / "saved-2").exists()
         assert (tmp_path / ".saved-2.saving" / "checkpoint").exists()

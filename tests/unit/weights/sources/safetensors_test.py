@@ -207,7 +207,7 @@ BAD_INDEXES = {
     "NUL": ({"weight_map": {"a": "a\0b"}}, "without folders"),
     "no map": ({}, "weight_map must map"),
     "a number": ({"weight_map": {"a": 1}}, "weight_map must map"),
-    "a list": ([], "weight_map must map"),
+    "a list": ([], "expected a JSON object, got list"),
     "no such file": ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors: cannot be read"),
 }
 
@@ -324,7 +324,7 @@ def test_pickles_are_never_opened(tmp_path: Path, name: str) -> None:
         ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "MixtralForCausalLM"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "mrope", "factor": 4.0}}, "mrope"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"num_hidden_layers": 2_000_000_000}, "2000000000 layers"),
     ],
