@@ -155,3 +155,18 @@ def test_int8_of_zeros_is_zero():
     kv[0, 2] = 0
     pool = jax.jit(write_tokens)(empty_int8(), kv, np.array([[1]], np.int32), np.array([0]), np.ones(1, bool))
     np.testing.assert_array_equal(read(pool)[1, 0, 2], 0)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_token_is_written_in_place(rows):
+    """XLA turns a scatter of one index into an update that copies the whole pool."""
+    pool = jnp.zeros((64, 4, 6, 16), jnp.float32)
+
+    def step(_, pool):
+        kv = pool[:rows, 0] + 1
+        table, positions = jnp.ones((rows, 3), jnp.int32), jnp.arange(rows, dtype=jnp.int32)
+        return write_tokens(KVPool(pool, None), kv, table, positions, positions < 9).pages
+
+    program = jax.jit(lambda pool, n: jax.lax.fori_loop(0, n, step, pool), donate_argnums=0).lower(pool, 3).compile()
+    copied = [line for line in program.as_text().splitlines() if " copy(" in line]
+    assert not [line for line in copied if "[64,4" in line or "[256,6" in line]
