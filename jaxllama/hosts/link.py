@@ -36,7 +36,10 @@ class Link:
         """Sends a short message unless that would block: whoever reads nothing must not hold up the others."""
         if self.lock.acquire(blocking=False):
             try:
-                if select.select([], [self.sock], [], 0)[1]:
+                # Not `select`, which knows no descriptor past 1,023: a server of many connections has those.
+                poll = select.poll()
+                poll.register(self.sock, select.POLLOUT)
+                if any(event & select.POLLOUT for _, event in poll.poll(0)):
                     self.sock.sendall(_HEAD.pack(kind, len(payload)) + payload)
             except (OSError, ValueError):
                 pass  # The reader of this link sees it too, and says so.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import shutil
 import signal
@@ -280,6 +281,27 @@ def test_a_process_whose_own_program_fails_names_itself(monkeypatch, make_peer):
     peer.group.fail(RuntimeError("out of\nmemory"))
     assert peer.wait() == "process 0 failed: RuntimeError: out of memory"
     assert link.Link(peer.sock, 0, "").receive() == (link.FAILED, b"RuntimeError: out of memory")
+
+
+def test_a_link_of_a_high_descriptor_beats_too():
+    """A server of a thousand connections: `select` refuses descriptors past 1,023."""
+    near, far = socket.socketpair()
+    high = socket.socket(fileno=fcntl.fcntl(near.detach(), fcntl.F_DUPFD, 1500))
+    with high, far:
+        far.settimeout(10)
+        link.Link(high, 1, "process 1").try_send(link.BEAT)
+        assert link.Link(far, 0, "process 0").receive() == (link.BEAT, b"")
+
+
+def test_a_link_whose_reader_is_stuck_holds_nobody_up():
+    near, far = socket.socketpair()
+    with near, far:
+        near.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                near.send(bytes(1 << 16))
+        near.setblocking(True)
+        link.Link(near, 1, "process 1").try_send(link.BEAT)
 
 
 def test_a_follower_takes_messages_in_order_and_process_0s_verdict(make_peer):
