@@ -19,6 +19,7 @@ class Backend(Protocol):
     specials: list[SpecialToken]
     bos_token: str | None
     eos_token: str | None
+    pad_token: str | None
     automatic_ids: tuple[tuple[int, ...], tuple[int, ...]]
     """What the library puts before and after ordinary text by itself."""
 

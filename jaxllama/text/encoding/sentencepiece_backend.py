@@ -38,6 +38,7 @@ class SentencePieceBackend:
         self.bos_token = named_token(config, "bos_token") or self._piece_of(self._sp.bos_id())
         self.eos_token = named_token(config, "eos_token") or self._piece_of(self._sp.eos_id())
         before = self._ids(self.bos_token) if config.get("add_bos_token", True) else ()
+        self.pad_token = named_token(config, "pad_token")
         self.automatic_ids = (before, self._ids(self.eos_token) if config.get("add_eos_token", False) else ())
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:

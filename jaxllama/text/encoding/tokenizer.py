@@ -18,7 +18,8 @@ class Tokenizer:
     """A model's tokenizer.
 
     `special_tokens` are all added and control tokens, by spelling: ordinary text never becomes one of them. `specials`
-    are the same with their flags.
+    are the same with their flags. `named_tokens` are the spellings of `bos_token`, `eos_token` and `pad_token`, as far
+    as there are such.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -27,7 +28,11 @@ class Tokenizer:
         self.specials = tuple(backend.specials)
         self.special_tokens: Mapping[str, int] = MappingProxyType({t.content: t.id for t in backend.specials})
         self.bos_token_id = self._named_id(backend.bos_token)
-        self._named_id(backend.eos_token)  # one that does not exist is a damaged file
+        self.eos_token_id = self._named_id(backend.eos_token)
+        names = (("bos_token", backend.bos_token), ("eos_token", backend.eos_token), ("pad_token", backend.pad_token))
+        self.named_tokens: Mapping[str, str] = MappingProxyType(
+            {name: text for name, text in names if text is not None and text in self.special_tokens}
+        )
         self._spellings = frozenset(self.special_tokens)
         self._hidden = frozenset(token.id for token in backend.specials if token.is_hidden)
 

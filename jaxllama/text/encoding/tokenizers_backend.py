@@ -52,7 +52,9 @@ class TokenizersBackend:
         """Raises: TokenizerError if the file is damaged, or the library reads other ids in it than it says."""
         self._where = str(path)
         spec = read_json(path)
-        self.bos_token, self.eos_token = named_token(config, "bos_token"), named_token(config, "eos_token")
+        self.bos_token, self.eos_token, self.pad_token = (
+            named_token(config, name) for name in ("bos_token", "eos_token", "pad_token")
+        )
         self.specials: list[SpecialToken] = json_specials(spec, self._where)
         # A file that cuts or pads would do so to every prompt.
         spec["truncation"] = spec["padding"] = None

@@ -65,6 +65,7 @@ ROUTES = (
     Route("GET", "/models/{id:.+}", status.model, PREFIXES, response=responses.Model),
     Route("POST", "/tokenize", tokens.tokenize, body=TokenizeRequest, response=responses.Tokens),
     Route("POST", "/detokenize", tokens.detokenize, body=DetokenizeRequest, response=responses.Text),
+    Route("GET", "/tokenizer_info", tokens.tokenizer_info, response=responses.TokenizerInfo),
     Route("GET", "/health", status.health, response=responses.Status, is_open=True),
     Route("GET", "/ready", status.ready, response=responses.Status, is_open=True),
     Route("GET", "/metrics", status.metrics, media_type="text/plain"),

@@ -265,6 +265,19 @@ class Text(_Response):
     count: int
 
 
+class TokenizerInfo(_Response):
+    """The tokens that begin, end and fill texts, by their names and ids; null for what the tokenizer lacks."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    bos_token_id: int | None
+    eos_token_id: int | None
+    vocab_size: int
+    model_max_length: int
+
+
 class Status(_Response):
     """All is well."""
 

@@ -48,7 +48,7 @@ class Call:
 
 @dataclass
 class Choice:
-    """One row's state. Its log-probabilities leave an ending stop token out: it has no text.
+    """One row's state. Its log-probabilities leave an ending stop token out, which has no text, unless `tells_stop`.
 
     Times are `time.monotonic`'s, of the first and the last token.
     """
@@ -58,6 +58,7 @@ class Choice:
     params: SamplingParams
     output: GrowingOutput
     constraint: OutputConstraint | None = None
+    tells_stop: bool = False
     row: EngineRequest | None = None
     finish_reason: str | None = None
     tool_calls: list[Call] = field(default_factory=list)
@@ -86,7 +87,8 @@ class Choice:
     def logprobs(self, first: int = 0) -> tuple[list[TokenLogprob], list[TokenLogprob]]:
         """Those of the content's tokens and those of the reasoning's, from the token `first` on."""
         output = self.output
-        end = len(output.logprobs) - (1 if output.ended_by_token and output.logprobs else 0)
+        untold = output.ended_by_token and bool(output.logprobs) and not self.tells_stop
+        end = len(output.logprobs) - untold
         told = list(zip(output.logprobs[first:end], output.is_reasoning[first:end], strict=True))
         content = [entry for entry, is_reasoning in told if not is_reasoning]
         return content, [entry for entry, is_reasoning in told if is_reasoning]

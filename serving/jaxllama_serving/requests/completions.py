@@ -47,7 +47,10 @@ class CompletionResponse(Response):
                 include_stop=params.include_stop_str_in_output,
                 prompt_tail=prompt[-PROMPT_TAIL:],
             )
-            choices.append(Choice.begin(i, prompt, params, assembler))
+            choice = Choice.begin(i, prompt, params, assembler)
+            # lm-eval takes the last entry of an echo for the generated token's, whatever token that is.
+            choice.tells_stop = self.prepared.request.echo
+            choices.append(choice)
         return choices
 
     def body_choices(self, choices: Choices) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`POST …/tokenize` and `POST …/detokenize`: text or messages to ids, and back."""
+"""`POST …/tokenize` and `POST …/detokenize`: text or messages to ids, and back; `GET …/tokenizer_info`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,26 @@ async def detokenize(request: web.Request) -> web.Response:
     return await _respond(request, _detokenize)
 
 
+async def tokenizer_info(request: web.Request) -> web.Response:
+    """The names and ids of the tokens that begin and end texts, for clients without the tokenizer's files.
+
+    Without the chat template: a client would render it to text, in which special tokens are ordinary text here.
+    """
+    llama = request.app[SERVICE].ready_llama()
+    tokenizer = llama.tokenizer
+    assert tokenizer is not None  # the server does not start without one
+    names = tokenizer.named_tokens
+    info = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{name: names.get(name) for name in ("bos_token", "eos_token", "pad_token")},
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "vocab_size": tokenizer.vocab_size,
+        "model_max_length": llama.max_context,
+    }
+    return web.Response(body=to_json(info), content_type="application/json")
+
+
 async def _respond(
     request: web.Request, work: Callable[[Llama, ServerConfig, bytes], tuple[dict[str, Any], tuple[str, ...]]]
 ) -> web.Response:
@@ -53,7 +73,11 @@ def _tokenize(llama: Llama, config: ServerConfig, body: bytes) -> tuple[dict[str
     if request.messages is not None:
         ids, _ = render_chat(llama, config, request.messages, add_generation_prompt=request.add_generation_prompt)
     else:
-        ids = llama.tokenizer.encode(request.prompt or "", add_bos=None if request.add_special_tokens else False)
+        text = request.prompt or ""
+        ids = llama.tokenizer.encode(text, add_bos=None if request.add_special_tokens else False)
+        if not request.add_special_tokens and text in llama.tokenizer.special_tokens:
+            # Within a text a spelling is no token; alone it asks for the id of a name of `/tokenizer_info`.
+            ids = [llama.tokenizer.special_tokens[text]]
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": llama.max_context, "tokens": ids}
     if request.return_token_strs:
         answer["token_strs"] = [token_text(llama.tokenizer.token_bytes(token_id)) for token_id in ids]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from jaxllama.decode.params import SamplingParams
@@ -50,6 +50,7 @@ class FakeTokenizer:
     bos_token_id = None
     eos_token_id = EOS
     vocab_size = 1000
+    named_tokens: Mapping[str, str] = MappingProxyType({"eos_token": "<eos>"})
 
     def __init__(self, *, tags: bool = False) -> None:
         self.special_tokens = {"<eos>": EOS, **({"<think>": THINK, "</think>": END_THINK} if tags else {})}

@@ -150,16 +150,29 @@ def test_echo_gives_the_prompt_its_logprobs_and_offsets():
     choice = completion_of(FakeLlama(["!"]), prompt="ab", echo=True, logprobs=2)["choices"][0]
     assert choice["text"] == "ab!"
     lists = choice["logprobs"]
-    assert lists["tokens"] == ["", "x", "x", "!"]
-    assert lists["token_logprobs"] == [None, -1.0, -2.0, -10.0]
+    assert lists["tokens"] == ["", "x", "x", "!", ""]
+    assert lists["token_logprobs"] == [None, -1.0, -2.0, -10.0, 0.0]
     assert lists["top_logprobs"][0] is None
-    assert lists["text_offset"] == [0, 0, 1, 2]
+    assert lists["text_offset"] == [0, 0, 1, 2, 3]
     scored = completion_of(FakeLlama(["!"]), prompt="ab", echo=True, logprobs=0, max_tokens=0)["choices"][0]
     assert (scored["text"], scored["logprobs"]["token_logprobs"]) == ("ab", [None, -1.0, -2.0])
     assert completion_of(FakeLlama(["!"]), prompt=[5, 10], echo=True)["choices"][0]["text"] == "x!!"
     llama = FakeLlama(["!"])
     plain = completion_of(llama, prompt="ab", echo=True)["choices"][0]
     assert (plain["text"], plain["logprobs"], llama.num_scored) == ("ab!", None, 0)
+
+
+def test_an_echo_tells_the_stop_token_too():
+    """lm-eval's log-likelihoods: it drops the last entry as the generated token's, which a missing one would shift."""
+    fields = {"prompt": "ab", "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+    for pieces in ([], ["!"]):
+        lists = completion_of(FakeLlama(pieces), **fields)["choices"][0]["logprobs"]
+        assert {name: len(values) for name, values in lists.items()} == dict.fromkeys(lists, 4)
+        assert lists["token_logprobs"][:3] == [None, -1.0, -2.0]
+        assert joined(events_of(FakeLlama(pieces), **fields))["logprobs"] == lists
+    # What is no echo has an entry for each token with text.
+    lists = completion_of(FakeLlama(["!"]), prompt="ab", logprobs=1)["choices"][0]["logprobs"]
+    assert lists["tokens"] == ["!"]
 
 
 def test_prompt_logprobs_and_token_ids_are_each_choice_s():
@@ -191,7 +204,7 @@ def test_a_stream_that_waits_for_scores_is_kept_alive():
 def test_echo_shows_only_as_many_alternatives_as_each_field_asks_for():
     answer = completion_of(FakeLlama(["!"]), prompt="ab", echo=True, logprobs=1, prompt_logprobs=3)
     choice = answer["choices"][0]
-    assert [len(top) for top in choice["logprobs"]["top_logprobs"][1:]] == [2, 2, 2]
+    assert [len(top) for top in choice["logprobs"]["top_logprobs"][1:-1]] == [2, 2, 2]
     assert [len(entry) for entry in choice["prompt_logprobs"][1:]] == [4, 4]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from unit.serving.fakes import BOS, FakeLlama
+from unit.serving.fakes import BOS, EOS, FakeLlama
 from unit.serving.live import run, serving
 
 
@@ -32,6 +32,23 @@ def test_ids_become_text(prefix):
     path = f"{prefix}/detokenize"
     assert post(path, tokens=[10, 5, 11]) == {"prompt": "Hix\ufffd", "count": 3}
     assert post(path, tokens=[]) == {"prompt": "", "count": 0}
+
+
+def test_a_client_without_the_tokenizer_s_files_asks_for_names_and_ids():
+    """As lm-eval's remote tokenizer does: `/tokenizer_info`, then `/tokenize` of the names it gives."""
+
+    async def test():
+        async with serving(FakeLlama()) as live:
+            for prefix in ("", "/v1", "/v1/openai"):
+                status, info, _ = await live.get(f"{prefix}/tokenizer_info")
+                assert (status, info["eos_token"], info["eos_token_id"]) == (200, "<eos>", EOS)
+                assert (info["bos_token"], info["pad_token"], info["model_max_length"]) == (None, None, 4096)
+
+    run(test())
+    assert post("/tokenize", prompt="<eos>", add_special_tokens=False)["tokens"] == [EOS]
+    # Within a text, and where the text is a prompt, a spelling is no token.
+    assert post("/tokenize", prompt=" <eos>", add_special_tokens=False)["tokens"] == [5] * 6
+    assert post("/tokenize", prompt="<eos>")["tokens"] == [BOS] + [5] * 5
 
 
 BAD = [
