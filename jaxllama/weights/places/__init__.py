@@ -2,6 +2,7 @@
 
 place.py        what a place is        local.py   a folder        hub.py    org/name[@revision][:file.gguf]
 retries.py      reading on             bucket.py  gs://, s3://    http_ranges.py   ranges over HTTP
+upload.py       writing a folder of a bucket: resumable, complete by its last file    lease.py   the lock of who writes
 """
 
 from __future__ import annotations

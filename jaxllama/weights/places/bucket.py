@@ -6,8 +6,9 @@ both stores and takes credentials as their own tools do (bench/LOG.md compares).
 
 from __future__ import annotations
 
+import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,8 +25,16 @@ _CREDENTIALS = {
 # The bytes that a lost connection costs again at most.
 _CHUNK_BYTES = 2**20
 _CLIENT = {"allow_http": True, "connect_timeout": "10s", "timeout": "120s"}
+MAX_PART_BYTES = 16 * 2**20
+_MAX_WRITES = 3
 # Our own retries read on where the connection was lost; the library's would begin again.
 _NO_RETRY = {"max_retries": 0}
+
+type Bytes = bytes | bytearray | memoryview
+
+
+class _ConditionError(Exception):
+    """A conditional put found another version than it was to replace."""
 
 
 def open_bucket(url: str) -> BucketPlace:
@@ -47,16 +56,24 @@ def open_bucket(url: str) -> BucketPlace:
     root = f"{parts.scheme}://{parts.netloc}"
     try:
         kind: Any = {"gs": obstore.store.GCSStore, "s3": obstore.store.S3Store}[parts.scheme]
-        store = kind(parts.netloc, prefix=prefix or None, client_options=_CLIENT, retry_config=_NO_RETRY)
+        how = {"prefix": prefix or None, "client_options": _CLIENT}
+        store = kind(parts.netloc, retry_config=_NO_RETRY, **how)
     except obstore.exceptions.BaseError as error:
         raise PlaceError(f"{url}: cannot be opened ({_first_line(error)}). {_log_in(parts.scheme)}") from None
     where = f"{root}/{prefix}".rstrip("/")
-    return BucketPlace(store, parts.scheme, where, last if is_file else None, name=last or parts.netloc)
+    return BucketPlace(
+        store,
+        lambda: kind(parts.netloc, **how),
+        parts.scheme,
+        where,
+        last if is_file else None,
+        name=last or parts.netloc,
+    )
 
 
 @dataclass(frozen=True)
-class PutVersion:
-    """What a conditional put replaces."""
+class ObjectVersion:
+    """An object as one put left it; what a conditional put replaces. GCS tells them apart by `version`."""
 
     etag: str | None
     version: str | None
@@ -67,8 +84,12 @@ class BucketPlace(Place):
 
     num_readers = 16
 
-    def __init__(self, store: Any, scheme: str, where: str, file: str | None, name: str) -> None:
+    def __init__(
+        self, store: Any, with_retries: Callable[[], Any], scheme: str, where: str, file: str | None, name: str
+    ) -> None:
         self._store = store
+        # A part of an upload can be sent again by nobody but the library.
+        self._with_retries = with_retries
         self._scheme = scheme
         self.where = where
         self.file = file
@@ -92,19 +113,96 @@ class BucketPlace(Place):
         if buffer:
             fill(where, buffer, lambda done, rest: self._read(where, file, offset + done, rest))
 
-    def put(self, name: str, data: bytes | memoryview) -> None:
+    def put(self, name: str, data: Bytes) -> ObjectVersion:
         """Writes an object, whole or not at all, over what is there.
 
-        Raises: StoreError.
+        Raises: StoreError, PlaceError.
         """
-        self._put(name, data, None)
 
-    def create(self, name: str, data: bytes) -> bool:
-        """Writes an object if there is none of that name. Returns whether it did.
+        def put() -> ObjectVersion:
+            try:
+                return self._put(name, data, "overwrite")
+            except _ConditionError:
+                raise ReadInterruptedError("the store says that a condition is not met, and there is none") from None
 
-        Raises: StoreError.
+        return attempt(self / name, put)
+
+    def create(self, name: str, data: bytes) -> ObjectVersion | None:
+        """Writes an object if there is none of that name. None if there is one, with other content.
+
+        Raises: as `put`.
         """
-        return self._put(name, data, "create")
+        return self._put_if(name, data, "create")
+
+    def replace(self, name: str, data: bytes, version: ObjectVersion) -> ObjectVersion | None:
+        """Writes an object over `version`. None if it is not that any more, nor has this content.
+
+        Raises: as `put`.
+        """
+        known = {"e_tag": version.etag, "version": version.version}
+        return self._put_if(name, data, {key: value for key, value in known.items() if value is not None})
+
+    def write(self, name: str, data: Bytes) -> PlaceFile:
+        """`put`, and proof that it has arrived: the answer's ETag is the MD5 of the bytes, or they are read back.
+
+        Raises: StoreError when what is there is not what was sent, three times over.
+        """
+        digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        for _ in range(_MAX_WRITES):
+            version = self.put(name, data)
+            if version.etag and version.etag.strip('"') == digest:
+                return PlaceFile(name, len(data), version.etag)
+            found = self.current(name)
+            if found is not None and found[0] == data:
+                return PlaceFile(name, len(data), found[1].etag or "")
+        raise StoreError(f"{self / name}: reads back other than it was written, {_MAX_WRITES} times")
+
+    def write_parts(self, name: str, parts: Iterable[Bytes]) -> PlaceFile:
+        """Writes a large object part by part, at most `MAX_PART_BYTES` each; it is there whole or not at all.
+
+        What a process that is killed has sent stays in the bucket, unseen, until the bucket's rule for incomplete
+        uploads removes it.
+
+        Raises: StoreError when its size is not that of the parts.
+        """
+        import obstore
+
+        size, sender = 0, self._with_retries()
+
+        def counted() -> Iterator[Bytes]:
+            nonlocal size
+            for part in parts:
+                size += len(part)
+                yield part
+
+        def put() -> None:
+            obstore.put(sender, name, counted(), use_multipart=True, chunk_size=MAX_PART_BYTES, max_concurrency=4)
+
+        try:
+            self._ask(name, put)
+        except ReadInterruptedError as error:
+            raise StoreError(f"{self / name}: cannot be written ({error})") from None
+        head = attempt(self / name, lambda: self._ask(name, lambda: obstore.head(self._store, name), missing=None))
+        if head is None or head["size"] != size:
+            got = "nothing" if head is None else f"{head['size']} bytes"
+            raise StoreError(f"{self / name}: {size} bytes were written, {got} is there")
+        return PlaceFile(name, size, head["e_tag"] or "")
+
+    def current(self, name: str) -> tuple[bytes, ObjectVersion] | None:
+        """A small object as it is at this moment, whatever the listing says; None if there is none.
+
+        Raises: StoreError, PlaceError.
+        """
+        import obstore
+
+        def read() -> tuple[bytes, ObjectVersion]:
+            answer = obstore.get(self._store, name)
+            data = bytes(answer.bytes())
+            if len(data) != answer.meta["size"]:
+                raise ReadInterruptedError(f"the answer has {len(data)} bytes of {answer.meta['size']}")
+            return data, ObjectVersion(answer.meta["e_tag"], answer.meta["version"])
+
+        return attempt(self / name, lambda: self._ask(name, read, missing=None))
 
     def delete(self, name: str) -> None:
         """Removes an object, if it is there. Raises: StoreError."""
@@ -120,17 +218,23 @@ class BucketPlace(Place):
         with self._lock:
             self._files = None
 
-    def _put(self, name: str, data: bytes | memoryview, mode: Any) -> bool:
+    def _put(self, name: str, data: Bytes, mode: Any) -> ObjectVersion:
         import obstore
 
-        where = self / name
+        # In one request: parts of one that is killed would stay in the bucket, unseen and paid for.
+        put = lambda: obstore.put(self._store, name, data, mode=mode, use_multipart=False)  # noqa: E731
+        answer = self._ask(name, put, exists=None, missing=None)
+        if answer is None:
+            raise _ConditionError
+        return ObjectVersion(answer["e_tag"], answer["version"])
 
-        def put() -> bool:
-            # In one request: parts of one that is killed would stay in the bucket, unseen and paid for.
-            obstore.put(self._store, name, data, mode=mode or "overwrite", use_multipart=False)
-            return True
-
-        return bool(attempt(where, lambda: self._ask(name, put, exists=False)))
+    def _put_if(self, name: str, data: bytes, mode: Any) -> ObjectVersion | None:
+        try:
+            return attempt(self / name, lambda: self._put(name, data, mode))
+        except _ConditionError:
+            # An attempt before this one may have succeeded, and only its answer been lost.
+            found = self.current(name)
+            return found[1] if found is not None and found[0] == data else None
 
     def _listed(self) -> dict[str, PlaceFile]:
         import obstore
