@@ -15,7 +15,7 @@ QUICK := tests/layers_test.py tests/unit/errors_test.py tests/unit/decode/prompt
 	tests/unit/engine/scheduling tests/unit/model/config_test.py tests/unit/model/params_test.py tests/unit/serving/protocol \
 	tests/unit/serving/requests tests/unit/system tests/unit/text/chat_test.py tests/unit/text/sandbox_test.py tests/unit/weights/sources/safetensors_test.py
 
-.PHONY: help serve check test test-shapes test-slow test-clients lint format bench wheel oracle clean
+.PHONY: help serve check test test-shapes test-slow test-clients lint format bench wheel release docs oracle clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,12 @@ bench: $(VENV)/.dev $(ORACLE)/.done $(MODEL)/manifest.json $(GGUF)  ## Paired wi
 
 wheel: $(VENV)/.dev  ## A wheel in dist/; on Linux with x86-64 and a C++ compiler it brings the CPU kernels
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+release: $(VENV)/.dev  ## Wheel and sdist, checked and tried on every supported Python that is here; uploads nothing
+	.ci/release
+
+docs: $(VENV)/.dev  ## The documentation in docs/_build/html; a warning or a broken link inside is an error
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
 
 oracle: $(ORACLE)/.done $(GGUF)  ## Makes tests/golden again, with transformers, in an environment of its own
 	$(ORACLE)/bin/python tests/oracle/make_tiny.py --out tests/golden
