@@ -16,6 +16,8 @@ from jaxllama.decode.params import CONTROLS
 from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError, RequestError, StoreError, one_line
 from jaxllama.model.platforms.startup import prepare_jax
 from jaxllama.plan import cli as plan_cli
+from jaxllama.system import doctor
+from jaxllama.system.explain import page_of, with_page
 from jaxllama.weights.places import MODEL_HELP
 
 
@@ -61,6 +63,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Compiles the real programs for a TPU slice, on any machine, and says what fits and how fast.",
     )
     plan_cli.add_arguments(plan)
+    doctor.add_arguments(
+        commands.add_parser(
+            "doctor",
+            help="say what would go wrong on this machine",
+            description="Looks at versions, devices, the compiler, caches, disk, memory and the port, and says what "
+            "would go wrong. Exit code 1 if anything would.",
+        )
+    )
+    explain = commands.add_parser(
+        "explain", help="say what an error means and what to do", description="Explains an error by its name."
+    )
+    explain.add_argument("name", metavar="NAME", help="as in the message's end, e.g. CheckpointError")
+    explain.set_defaults(run=_explain)
     return parser
 
 
@@ -138,8 +153,13 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _explain(args: argparse.Namespace) -> int:
+    print(page_of(args.name))
+    return 0
+
+
 def _fail(command: str, error: Exception, code: int) -> int:
-    print(f"jaxllama {command}: {error}", file=sys.stderr)
+    print(f"jaxllama {command}: {with_page(error)}", file=sys.stderr)
     return code
 
 

@@ -55,7 +55,7 @@ LAYERS = (
         "jaxllama.weights.saving",
         "jaxllama.decode.scoring",
     ),
-    ("jaxllama.plan",),
+    ("jaxllama.plan", "jaxllama.system.doctor"),
     ("jaxllama.llama", "jaxllama"),
     ("jaxllama_convert", "jaxllama_serving", "jaxllama.__main__"),
 )

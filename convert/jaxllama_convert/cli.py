@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from jaxllama.errors import JaxLlamaError, StoreError, one_line
+from jaxllama.system.explain import with_page
 from jaxllama.system.progress import show_bytes
 from jaxllama.weights.places import PLACE_HELP
 
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         _say("interrupted; run the same command again to resume")
         return 130
     except JaxLlamaError as error:
-        _say(f"error: {one_line(error, _MAX_MESSAGE_CHARS)}")
+        _say(f"error: {one_line(with_page(error), _MAX_MESSAGE_CHARS)}")
         return 1 if isinstance(error, OutputError | StoreError) else 2
     for warning in report.warnings:
         _say(f"warning: {one_line(warning, _MAX_MESSAGE_CHARS)}")

@@ -27,7 +27,11 @@ _PARTIAL_FORMAT = "jaxllama-partial"
 
 
 class OutputError(ConversionError):
-    """The checkpoint cannot be written, through no fault of the source: disk full, no permission, in use."""
+    """The checkpoint cannot be written, through no fault of the source: disk full, no permission, in use.
+
+    **What to do:** free the disk, or wait for the other conversion, and run the same command again: it goes on after
+    the last whole tensor. To give up, delete the folder `.NAME.partial` beside the checkpoint's.
+    """
 
 
 class Staging:

@@ -12,7 +12,13 @@ TOOL_PARSERS = ("hermes", "llama3", "r1")
 
 
 class ServerConfigError(JaxLlamaError, ValueError):
-    """A command line flag, a key file or an environment variable has no usable value."""
+    """A command line flag, a key file or an environment variable has no usable value.
+
+    The message names it, its range and the value; of keys never the value. A port that is taken and a model that a
+    server cannot serve (no tokenizer, no chat template) are of this kind too.
+
+    **What to do:** change the flag: `jaxllama serve --help` lists them in groups. `--port 0` takes a free port.
+    """
 
 
 @dataclass(frozen=True)

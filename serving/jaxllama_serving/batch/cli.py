@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError, StoreError
+from jaxllama.system.explain import with_page
 from jaxllama.weights.places import MODEL_HELP
 from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.process.cli import add_behaviour, add_model, behaviour, load_model
@@ -109,5 +110,5 @@ def _say(text: str) -> None:
 
 
 def _fail(error: Exception, code: int) -> int:
-    _say(str(error))
+    _say(with_page(error))
     return code

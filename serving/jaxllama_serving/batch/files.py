@@ -24,7 +24,13 @@ _HEAD = b'{"id":"batch_req_'
 
 
 class BatchError(JaxLlamaError, ValueError):
-    """The input of a batch cannot be read, or its output file is another's."""
+    """The input of a batch cannot be read, or its output file is another's.
+
+    **Usually** a `custom_id` is used twice, or OUT has answers to another input: an answer is known by a hash of
+    the line it answers, so lines may be added or moved between two runs, not changed or removed.
+
+    **What to do:** mend the line that is named, or give another file for the answers.
+    """
 
 
 class LineError(Exception):

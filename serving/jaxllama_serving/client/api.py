@@ -17,7 +17,11 @@ _MAX_QUOTED = 300
 
 
 class ClientError(JaxLlamaError):
-    """A server cannot be reached, refuses a request, or ends an answer with an error."""
+    """A server cannot be reached, refuses a request, or ends an answer with an error.
+
+    **What to do:** check the address (`http://HOST:PORT`, with `/v1` or without), that the server runs (`/health`), and
+    the key (`--api-key` or `OPENAI_API_KEY`). The message has what the server itself said.
+    """
 
 
 @dataclass(frozen=True)

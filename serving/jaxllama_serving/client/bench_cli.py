@@ -20,7 +20,10 @@ from jaxllama_serving.client.workload import Lengths, random_tasks, tasks_of_fil
 
 
 class BenchError(JaxLlamaError):
-    """A flag of `jaxllama bench` is out of range."""
+    """A flag of `jaxllama bench` is out of range.
+
+    **What to do:** change it; `jaxllama bench --help` has the ranges.
+    """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

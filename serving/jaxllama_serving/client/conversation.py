@@ -13,7 +13,10 @@ _RESERVED = ("model", "messages", "stream", "stream_options", "n")
 
 
 class ChatError(JaxLlamaError):
-    """A command of the chat cannot be carried out."""
+    """A command of the chat cannot be carried out.
+
+    **What to do:** `/help` lists the commands and what they take.
+    """
 
 
 @dataclass

@@ -23,7 +23,10 @@ _WORDS = tuple(_TEXT.split())
 
 
 class WorkloadError(JaxLlamaError):
-    """A file of prompts cannot be used."""
+    """A file of prompts cannot be used.
+
+    **What to do:** give a file of UTF-8 with a text or a JSON object on each line, as `jaxllama bench --help` says.
+    """
 
 
 @dataclass(frozen=True)

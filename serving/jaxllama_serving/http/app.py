@@ -149,6 +149,7 @@ def _log(request: web.Request, status: int | None) -> None:
     request.app[SERVICE].metrics.count_request(
         route, status, failed=context.failed, num_ignored_fields=context.num_ignored_fields
     )
+    seconds = time.monotonic() - context.started
     level = logging.DEBUG if route in ("/health", "/ready", "/metrics") else logging.INFO
     logger.log(
         level,
@@ -157,7 +158,16 @@ def _log(request: web.Request, status: int | None) -> None:
         method,
         route,
         "gone" if status is None else status,
-        (time.monotonic() - context.started) * 1e3,
+        seconds * 1e3,
         context.num_prompt_tokens,
         context.num_completion_tokens,
+        extra={
+            "request_id": context.id,
+            "method": method,
+            "route": route,
+            "status": status,
+            "seconds": round(seconds, 6),
+            "prompt_tokens": context.num_prompt_tokens,
+            "completion_tokens": context.num_completion_tokens,
+        },
     )

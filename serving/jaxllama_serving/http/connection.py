@@ -95,7 +95,7 @@ class Connection(web.RequestHandler):
         """Answers what the parser rejected. Its own message may quote the client's bytes, so it is not passed on."""
         request_id = new_request_id()
         reason = type(exc).__name__ if exc is not None else str(status)
-        logger.info("%s rejected by the HTTP parser: %s", request_id, reason)
+        logger.info("%s rejected by the HTTP parser: %s", request_id, reason, extra={"request_id": request_id})
         if request.writer.output_size > 0:
             raise ConnectionError("a response has already begun")
         error = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import logging
 import os
 import signal
 import sys
@@ -23,9 +22,11 @@ from jaxllama.errors import (
     StoreError,
     TokenizerError,
 )
+from jaxllama.system.explain import with_page
 from jaxllama.weights.places import MODEL_HELP, short_name
 from jaxllama_serving.config import REASONING_FIELDS, TOOL_PARSERS, ServerConfig, ServerConfigError
 from jaxllama_serving.process import hosts
+from jaxllama_serving.process.logs import LOG_FORMATS, set_up_logging
 
 if TYPE_CHECKING:
     from jaxllama import Llama
@@ -182,6 +183,12 @@ def _add_operation(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: %(default)s)"
     )
+    group.add_argument(
+        "--log-format",
+        choices=LOG_FORMATS,
+        default="text",
+        help="json: an object a line, with what it is about as fields (default: %(default)s)",
+    )
 
 
 def _add_limits(group: argparse._ArgumentGroup) -> None:
@@ -239,7 +246,7 @@ def make_config(args: argparse.Namespace, environment: str | None) -> ServerConf
 def run(args: argparse.Namespace) -> int:
     """Serves until a signal. Returns 0 after a drain, 1 on a failure and 2 on bad input; the last two say why."""
     started = time.perf_counter()
-    _set_up_logging(args.log_level)
+    set_up_logging(args.log_level, args.log_format)
     try:
         config = make_config(args, os.environ.get(KEYS_VARIABLE))
         found = hosts.find_hosts(args, os.environ)
@@ -251,22 +258,11 @@ def run(args: argparse.Namespace) -> int:
             raise MissingExtraError("serve", error.name or "aiohttp") from None
         return serve(config, lambda: _load(args, found), started=started)
     except StoreError as error:
-        return _fail(str(error), 1)
+        return _fail(with_page(error), 1)
     except BAD_INPUT as error:
-        return _fail(str(error), 2)
+        return _fail(with_page(error), 2)
     except (JaxLlamaError, OSError) as error:
-        return _fail(f"{type(error).__name__}: {error}", 1)
-
-
-def _set_up_logging(level: str) -> None:
-    # Our own logger, not the root: libraries have given that one a handler and a level by now.
-    logger = logging.getLogger("jaxllama")
-    logger.setLevel(level.upper())
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(handler)
-        logger.propagate = False
+        return _fail(f"{type(error).__name__}: {with_page(error)}", 1)
 
 
 def load_model(args: argparse.Namespace, *, max_queue: int, group: Group | None = None) -> Llama:

@@ -126,7 +126,7 @@ def _as_error(exc: Exception, request_id: str, config: ServerConfig, *, expired:
 def log_failure(request_id: str, exc: BaseException) -> None:
     """Logs where `exc` was raised. Its message is left out: it may quote a prompt."""
     frames = "".join(traceback.format_tb(exc.__traceback__))
-    logger.error("%s failed with %s\n%s", request_id, type(exc).__name__, frames)
+    logger.error("%s failed with %s\n%s", request_id, type(exc).__name__, frames, extra={"request_id": request_id})
 
 
 async def _complete(response: Response, choices: Choices, service: Service) -> web.Response:
