@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"jaxllama {jaxllama.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_application(commands, "convert", "turn a Hugging Face or GGUF checkpoint into a jaxllama checkpoint")
+    _add_application(commands, "export", "write a checkpoint as Hugging Face safetensors, for transformers and others")
     _add_application(commands, "serve", "serve a checkpoint over OpenAI's chat API, with a chat page")
     _add_application(commands, "batch", "answer a file of requests, one JSON object a line")
     _add_application(commands, "chat", "chat in the terminal, with a checkpoint or with a server")
@@ -83,6 +84,7 @@ def _add_application(commands: argparse._SubParsersAction[_Parser], name: str, t
     """A command that lives in its own package, `jaxllama_convert` or `jaxllama_serving`."""
     module = {
         "convert": "jaxllama_convert.cli",
+        "export": "jaxllama_convert.export_cli",
         "serve": "jaxllama_serving.process.cli",
         "batch": "jaxllama_serving.batch.cli",
         "chat": "jaxllama_serving.client.chat_cli",
@@ -95,7 +97,7 @@ def _add_application(commands: argparse._SubParsersAction[_Parser], name: str, t
         missing = error.name or module
 
         def refuse(_: argparse.Namespace) -> int:
-            raise MissingExtraError("convert" if name == "convert" else "serve", missing)
+            raise MissingExtraError("convert" if name in ("convert", "export") else "serve", missing)
 
         parser.add_argument("arguments", nargs="*")
         parser.set_defaults(run=refuse)

@@ -37,6 +37,8 @@ from jaxllama.text.encoding.tokenizer import Tokenizer
 from jaxllama.text.output import PROMPT_TAIL, GrowingOutput, OutputAssembler
 from jaxllama.text.structured import Grammar
 from jaxllama.weights.checkpoint import Checkpoint
+from jaxllama.weights.exporting.export import export_params
+from jaxllama.weights.exporting.shards import MAX_SHARD_BYTES
 from jaxllama.weights.loading import MAX_IN_FLIGHT_BYTES, load_params
 from jaxllama.weights.opening import load_text, open_model
 from jaxllama.weights.places import PlaceLike
@@ -187,6 +189,27 @@ class Llama:
         Raises: CheckpointError saying what is in the way, or which process cannot write what.
         """
         return save_params(self.checkpoint, self.params, path, self.engine.group)
+
+    def export(
+        self,
+        place: str | os.PathLike[str],
+        *,
+        dtype: str | None = None,
+        max_shard_size: str | int = MAX_SHARD_BYTES,
+        force: bool = False,
+    ) -> str:
+        """Writes the weights as they are now as a Hugging Face folder, and returns where: see `jaxllama export`.
+
+        `dtype` None keeps them as they are, int8 as compressed-tensors' W8A16. The host holds one tensor at a time.
+        Nothing is at `place` before all is complete; `force` replaces an earlier export. Requests run meanwhile.
+
+        Raises: ConversionError for `place` and a value that `dtype` cannot hold; CheckpointError for a model of no
+            checkpoint, or one that is spread over several processes; StoreError when writing fails.
+        """
+        written = export_params(
+            self.checkpoint, self.params, place, dtype=dtype, max_shard_size=max_shard_size, force=force
+        )
+        return written.where
 
     def __enter__(self) -> Self:
         return self

@@ -55,7 +55,7 @@ LAYERS = (
         "jaxllama.weights.saving",
         "jaxllama.decode.scoring",
     ),
-    ("jaxllama.plan", "jaxllama.system.doctor"),
+    ("jaxllama.plan", "jaxllama.system.doctor", "jaxllama.weights.exporting"),
     ("jaxllama.llama", "jaxllama"),
     ("jaxllama_convert", "jaxllama_serving", "jaxllama.__main__"),
 )
@@ -119,6 +119,7 @@ PUBLIC_TO = {
         "jaxllama.model.params",
         "jaxllama.model.int8",
         "jaxllama.weights.checkpoint",
+        "jaxllama.weights.exporting",
         "jaxllama.weights.places",
         "jaxllama.weights.sources",
     ),

@@ -17,7 +17,7 @@ import numpy as np
 from jaxllama.errors import CheckpointError, ConversionError, quote
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import QUANTIZATIONS, ParamSpec, QuantizedWeight, num_params
-from jaxllama.system.staging import resolve_destination
+from jaxllama.system.staging import check_apart, resolve_destination
 from jaxllama.weights.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -34,7 +34,7 @@ from jaxllama.weights.sources.quantized.interface import Int8Tensor
 from jaxllama.weights.sources.source import FLOATS, Source, SourceTensor
 from jaxllama.weights.sources.stored import Pairs, Storage, default_dtype, read_rounded, read_stored
 from jaxllama_convert.memory import peak_ram_bytes
-from jaxllama_convert.staging import OutputError, Staging, check_apart, open_staging
+from jaxllama_convert.staging import OutputError, Staging, open_staging
 from jaxllama_convert.text_checks import check_chat_template, check_tokenizer
 
 type Progress = Callable[[int, int, str], None]
@@ -103,7 +103,7 @@ def convert(
     try:
         destination, place = resolve_destination(dst, ConversionError), open_place(src)
         if isinstance(place, LocalPlace):
-            check_apart(Path(place / place.file if place.file else place.where), destination)
+            check_apart(Path(place / place.file if place.file else place.where), destination, ConversionError)
         source = open_source(place)
     except OSError as error:
         raise ConversionError(f"{error.filename or src}: cannot be read ({error.strerror or error})") from None
@@ -260,7 +260,9 @@ def _read_tensor(spec: ParamSpec, tensor: SourceTensor, storage: Storage) -> Wei
 def _precision_warnings(pairs: Pairs, storage: Storage) -> list[str]:
     warnings = []
     matrices = [tensor for spec, tensor in pairs if len(spec.shape) > 1]
-    narrowed = [tensor.dtype for tensor in matrices if tensor.dtype in ("F16", "F32")]
+    # Taken as they are, or rounded to int8 from what they are.
+    kept = [tensor for tensor in matrices if storage.quantize and isinstance(tensor, Int8Tensor)]
+    narrowed = [tensor.dtype for tensor in matrices if tensor.dtype in ("F16", "F32") and tensor not in kept]
     if storage.dtype == "bfloat16" and narrowed:
         kinds = " and ".join(sorted(set(narrowed)))
         warnings.append(f"{len(narrowed)} matrices are {kinds}; bfloat16 keeps 8 bits of their mantissa")

@@ -30,6 +30,29 @@ def resolve_destination(dst: str | os.PathLike[str], error: type[JaxLlamaError])
     return Path(os.path.realpath(path))
 
 
+def check_apart(source: Path, destination: Path, error: type[JaxLlamaError]) -> None:
+    """Refuses a destination in the source's folder, or around it: writing one would change the other.
+
+    Raises: `error`.
+    """
+    folders = [source] if source.is_dir() else []
+    real = source.resolve()
+    snapshot = real if source.is_dir() else source.parent.resolve()
+    if snapshot.parent.name == "snapshots" and snapshot.parent.parent.name.startswith("models--"):
+        folders.append(snapshot.parent.parent)  # the Hugging Face cache, which keeps the files in another folder of it
+    if any(_is_within(destination, folder) for folder in folders):
+        raise error(f"{destination}: is inside the source {source}, which stays as it is; choose another folder")
+    if _is_within(real, destination):
+        raise error(f"{destination}: holds the source {source}; choose another folder")
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    """Whether `path` is `folder` or would lie in it, by whatever name: links, mounts, letters in another case."""
+    if not folder.exists():
+        return False
+    return any(place.exists() and place.samefile(folder) for place in (path, *path.parents))
+
+
 @contextlib.contextmanager
 def locked_folder(root: Path, *, keep: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Makes the folder `root` if it is not there and locks it; removes it at the end unless `keep` says otherwise.

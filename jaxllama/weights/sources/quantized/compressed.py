@@ -6,12 +6,13 @@ Source: compressed-tensors' compressors/naive_quantized, compressors/pack_quanti
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from jaxllama.errors import ConversionError
+from jaxllama.model.int8 import quantize_rows
 from jaxllama.weights.sources.patterns import compile_pattern
 from jaxllama.weights.sources.quantized.interface import (
     DTYPES,
@@ -30,6 +31,7 @@ from jaxllama.weights.sources.source import SourceTensor
 _FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
 # Of activations: they do not change the weights.
 _UNUSED = ("input_scale", "input_zero_point")
+_EMBED = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class _Scheme:
     is_symmetric: bool
     block: tuple[int, int]
     is_packed: bool
+
+    @property
+    def is_w8a16(self) -> bool:
+        """Whether it is what `jaxllama export` writes: packed, a scale a row."""
+        return (self.num_bits, self.is_symmetric, self.block, self.is_packed) == (8, True, (1, -1), True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +108,38 @@ class PackedRowsTensor(PackedTensor, Int8Tensor):
         """As stored; the scales become float32, which holds all of them."""
         return self._codes(start, stop, hashed), self._scales(start, stop)[:, 0]
 
+    def part(self, start: int, stop: int) -> SourceTensor:
+        """Rows `[start, stop)`, which have nothing in common with the others."""
+        packed, scale = self.packed.part(start, stop), self.scale.part(start, stop)
+        return replace(
+            self,
+            packed=packed,
+            scale=scale,
+            offset=packed.offset,
+            num_bytes=packed.num_bytes,
+            shape=(stop - start, self.shape[1]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseRowsTensor(Int8Tensor):
+    """The embedding of a W8A16 model, in float32: rounded to int8 from there, whatever dtype the rest is stored in.
+
+    `jaxllama export` writes that of an int8 checkpoint so, and gets the same int8 values back.
+    """
+
+    weight: SourceTensor
+
+    def read_rows(self, start: int, stop: int, *, hashed: bool = True) -> np.ndarray:
+        """Float32, as stored."""
+        return self.weight.read_rows(start, stop, hashed=hashed)
+
+    def read_int8_rows(self, start: int, stop: int, *, hashed: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Rounded; a row with NaN or infinity has such a scale."""
+        rows = self.read_rows(start, stop, hashed=hashed)
+        values, scale = quantize_rows(np.where(np.isfinite(rows), rows, np.float32(0)))
+        return values, np.where(np.isfinite(rows).all(axis=1), scale, np.float32(np.nan))
+
 
 def read_compressed_tensors(settings: Settings, tensors: Mapping[str, SourceTensor]) -> Mapping[str, SourceTensor]:
     """quant_method `compressed-tensors`."""
@@ -115,6 +154,9 @@ def read_compressed_tensors(settings: Settings, tensors: Mapping[str, SourceTens
             left[matrix.name] = matrix
             for unused in _UNUSED:
                 left.pop(f"{module}.{unused}", None)
+    embed = left.get(_EMBED)
+    if embed is not None and embed.dtype == "F32" and all(scheme.is_w8a16 for scheme in schemes):
+        left[_EMBED] = DenseRowsTensor(**{f.name: getattr(embed, f.name) for f in fields(embed)}, weight=embed)
     return left
 
 

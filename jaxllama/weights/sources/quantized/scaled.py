@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -60,6 +60,18 @@ class Int8RowsTensor(ScaledTensor, Int8Tensor):
         values = self.weight.read_rows(start, stop, hashed=hashed)
         scale = read_scale(self.scale).reshape(-1)
         return values, scale[start:stop] if self.block != ONE_SCALE else np.repeat(scale, stop - start)
+
+    def part(self, start: int, stop: int) -> SourceTensor:
+        """Rows `[start, stop)`, which have at most their scale in common with the others."""
+        weight = self.weight.part(start, stop)
+        return replace(
+            self,
+            weight=weight,
+            scale=self.scale if self.block == ONE_SCALE else self.scale.part(start, stop),
+            offset=weight.offset,
+            num_bytes=weight.num_bytes,
+            shape=weight.shape,
+        )
 
 
 def scaled_tensor(

@@ -1,0 +1,1 @@
+"""The way back: weights as Hugging Face safetensors, with all the files that transformers wants beside them."""
