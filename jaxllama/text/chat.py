@@ -13,7 +13,7 @@ from jaxllama.text.encoding.specials import RenderedChat, Spellings, StandIns
 from jaxllama.text.encoding.tokenizer import special_spellings
 from jaxllama.text.messages import for_template, normalized
 from jaxllama.text.reasoning import CLOSE_TAG, OPEN_TAG
-from jaxllama.text.sandbox import TemplateEnvironment
+from jaxllama.text.sandbox import TemplateBoundError, TemplateEnvironment
 from jaxllama.text.tools import Tool, ToolFormat, choose_format
 
 __all__ = ["ChatTemplate", "RenderedChat", "has_chat_template", "load_chat_template"]
@@ -61,7 +61,7 @@ class ChatTemplate:
         """Whether replies may hold `<think>` … `</think>`: the template or the tokenizer knows the tags."""
         self.tool_format = choose_format(source)
         """How the model writes calls."""
-        self._names = self._environment.names_in(source) | self.variables
+        self._names = self._environment.names_in(source)
         self._tool_use = None
         if tool_use is not None:
             bounds: dict[str, Any] = {"timeout_s": timeout_s, "max_chars": max_chars}
@@ -104,7 +104,7 @@ class ChatTemplate:
         if continue_last:
             reasoning, content = self._begun(messages, plain)
             plain = [message for message in plain if message is not plain[-1]]
-        plain = for_template(plain, tools, tool_format or self.tool_format, self._names)
+        plain = for_template(plain, tools, tool_format or self.tool_format, self._names, self.variables)
         definitions = [tool.definition for tool in tools] or None
         try:
             texts = [self.source, reasoning, content, *_texts(self._named_tokens), *_texts(plain), *_texts(variables)]
@@ -117,7 +117,7 @@ class ChatTemplate:
                 "messages": [_protect(message, stand_ins) for message in plain],
                 "add_generation_prompt": add_generation_prompt or continue_last,
             }
-            protected = self._environment.render_bounded(self._template, given)
+            protected = self._run(given)
         except Exception as error:
             raise ChatTemplateError(f"The chat template refuses these messages: {_message(error)}") from None
         is_open = protected.rstrip().endswith(OPEN_TAG) if self.has_reasoning else None
@@ -134,6 +134,20 @@ class ChatTemplate:
             starts_in_reasoning=is_open,
             continued=content or reasoning,
         )
+
+    def _run(self, given: dict[str, Any]) -> str:
+        """The rendered text. Raises: whatever the template does."""
+        try:
+            return self._environment.render_bounded(self._template, given)
+        except TemplateBoundError:
+            raise
+        except Exception:
+            # Of a message that only calls tools, some templates (R1's) ask whether its content is None, and others
+            # (Qwen3's, Ministral's) take it for text.
+            if all(message["content"] is not None for message in given["messages"]):
+                raise
+            messages = [{**message, "content": message["content"] or ""} for message in given["messages"]]
+            return self._environment.render_bounded(self._template, {**given, "messages": messages})
 
     def _begun(self, messages: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         """Reasoning and content of the message to continue."""

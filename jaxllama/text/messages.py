@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxllama.errors import ChatTemplateError, quote
 from jaxllama.text.reasoning import split_reasoning
-from jaxllama.text.tools import Tool, ToolFormat, with_parsed_arguments, write_out
+from jaxllama.text.tools import Tool, ToolFormat, as_templates_expect, in_system_message, write_out
 
 REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
 """What messages, and the templates that ask for it, call an earlier answer's reasoning."""
@@ -75,15 +75,22 @@ def _text(message: Mapping[str, Any], where: str) -> str | None:
 
 
 def for_template(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], tool_format: ToolFormat, names: frozenset[str]
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Tool],
+    tool_format: ToolFormat,
+    names: frozenset[str],
+    variables: frozenset[str],
 ) -> list[dict[str, Any]]:
-    """Normalised messages for a template that speaks of `names` (`TemplateEnvironment.names_in`).
+    """Normalised messages for a template that asks for `variables` and in messages for `names` (`names_in`).
 
     One that knows tools gets the arguments of calls as objects; for another, tools, calls and results are written out
     as text. Reasoning goes to a template under the name that it asks for, and to no other.
     """
-    if "tools" in names:
-        found = with_parsed_arguments(messages)
+    in_message = "tools" in names and tool_format.tools_in_message
+    if "tools" in variables or in_message:
+        found = as_templates_expect(messages, tool_format, knows_calls="tool_calls" in names)
+        if tools and "tools" not in variables:
+            found = in_system_message(found, tools)
     elif tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
         found = write_out(messages, tools, tool_format)
     else:

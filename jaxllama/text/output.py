@@ -53,7 +53,7 @@ class OutputAssembler:
         continues: bool = False,
         tools: ToolParser | None = None,
     ) -> None:
-        self._decoder = tokenizer.decoder(prompt_tail=prompt_tail)
+        self._decoder = tokenizer.decoder(prompt_tail=prompt_tail, shown=tools.marks if tools is not None else ())
         tags = (tokenizer.special_tokens.get(OPEN_TAG), tokenizer.special_tokens.get(CLOSE_TAG))
         self._open_id, self._close_id = tags if None not in tags else (None, None)
         self._splitter = None

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from jaxllama.text.tools import HERMES, LLAMA3, R1, ToolFormat
+from jaxllama.text.tools import GRANITE, HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, PHI, R1, ToolFormat
 
+_MISTRAL_NAME = re.compile(r"[a-zA-Z0-9_-]*")
 _R1_KIND, _R1_NAME = re.compile(r"[a-z]*"), re.compile(r"[^\s<`{｜]*")
 _CALL_BEGIN = "<｜tool▁call▁begin｜>"
 
@@ -33,7 +34,12 @@ type Part = str | ToolDelta
 
 
 class ToolParser(Protocol):
-    """Splits content into text and calls. Joined, the parts are the same however the text was cut."""
+    """Splits content into text and calls. Joined, the parts are the same however the text was cut.
+
+    `marks` are special tokens that the text must show: they are hidden otherwise.
+    """
+
+    marks: tuple[str, ...]
 
     def push(self, text: str) -> list[Part]:
         """The parts that are certain."""
@@ -57,10 +63,12 @@ class LooseParser:
     """
 
     def __init__(self, tool_format: ToolFormat, names: Sequence[str]) -> None:
-        self._read, self._openings, closer = _FORMATS[tool_format.name]
-        self._closer = re.compile(closer)
+        loose = _FORMATS[tool_format.name]
+        self.marks = tool_format.marks
+        self._read, self._openings, self._closer = loose.read, loose.openings, re.compile(loose.closer)
         self._is_bare = not self._openings
-        self._after = tool_format.after
+        # What the closer drops may come in pieces; a list's own end is read with it.
+        self._after = tool_format.after.removeprefix("]")
         self._names = frozenset(names)
         self._held = ""
         self._extent = _Extent()
@@ -122,8 +130,8 @@ class LooseParser:
     def _try_call(self, parts: list[Part], start: int, ended: bool) -> bool:
         reader = _Reader(self._held, start, ended, self._extent)
         try:
-            name, arguments = self._read(reader)
-            if name not in self._names or not isinstance(arguments, dict):
+            calls = self._read(reader)
+            if not calls or not all(name in self._names and isinstance(arguments, dict) for name, arguments in calls):
                 raise _Malformed
         except _Malformed:
             return False
@@ -135,9 +143,10 @@ class LooseParser:
         before = self._held[:start].rstrip()
         if before:
             parts.append(before)
-        parts.append(ToolDelta(self._num_calls, name))
-        parts.append(ToolDelta(self._num_calls, None, json.dumps(arguments, ensure_ascii=False)))
-        self._num_calls += 1
+        for name, arguments in calls:
+            parts.append(ToolDelta(self._num_calls, name))
+            parts.append(ToolDelta(self._num_calls, None, json.dumps(arguments, ensure_ascii=False)))
+            self._num_calls += 1
         self._held = self._held[reader.at :]
         self._extent.clear()
         self._after_call = True
@@ -160,6 +169,7 @@ class LiveParser:
 
     def __init__(self, tool_format: ToolFormat, names: Sequence[str], *, must_call: bool) -> None:
         f = tool_format
+        self.marks = f.marks
         self._first = {f.before + f.head_of(name): name for name in names}
         self._next = {f.between + f.head_of(name): name for name in names}
         self._tail, self._end, self._opening = f.tail, f.after, f.opening
@@ -326,10 +336,28 @@ class _Reader:
 
     def object(self) -> dict[str, Any]:
         """Takes a JSON object."""
+        return dict(self._json("{"))
+
+    def list(self) -> list[Any]:
+        """Takes a JSON list."""
+        return list(self._json("["))
+
+    def next_is(self, text: str) -> bool:
+        """Whether `text` comes after white space.
+
+        Raises: _Incomplete.
+        """
+        self.space()
+        rest = self.text[self.at : self.at + len(text)]
+        if rest != text and not self.ended and text.startswith(rest):
+            raise _Incomplete
+        return rest == text
+
+    def _json(self, begin: str) -> Any:
         self.space()
         if self.at == len(self.text) and not self.ended:
             raise _Incomplete
-        if self.text[self.at : self.at + 1] != "{":
+        if self.text[self.at : self.at + 1] != begin:
             raise _Malformed
         length = self._extent.end_of(self.text[self.at :])
         if length is None and not self.ended:
@@ -339,10 +367,9 @@ class _Reader:
         text = self.text[self.at : self.at + length]
         self.at += length
         try:
-            value = json.loads(text, parse_constant=_refuse)
+            return json.loads(text, parse_constant=_refuse)
         except (ValueError, RecursionError):
             raise _Malformed from None
-        return dict(value)
 
 
 def _refuse(constant: str) -> None:
@@ -355,19 +382,29 @@ def _num_begun(text: str, opening: str) -> int:
     return next((n for n in lengths if text.endswith(opening[:n])), 0)
 
 
-def _read_hermes(reader: _Reader) -> tuple[Any, Any]:
+type _Calls = list[tuple[Any, Any]]
+"""Names and arguments, not yet checked."""
+
+
+def _call_of(call: Any) -> tuple[Any, Any]:
+    if not isinstance(call, dict):
+        raise _Malformed
+    return call.get("name"), call.get("arguments", call.get("parameters", {}))
+
+
+def _read_hermes(reader: _Reader) -> _Calls:
     reader.literal("<tool_call>")
     call = reader.object()
     reader.closing("</tool_call>")
-    return call.get("name"), call.get("arguments", {})
+    return [(call.get("name"), call.get("arguments", {}))]
 
 
-def _read_llama3(reader: _Reader) -> tuple[Any, Any]:
+def _read_llama3(reader: _Reader) -> _Calls:
     call = reader.object()
-    return call.get("name"), call.get("parameters", call.get("arguments", {}))
+    return [(call.get("name"), call.get("parameters", call.get("arguments", {})))]
 
 
-def _read_r1(reader: _Reader) -> tuple[Any, Any]:
+def _read_r1(reader: _Reader) -> _Calls:
     if reader.text.startswith(R1.before, reader.at):
         reader.literal(R1.before)
         reader.space()
@@ -384,12 +421,49 @@ def _read_r1(reader: _Reader) -> tuple[Any, Any]:
     if reader.text.startswith("`", reader.at) or reader.at == len(reader.text):
         reader.closing("```")
     reader.closing("<｜tool▁call▁end｜>")
-    return name, arguments
+    return [(name, arguments)]
 
 
-# How a call is read, what may begin one, and what is dropped after one.
-_FORMATS: dict[str, tuple[Callable[[_Reader], tuple[Any, Any]], tuple[str, ...], str]] = {
-    HERMES.name: (_read_hermes, ("<tool_call>",), r"\s*"),
-    LLAMA3.name: (_read_llama3, (), r"[\s;,]*"),
-    R1.name: (_read_r1, (R1.before, _CALL_BEGIN), rf"\s*(?:{R1.after})?\s*"),
+def _read_mistral(reader: _Reader) -> _Calls:
+    """Either of Mistral's forms, with ids or without: fine-tunes mix them."""
+    reader.literal("[TOOL_CALLS]")
+    if reader.next_is("["):
+        return [_call_of(call) for call in reader.list()]
+    name = reader.match(_MISTRAL_NAME)
+    if reader.next_is("[CALL_ID]"):
+        reader.literal("[CALL_ID]")
+        reader.match(_MISTRAL_NAME)
+    reader.literal("[ARGS]")
+    return [(name, reader.object())]
+
+
+def _read_granite(reader: _Reader) -> _Calls:
+    reader.literal("<|tool_call|>", "<tool_call>")
+    return [_call_of(call) for call in reader.list()]
+
+
+def _read_phi(reader: _Reader) -> _Calls:
+    reader.literal("<|tool_call|>", "functools")
+    if reader.next_is("["):
+        return [_call_of(call) for call in reader.list()]
+    return [_call_of(reader.object())]
+
+
+@dataclass(frozen=True)
+class _Loose:
+    """How calls are read, what may begin some, and what is dropped after them."""
+
+    read: Callable[[_Reader], _Calls]
+    openings: tuple[str, ...]
+    closer: str = r"\s*"
+
+
+_FORMATS = {
+    HERMES.name: _Loose(_read_hermes, ("<tool_call>",)),
+    LLAMA3.name: _Loose(_read_llama3, (), r"[\s;,]*"),
+    R1.name: _Loose(_read_r1, (R1.before, _CALL_BEGIN), rf"\s*(?:{R1.after})?\s*"),
+    MISTRAL.name: _Loose(_read_mistral, ("[TOOL_CALLS]",)),
+    MISTRAL_ARGS.name: _Loose(_read_mistral, ("[TOOL_CALLS]",)),
+    GRANITE.name: _Loose(_read_granite, ("<|tool_call|>", "<tool_call>")),
+    PHI.name: _Loose(_read_phi, ("<|tool_call|>", "functools"), r"\s*(?:<\|/tool_call\|>)?\s*"),
 }

@@ -6,10 +6,11 @@ text, and calls and results part of ordinary messages, written as the format say
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxllama.errors import GrammarError, RequestError
@@ -56,7 +57,9 @@ class ToolFormat:
 
     A call is its head, the arguments, `tail`; `head` holds NAME where the name goes. `opening` is the text that begins
     calls; None: calls are whole messages that begin with a brace. `results` is what goes around all results, `result`
-    what goes around each.
+    what goes around each. `marks` are the special tokens that calls are written with: decoders show them. `call_id` is
+    what a call's id must match, where templates refuse others. `tools_in_message`: templates look for the tools in the
+    system message.
     """
 
     name: str
@@ -68,6 +71,15 @@ class ToolFormat:
     after: str = ""
     results: tuple[str, str] = ("", "")
     result: tuple[str, str] = ("<tool_response>\n", "\n</tool_response>")
+    marks: tuple[str, ...] = ()
+    call_id: str | None = None
+    tools_in_message: bool = False
+
+    def id_of(self, call_id: str) -> str:
+        """A call's id as templates accept it: the same for the same, also for a call and its result."""
+        if self.call_id is None or re.fullmatch(self.call_id, call_id):
+            return call_id
+        return hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).hexdigest()[:9]
 
     def head_of(self, name: str) -> str:
         """What comes before the arguments of a call of `name`."""
@@ -121,13 +133,57 @@ R1 = ToolFormat(
     results=("<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>"),
     result=("<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"),
 )
-TOOL_FORMATS = {tool_format.name: tool_format for tool_format in (HERMES, LLAMA3, R1)}
+# Mistral's first form: v1 to v3 and v7 of its tokenizers. Ids that its models write beside the arguments are dropped.
+MISTRAL = ToolFormat(
+    name="mistral",
+    opening="[TOOL_CALLS]",
+    head='{"name": "NAME", "arguments": ',
+    tail="}",
+    before="[TOOL_CALLS][",
+    between=", ",
+    after="]",
+    result=("[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+    marks=("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
+    call_id=r"[a-zA-Z0-9]{9}",
+)
+# Its later form, v11 (with an id, which is read and dropped) and v13: Small 3.2, Devstral, Magistral.
+MISTRAL_ARGS = replace(
+    MISTRAL, name="mistral-args", head="[TOOL_CALLS]NAME[ARGS]", tail="", before="", between="", after=""
+)
+GRANITE = ToolFormat(
+    name="granite",
+    opening="<|tool_call|>",
+    head='{"name": "NAME", "arguments": ',
+    tail="}",
+    before="<|tool_call|>[",
+    between=", ",
+    after="]",
+    marks=("<|tool_call|>",),
+)
+# Phi-4-mini's.
+PHI = replace(
+    GRANITE,
+    name="phi",
+    after="]<|/tool_call|>",
+    result=("<|tool_response|>", "<|/tool_response|>"),
+    marks=("<|tool_call|>", "<|/tool_call|>"),
+    tools_in_message=True,
+)
+TOOL_FORMATS = {
+    tool_format.name: tool_format for tool_format in (HERMES, LLAMA3, R1, MISTRAL, MISTRAL_ARGS, GRANITE, PHI)
+}
 
 
 def choose_format(template: str) -> ToolFormat:
     """The format that a chat template's source speaks of; Hermes' where it speaks of none."""
     if "<｜tool▁calls▁begin｜>" in template or "<｜Assistant｜>" in template:
         return R1
+    if "[TOOL_CALLS]" in template:
+        return MISTRAL_ARGS if "[ARGS]" in template else MISTRAL
+    if "<|start_of_role|>" in template and "<tool_call>" not in template:
+        return GRANITE
+    if "<|/tool|>" in template or "functools[" in template:
+        return PHI
     if "<tool_call>" not in template and "<|start_header_id|>" in template:
         return LLAMA3
     return HERMES
@@ -173,23 +229,48 @@ def _as_json(function: Mapping[str, Any]) -> str:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
-def with_parsed_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as templates that know tools expect them: the arguments of calls as objects, not as JSON."""
-    return [
-        {**message, "tool_calls": [_parsed_call(call) for call in message["tool_calls"]]}
-        if message.get("tool_calls")
-        else dict(message)
-        for message in messages
-    ]
+def as_templates_expect(
+    messages: Sequence[Mapping[str, Any]], tool_format: ToolFormat, *, knows_calls: bool = True
+) -> list[dict[str, Any]]:
+    """The messages for templates that know tools: arguments of calls are objects, not JSON, and ids have their form.
+
+    Without `knows_calls` the template shows tools and their results, but of an assistant's message the text alone:
+    calls become part of that.
+    """
+    found = []
+    for message in map(dict, messages):
+        calls = message.get("tool_calls")
+        if calls and knows_calls:
+            message["tool_calls"] = [_parsed_call(call, tool_format) for call in calls]
+        elif calls:
+            written = tool_format.write_calls([(c["function"]["name"], _as_json(c["function"])) for c in calls])
+            content = message.get("content") or ""
+            message["content"] = f"{content}\n{written}" if content else written
+            del message["tool_calls"]
+        if isinstance(call_id := message.get("tool_call_id"), str):
+            message["tool_call_id"] = tool_format.id_of(call_id)
+        found.append(message)
+    return found
 
 
-def _parsed_call(call: Mapping[str, Any]) -> dict[str, Any]:
+def in_system_message(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """The messages for templates that look for tools, as JSON, in the system message; there is one afterwards."""
+    found = [dict(message) for message in messages]
+    if not found or found[0]["role"] != "system":
+        found.insert(0, {"role": "system", "content": "You are a helpful assistant with some tools."})
+    functions = [tool.definition["function"] for tool in tools]
+    found[0]["tools"] = json.dumps(functions, ensure_ascii=False)
+    return found
+
+
+def _parsed_call(call: Mapping[str, Any], tool_format: ToolFormat) -> dict[str, Any]:
     function = call["function"]
     try:
         arguments = json.loads(function["arguments"])
     except (TypeError, ValueError):
         arguments = function["arguments"]
-    return {**call, "function": {**function, "arguments": arguments}}
+    parsed = {**call, "function": {**function, "arguments": arguments}}
+    return {**parsed, "id": tool_format.id_of(call["id"])} if isinstance(call.get("id"), str) else parsed
 
 
 def calls_grammar(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from jaxllama.errors import JaxLlamaError
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "both")
-TOOL_PARSERS = ("hermes", "llama3", "r1")
+TOOL_PARSERS = ("hermes", "llama3", "r1", "mistral", "mistral-args", "granite", "phi")
 
 
 class ServerConfigError(JaxLlamaError, ValueError):

@@ -45,7 +45,9 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id - FIRST_WORD]) if token_id >= FIRST_WORD else b""
 
-    def decoder(self, *, skip_special: bool = True, prompt_tail: Sequence[int] = ()) -> ByteDecoder:
+    def decoder(
+        self, *, skip_special: bool = True, prompt_tail: Sequence[int] = (), shown: Sequence[str] = ()
+    ) -> ByteDecoder:
         return ByteDecoder(self.token_bytes, prompt_tail=prompt_tail)
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
@@ -69,7 +71,7 @@ class JsonTemplate:
         return self
 
     def render(self, messages: Sequence[dict[str, Any]], *, tools: Sequence[Tool] = (), **options: Any) -> Any:
-        given = for_template(normalized(messages), tools, HERMES, self.variables)
+        given = for_template(normalized(messages), tools, HERMES, self.variables | {"tool_calls"}, self.variables)
         chat = {"messages": given, "tools": [tool.definition for tool in tools]}
         return SimpleNamespace(text=json.dumps(chat), starts_in_reasoning=None, continued="")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -88,13 +88,18 @@ class Tokenizer:
         """The exact bytes of one token, a leading space included; a special token's spelling; `b""` if unknown."""
         return self._backend.token_bytes(token_id)
 
-    def decoder(self, *, skip_special: bool = True, prompt_tail: Sequence[int] = ()) -> IncrementalDecoder:
+    def decoder(
+        self, *, skip_special: bool = True, prompt_tail: Sequence[int] = (), shown: Collection[str] = ()
+    ) -> IncrementalDecoder:
         """A decoder for ids that come in pieces. All its text joined is `decode` of all ids.
+
+        `shown` are special tokens that are not left out.
 
         After `prompt_tail`, the last ids of the prompt, the text continues the prompt's: SentencePiece's first space is
         kept, and a character that the prompt leaves unfinished is finished.
         """
-        return self._backend.decoder(self._hidden if skip_special else frozenset(), prompt_tail)
+        hidden = self._hidden - {self.special_tokens.get(text) for text in shown} if skip_special else frozenset()
+        return self._backend.decoder(hidden, prompt_tail)
 
     def _named_id(self, name: str | None) -> int | None:
         if name is None:

@@ -71,7 +71,9 @@ class FakeTokenizer:
             return b"x" if token_id == PROMPT else b""
         return self._pieces[token_id - FIRST_WORD] if token_id - FIRST_WORD < len(self._pieces) else b""
 
-    def decoder(self, *, skip_special: bool = True, prompt_tail: Sequence[int] = ()) -> ByteDecoder:
+    def decoder(
+        self, *, skip_special: bool = True, prompt_tail: Sequence[int] = (), shown: Sequence[str] = ()
+    ) -> ByteDecoder:
         return ByteDecoder(self.token_bytes, prompt_tail=prompt_tail)
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
@@ -111,7 +113,9 @@ class FakeTemplate:
     def render(
         self, messages: Sequence[dict[str, Any]], *, tools: Sequence[Any] = (), tool_format: Any, **options: Any
     ) -> Any:
-        messages = for_template(normalized(messages), tools, tool_format, self.variables)
+        messages = for_template(
+            normalized(messages), tools, tool_format, self.variables | {"tool_calls"}, self.variables
+        )
         self.seen.append(messages)
         self.options = {**options, "tools": [tool.definition for tool in tools]}
         time.sleep(self.delay_s)

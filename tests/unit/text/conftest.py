@@ -113,6 +113,14 @@ def chatml(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def mistral_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Byte-level BPE whose marks of tools are special, as Tekken's are in tokenizer.json."""
+    special = ["<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"]
+    spec = byte_level_spec(pre_tokenizers.Digits(individual_digits=True), special)
+    return write_folder(tmp_path_factory.mktemp("mistral"), spec, {"bos_token": "<s>", "eos_token": "</s>"}, None)
+
+
+@pytest.fixture(scope="session")
 def llama2_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """BPE over ▁ with byte fallback in tokenizer.json, as converted Llama-2 tokenizers have it."""
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))

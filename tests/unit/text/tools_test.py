@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 
 from jaxllama.errors import RequestError
 from jaxllama.text.tool_parsing import LiveParser, LooseParser, ToolDelta
-from jaxllama.text.tools import HERMES, LLAMA3, R1, TOOL_FORMATS, Tool, choose_format, write_out
+from jaxllama.text.tools import (
+    GRANITE,
+    HERMES,
+    LLAMA3,
+    MISTRAL,
+    MISTRAL_ARGS,
+    PHI,
+    R1,
+    TOOL_FORMATS,
+    Tool,
+    choose_format,
+    write_out,
+)
 
 LAW = settings(deadline=None, max_examples=300)
 NAMES = ["look_up", "add"]
@@ -37,6 +49,8 @@ PIECES = [
         "```",
         "<｜tool▁call▁end｜>",
     ),
+    *("[TOOL_CALLS]", "[", "]", ", ", "add", "[ARGS]", "[CALL_ID]", '{"a": 1}'),
+    *("<|tool_call|>", "<|/tool_call|>", "functools"),
 ]
 
 
@@ -77,7 +91,7 @@ def test_a_parser_reads_what_the_format_writes(tool_format, count):
         ]
 
 
-@pytest.mark.parametrize("tool_format", [HERMES, R1], ids=lambda f: f.name)
+@pytest.mark.parametrize("tool_format", [f for f in TOOL_FORMATS.values() if f.opening], ids=lambda f: f.name)
 def test_text_beside_calls_is_content(tool_format):
     text = "Let me see.\n" + tool_format.write_calls(CALLS) + "\nDone"
     content, calls = parse(LooseParser(tool_format, NAMES), chars(text))
@@ -99,6 +113,15 @@ def test_text_beside_calls_is_content(tool_format):
         (LLAMA3, '{"name": "nobody", "parameters": {}}'),
         (LLAMA3, 'Say {"name": "add", "parameters": {}}'),
         (LLAMA3, '{"name": "add", "parameters": {"a": 1}'),
+        (MISTRAL, '[TOOL_CALLS] [{"name": "add", "arguments": {}}, {"name": "nobody", "arguments": {}}]'),
+        (MISTRAL, '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}'),
+        (MISTRAL, "[TOOL_CALLS] []"),
+        (MISTRAL_ARGS, "[TOOL_CALLS]nobody[ARGS]{}"),
+        (MISTRAL_ARGS, '[TOOL_CALLS]add{"a": 1}'),
+        (MISTRAL_ARGS, "[TOOL_CALLS]add[CALL_ID]123456789"),
+        (GRANITE, '<|tool_call|>["add"]'),
+        (GRANITE, '<|tool_call|>{"name": "add", "arguments": {}}'),
+        (PHI, 'functools of "add"'),
         (R1, R1.write_calls([("nobody", "{}")])),
         (R1, R1.write_calls([("add", "{oops}")])),
         (R1, R1.before + "<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{"),
@@ -112,6 +135,28 @@ def test_a_malformed_call_is_content_and_nothing_is_lost(tool_format, text):
 def test_a_good_call_after_a_malformed_one_counts():
     bad, good = '<tool_call>{"name": "x"}</tool_call>\n', HERMES.write_calls(CALLS[1:])
     assert parse(LooseParser(HERMES, NAMES), chars(bad + good)) == (bad.rstrip(), [CALLS[1]])
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "text"),
+    [
+        # As mistral-common 1.x writes v3 (with SentencePiece's space and ids), v11 and v13.
+        (MISTRAL, '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}, "id": "VvvODy9mT"}, {"name": "add"}]'),
+        (MISTRAL_ARGS, '[TOOL_CALLS]add[CALL_ID]VvvODy9mT[ARGS]{"a": 1}[TOOL_CALLS]add[CALL_ID]VvvODy9mU[ARGS]{}'),
+        (MISTRAL_ARGS, '[TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]add[ARGS] {}'),
+        (MISTRAL_ARGS, '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}, {"name": "add"}]'),
+        # Granite 3.0, and 3.1, which spells the token as text.
+        (GRANITE, '<|tool_call|>[{"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {}}]'),
+        (GRANITE, '<tool_call>[\n{"name": "add", "arguments": {"a": 1}},\n{"name": "add", "arguments": {}}]'),
+        # Phi-4-mini as documented, and as prompted by others.
+        (PHI, '<|tool_call|>[{"name":"add","parameters":{"a":1}},{"name":"add","arguments":{}}]<|/tool_call|>'),
+        (PHI, 'functools[{"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {}}]'),
+        (PHI, '<|tool_call|>{"name": "add", "arguments": {"a": 1}}<|/tool_call|><|tool_call|>{"name": "add"}'),
+    ],
+)
+def test_what_models_of_the_families_write_is_read(tool_format, text):
+    assert parse(LooseParser(tool_format, NAMES), chars(text)) == ("", [("add", '{"a": 1}'), ("add", "{}")])
+    assert parse(LooseParser(tool_format, NAMES), [text]) == ("", [("add", '{"a": 1}'), ("add", "{}")])
 
 
 def test_r1_may_leave_out_what_closes_a_call():
@@ -163,6 +208,12 @@ def test_formats_are_chosen_by_the_template():
     assert choose_format("<|start_header_id|>") is LLAMA3
     assert choose_format("<|im_start|>") is HERMES
     assert choose_format("<|start_header_id|> <tool_call>") is HERMES
+    assert choose_format("{{ '[TOOL_CALLS][' }}") is MISTRAL
+    assert choose_format("{{ '[TOOL_CALLS]' + name + '[ARGS]' }}") is MISTRAL_ARGS
+    assert choose_format("<|start_of_role|>available_tools<|end_of_role|>") is GRANITE
+    assert choose_format("<|start_of_role|>system<|end_of_role|> <tool_call>") is HERMES, "Granite 4"
+    assert choose_format("'<|tool|>' + message['tools'] + '<|/tool|>'") is PHI
+    assert choose_format("[INST]") is HERMES
 
 
 def test_tools_calls_and_results_become_ordinary_messages():

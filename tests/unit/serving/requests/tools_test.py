@@ -9,10 +9,14 @@ import pytest
 from unit.serving.fakes import END_THINK, FakeLlama
 from unit.serving.live import run, serving, serving_in_thread
 
-from jaxllama.text.tools import HERMES, LLAMA3, R1
+from jaxllama.text.tools import HERMES, LLAMA3, R1, TOOL_FORMATS
 
-TEMPLATES = {"hermes": "<|im_start|>", "llama3": "<|start_header_id|>", "r1": "<｜Assistant｜>"}
-FORMATS = {"hermes": HERMES, "llama3": LLAMA3, "r1": R1}
+TEMPLATES = {
+    **{"hermes": "<|im_start|>", "llama3": "<|start_header_id|>", "r1": "<｜Assistant｜>"},
+    **{"mistral": "[TOOL_CALLS]", "mistral-args": "[TOOL_CALLS] [ARGS]", "granite": "<|start_of_role|>"},
+    "phi": "<|/tool|>",
+}
+FORMATS = TOOL_FORMATS
 TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {"q": {}}}}}
     for name in ("look_up", "add")
