@@ -68,7 +68,8 @@ def _forward_chunk(
         return out[None], pool
 
     once = jnp.minimum(num_tokens, 1)  # 0 in the runs that only compile
-    hidden, pool = Transformer(config, params, platform)(tokens[None], positions, pool, page_table[None], attend, once)
+    model = Transformer(config, params, platform)
+    hidden, pool = model(tokens[None], positions, pool, page_table[None], attend, once, num_tokens[None])
     return hidden[0], pool
 
 
@@ -129,7 +130,7 @@ def _decode_step(
         return out[:, None], pool
 
     tokens, page_table = rows.last_token[:, None], state.page_table[some]
-    hidden, pool = model(tokens, positions[:, None], state.pool, page_table, attend, once)
+    hidden, pool = model(tokens, positions[:, None], state.pool, page_table, attend, once, active.astype(jnp.int32))
     logits = model.logits(hidden[:, 0])
     tokens, is_finite = sample(
         logits,

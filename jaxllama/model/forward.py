@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxllama.model import native
 from jaxllama.model.cache import KVPool, interleave_kv
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.linear import Linear
@@ -42,6 +43,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.layers_per_loop = platform.layers_per_loop
         self.num_shards = platform.num_shards
+        self.has_layer_kernel = platform.has_layer_kernel
         self.dtype = jnp.float32 if platform.keeps_float32 else params["norm"].dtype
         self.embed_tokens = Linear(params, "embed_tokens", jnp.float32)
         self.layers = nnx.data(params["layers"])
@@ -56,10 +58,13 @@ class Transformer(nnx.Module):
         page_table: Int[Array, "rows max_pages"],
         attend: Attend,
         once: Int[Array, ""],
+        written: Int[Array, " rows"],
     ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
-        """Runs the layers, which reach the cache by `attend` alone; returns normalised hidden states and the pool.
+        """Runs the layers, which reach the cache by `attend` alone unless each is a kernel; returns normalised hidden
+        states and the pool.
 
-        `once` is 1 whenever this runs, and the compiler must not know it: see `Platform.layers_per_loop`.
+        `once` is 1 whenever this runs, and the compiler must not know it: see `Platform.layers_per_loop`. Of each row
+        the first `written` tokens count: what is returned of the others means nothing.
         """
         x = _times(self.embed_tokens.rows(tokens), self.config.embedding_multiplier).astype(self.dtype)
         angles = rotary_angles(self.config, positions)
@@ -75,6 +80,9 @@ class Transformer(nnx.Module):
             has_rope: bool,
             window: int | None,
         ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
+            if self.has_layer_kernel:
+                return self._run_kernel(weights, x, pool, pages, positions, written, angles, has_rope)
+
             def within(q: Array, kv: Array, pool: KVPool, pages: Array) -> tuple[Array, KVPool]:
                 return attend(q, kv, pool, pages, window)
 
@@ -86,6 +94,26 @@ class Transformer(nnx.Module):
 
         x, pool = _through_layers(layer, len(self.layers), x, pool, per_loop=self.layers_per_loop, once=once)
         return self.norm(x), pool
+
+    def _run_kernel(
+        self,
+        weights: Mapping[str, Any],
+        x: Float[Array, "rows tokens embed"],
+        pool: KVPool,
+        pages: Int[Array, "rows max_pages"],
+        positions: Int[Array, "rows tokens"],
+        written: Int[Array, " rows"],
+        angles: RotaryAngles,
+        has_rope: bool,
+    ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
+        config = self.config
+        cos, sin = (x[:, :, 0] if has_rope else x[:, :, 0, :0] for x in angles)
+        return native.run_layer(
+            *(x, weights, pool, pages, positions, written, (cos, sin)),
+            heads=config.num_heads,
+            ffn=config.intermediate_size,
+            epsilon=config.rms_norm_eps,
+        )
 
     def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """Float32 scores of every token of the vocabulary."""

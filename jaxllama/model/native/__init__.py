@@ -7,15 +7,19 @@ it comes in. Where there are no kernels (`library.py`) everything runs through X
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from jaxllama.model.cache import KVPool
 from jaxllama.model.native.library import is_available
 from jaxllama.model.native.packing import PackedWeight, pack, packed_rows, unpack
 
-__all__ = ["PackedWeight", "attend", "is_available", "multiply", "pack", "packed_rows", "unpack"]
+__all__ = ["PackedWeight", "attend", "is_available", "multiply", "pack", "packed_rows", "run_layer", "unpack"]
 
 
 def multiply(x: Float[Array, "*batch inputs"], *weights: PackedWeight) -> list[Float[Array, "*batch outputs"]]:
@@ -35,3 +39,37 @@ def attend(
     args = (q, pool.pages, page_table, positions, *([] if pool.scales is None else [pool.scales]))
     result: Array = jax.ffi.ffi_call("jaxllama_attend", out)(*args)
     return result
+
+
+LAYER_WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def run_layer(
+    x: Float[Array, "rows tokens embed"],
+    weights: Mapping[str, Any],
+    pool: KVPool,
+    page_table: Int32[Array, "rows max_pages"],
+    positions: Int32[Array, "rows tokens"],
+    written: Int32[Array, " rows"],
+    angles: tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]],
+    *,
+    heads: int,
+    ffn: int,
+    epsilon: float,
+) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
+    """A plain Llama's layer with packed `weights`, and the pool with its keys and values.
+
+    Of each row the first `written` tokens are computed and written; the rest of the result is zeros. `page_table` holds
+    pages of this layer. What enters a product is rounded to the norms' dtype. A token's bits depend on no other row,
+    nor on how many tokens are computed beside it.
+    """
+    norms = [weights[name] for name in ("input_layernorm", "post_attention_layernorm")]
+    cache = jax.tree.leaves(pool)
+    args = (x, page_table, positions, written, *angles)
+    out = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, *cache)]
+    aliases = {len(args) + i: 1 + i for i in range(len(cache))}
+    call = jax.ffi.ffi_call("jaxllama_layer", out, input_output_aliases=aliases)
+    attributes = {"heads": np.int64(heads), "ffn": np.int64(ffn), "epsilon": np.float32(epsilon)}
+    attributes["is_float"] = norms[0].dtype == jnp.float32
+    x, *cache = call(*args, *cache, *norms, *jax.tree.leaves([weights[name] for name in LAYER_WEIGHTS]), **attributes)
+    return x, jax.tree.unflatten(jax.tree.structure(pool), cache)

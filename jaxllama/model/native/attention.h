@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -361,8 +362,7 @@ struct Attention {
   }
 
   // One token a row: a task takes one segment of a row, with all heads. The last of a row to end adds them up.
-  template <typename Pool>
-  void AttendOnce(Pool& pool, int64_t rows) const {
+  void AttendOnce(Team& team, int64_t rows) const {
     struct Row {
       Queries queries;
       std::vector<Seen> segments;
@@ -377,8 +377,8 @@ struct Attention {
       row.segments.resize(row.left);
       for (int64_t n = 0; n < row.left; ++n) tasks.emplace_back(&row, n);
     }
-    const int64_t count = tasks.size(), num_threads = pool.num_threads();
-    ParallelFor(pool, count, [&](int64_t task) {
+    const int64_t count = tasks.size(), num_threads = team.num_threads();
+    team.For(count, [&](int64_t task) {
       Row& row = *tasks[task].first;
       const int64_t segment = tasks[task].second;
       // Most likely this thread's next.
@@ -395,11 +395,10 @@ struct Attention {
   }
 
   // Many tokens a row: a task takes some of them through all segments, with one KV head.
-  template <typename Pool>
-  void AttendChunk(Pool& pool, int64_t rows) const {
+  void AttendChunk(Team& team, int64_t rows) const {
     const int64_t step = std::clamp<int64_t>(kQueries / group, 1, tokens);
     const int64_t parts = (tokens + step - 1) / step;
-    ParallelFor(pool, rows * parts * kv_heads, [&](int64_t task) {
+    team.For(rows * parts * kv_heads, [&](int64_t task) {
       // The last queries have the most keys: they go first.
       const int64_t row = task / kv_heads / parts, part = parts - 1 - task / kv_heads % parts;
       const Queries some{row, task % kv_heads, 1, part * step, std::min(step, tokens - part * step)};
@@ -414,14 +413,53 @@ struct Attention {
       Write(some, seen);
     });
   }
+};
 
-  // The first row whose queries do not all have pages, or -1.
-  int64_t FirstRowWithoutPages(int64_t rows) const {
+// A call of attention, whatever the cache's type. Pages are [pages, page_size, 2 * kv_heads, head_dim], of int8 [pages,
+// 2 * kv_heads, page_size, head_dim] with scales [pages, 2 * kv_heads, page_size]; tables [rows, width] and positions
+// [rows, tokens] (0 or more, not falling in a row).
+struct AttentionCall {
+  const void* q;
+  Format format;
+  const void* pages;
+  const float* scales;
+  const int32_t *tables, *positions;
+  void* out;
+  bool is_float;
+  int64_t rows, tokens, heads, head_dim, page_size, kv_heads, width;
+
+  void Run(Team& team) const {
+    switch (format) {
+      case Format::kBFloat16:
+        return is_float ? With<BFloat16Lines, BFloat16>(team) : With<BestBFloat16Lines, BFloat16>(team);
+      case Format::kFloat32:
+        return With<FloatLines, float>(team);
+      case Format::kInt8:
+        return is_float ? With<BFloat16Lines, int8_t>(team) : With<BestBFloat16Lines, int8_t>(team);
+    }
+  }
+
+  // What is wrong with the positions, or nothing.
+  std::string Complaint() const {
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t last = positions[(row + 1) * tokens - 1];
-      if (last < 0 || last >= width * page_size) return row;
+      if (last >= 0 && last < width * page_size) continue;
+      return "row " + std::to_string(row) + " has a query at position " + std::to_string(last) + ", and pages for " +
+             std::to_string(width * page_size) + " tokens";
     }
-    return -1;
+    return "";
+  }
+
+ private:
+  template <typename Lines, typename KV>
+  void With(Team& team) const {
+    const Attention<Lines, KV> attention{q,   static_cast<const KV*>(pages), scales, tables,   positions, out,
+                                         is_float, tokens, heads, head_dim, page_size, kv_heads, width};
+    if (tokens == 1) {
+      attention.AttendOnce(team, rows);
+    } else {
+      attention.AttendChunk(team, rows);
+    }
   }
 };
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "layer.h"
 #include "parallel.h"
 #include "products.h"
 #include "xla/ffi/api/ffi.h"
@@ -16,41 +17,39 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// x [..., in], bfloat16 or float32, with weights [out / 16, in / n, 16, n] to as many y [..., out] of float32: n is 1
-// for float32, 2 for bfloat16, and 4 for int8, whose scales [out], a multiple of 16, follow.
+Format FormatOf(ffi::DataType type) {
+  return type == ffi::BF16 ? Format::kBFloat16 : type == ffi::F32 ? Format::kFloat32 : Format::kInt8;
+}
+
+// A packed weight [out / 16, in / n, 16, n] of `out` outputs: n is 1 for float32, 2 for bfloat16, and 4 for int8, whose
+// scales [out], a multiple of 16, follow. `next` is its place among `args`, and then that of what comes after it.
+ffi::ErrorOr<Matrix> ReadMatrix(const ffi::RemainingArgs& args, int64_t out, size_t* next) {
+  const auto weight = args.get<ffi::AnyBuffer>((*next)++);
+  if (!weight.has_value()) return ffi::Unexpected(weight.error());
+  const auto shape = weight->dimensions();
+  Matrix matrix{FormatOf(weight->element_type()), static_cast<const char*>(weight->untyped_data()), shape[0], shape[1],
+                nullptr, out};
+  if (matrix.format == Format::kInt8) {
+    const auto scales = args.get<ffi::Buffer<ffi::F32>>((*next)++);
+    if (!scales.has_value()) return ffi::Unexpected(scales.error());
+    matrix.scales = scales->typed_data();
+  }
+  return matrix;
+}
+
+// x [..., in], bfloat16 or float32, with weights to as many y [..., out] of float32.
 ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs weights, ffi::RemainingRets ys) {
-  constexpr int64_t kTasks = 32;  // a weight, about
   const int64_t in = x.dimensions().back();
   std::vector<Task> tasks;
   bool needs_floats = false;
   size_t next = 0;
   for (size_t i = 0; i < ys.size(); ++i) {
     const auto y = ys.get<ffi::Buffer<ffi::F32>>(i);
-    const auto weight = weights.get<ffi::AnyBuffer>(next++);
-    if (!weight.has_value()) return weight.error();
     if (!y.has_value()) return y.error();
-    Task task{};
-    const ffi::DataType type = weight->element_type();
-    task.format = type == ffi::BF16 ? Format::kBFloat16 : type == ffi::F32 ? Format::kFloat32 : Format::kInt8;
-    if (task.format == Format::kInt8) {
-      const auto scales = weights.get<ffi::Buffer<ffi::F32>>(next++);
-      if (!scales.has_value()) return scales.error();
-      task.scales = scales->typed_data();
-    }
-    needs_floats |= task.format != Format::kBFloat16 || !JAXLLAMA_DOTS_PAIRS || x.element_type() != ffi::BF16;
-    const auto shape = weight->dimensions();
-    task.lines = shape[1];
-    task.block_bytes = task.lines * kLineBytes;
-    task.out = (*y)->dimensions().back();
-    const int64_t step = std::max<int64_t>(1, shape[0] / kTasks / 4) * 4;
-    for (int64_t block = 0; block < shape[0]; block += step) {
-      task.num_blocks = std::min(step, shape[0] - block);
-      task.blocks = static_cast<const char*>(weight->untyped_data()) + block * task.block_bytes;
-      task.y = (*y)->typed_data() + block * kBlockLanes;
-      task.num_outputs = std::min(task.num_blocks * kBlockLanes, task.out - block * kBlockLanes);
-      tasks.push_back(task);
-      if (task.scales != nullptr) task.scales += task.num_blocks * kBlockLanes;
-    }
+    const auto weight = ReadMatrix(weights, (*y)->dimensions().back(), &next);
+    if (!weight.has_value()) return weight.error();
+    needs_floats |= !weight->reads_pairs() || x.element_type() != ffi::BF16;
+    Split(*weight, (*y)->typed_data(), &tasks);
   }
   Inputs inputs;
   inputs.rows = x.element_count() / in;
@@ -65,71 +64,112 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs w
       inputs.pairs = inputs.padded.data();
     }
   }
+  Team team(pool);
   if (needs_floats && x.element_type() == ffi::BF16) {
-    Convert(pool, static_cast<const BFloat16*>(x.untyped_data()), in, &inputs);
+    Convert(team, static_cast<const BFloat16*>(x.untyped_data()), in, &inputs);
   } else if (needs_floats) {
-    Convert(pool, static_cast<const float*>(x.untyped_data()), in, &inputs);
+    Convert(team, static_cast<const float*>(x.untyped_data()), in, &inputs);
   }
-  ParallelFor(pool, tasks.size(), [&](int64_t i) { Run(tasks[i], inputs); });
+  team.For(tasks.size(), [&](int64_t i) { Run(tasks[i], inputs); });
   return ffi::Error::Success();
 }
 
-// q [rows, tokens, heads, head_dim], pages [pages, page_size, 2 * kv_heads, head_dim], of int8 [pages, 2 * kv_heads,
-// page_size, head_dim] with scales [pages, 2 * kv_heads, page_size], page_table [rows, width] and positions [rows,
-// tokens] (0 or more, not falling in a row) to out like q. Each query attends to its row's keys at positions up to its
-// own, in blocks of 128 with an online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867); segments of blocks are
-// added up one after another (Dao et al. 2023, "Flash-Decoding"). What a query does not see leaves its sums as they
-// are.
-template <typename Lines, typename KV>
-ffi::Error AttendWith(ffi::ThreadPool& pool, ffi::AnyBuffer q, ffi::AnyBuffer pages, ffi::Buffer<ffi::S32> page_table,
-                      ffi::Buffer<ffi::S32> positions, const float* scales, ffi::AnyBuffer out) {
-  constexpr bool kIsInt8 = std::is_same_v<KV, int8_t>;
-  const auto shape = q.dimensions(), pages_shape = pages.dimensions();
-  const Attention<Lines, KV> attention{q.untyped_data(),
-                                       static_cast<const KV*>(pages.untyped_data()),
-                                       scales,
-                                       page_table.typed_data(),
-                                       positions.typed_data(),
-                                       out.untyped_data(),
-                                       q.element_type() == ffi::F32,
-                                       shape[1],
-                                       shape[2],
-                                       shape[3],
-                                       pages_shape[kIsInt8 ? 2 : 1],
-                                       pages_shape[kIsInt8 ? 1 : 2] / 2,
-                                       page_table.dimensions()[1]};
-  if (const int64_t row = attention.FirstRowWithoutPages(shape[0]); row >= 0) {
-    return ffi::Error::InvalidArgument("row " + std::to_string(row) + " has a query at position " +
-                                       std::to_string(attention.positions[(row + 1) * attention.tokens - 1]) +
-                                       ", and pages for " + std::to_string(attention.width * attention.page_size) +
-                                       " tokens");
-  }
-  if (attention.tokens == 1) {
-    attention.AttendOnce(pool, shape[0]);
-  } else {
-    attention.AttendChunk(pool, shape[0]);
-  }
-  return ffi::Error::Success();
-}
-
+// q [rows, tokens, heads, head_dim] to out like q, with a cache, its page table and positions as in `AttentionCall`. Each
+// query attends to its row's keys at positions up to its own, in blocks of 128 with an online softmax (Milakov and
+// Gimelshein 2018, arXiv:1805.02867); segments of blocks are added up one after another (Dao et al. 2023,
+// "Flash-Decoding"). What a query does not see leaves its sums as they are.
 ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer pages, ffi::Buffer<ffi::S32> page_table,
                   ffi::Buffer<ffi::S32> positions, ffi::RemainingArgs scales, ffi::Result<ffi::AnyBuffer> out) {
-  const float* scale = nullptr;
+  const auto shape = q.dimensions(), pages_shape = pages.dimensions();
+  const bool is_int8 = pages.element_type() == ffi::S8;
+  AttentionCall call{q.untyped_data(), FormatOf(pages.element_type()), pages.untyped_data(), nullptr,
+                     page_table.typed_data(), positions.typed_data(), out->untyped_data(),
+                     q.element_type() == ffi::F32, shape[0], shape[1], shape[2], shape[3],
+                     pages_shape[is_int8 ? 2 : 1], pages_shape[is_int8 ? 1 : 2] / 2, page_table.dimensions()[1]};
   if (scales.size() > 0) {
     const auto buffer = scales.get<ffi::Buffer<ffi::F32>>(0);
     if (!buffer.has_value()) return buffer.error();
-    scale = buffer->typed_data();
+    call.scales = buffer->typed_data();
   }
-  const auto run = [&](auto attend) { return attend(pool, q, pages, page_table, positions, scale, *out); };
-  const bool is_float = q.element_type() == ffi::F32;
-  switch (pages.element_type()) {
-    case ffi::BF16:
-      return run(is_float ? AttendWith<BFloat16Lines, BFloat16> : AttendWith<BestBFloat16Lines, BFloat16>);
-    case ffi::F32:
-      return run(AttendWith<FloatLines, float>);
-    default:
-      return run(is_float ? AttendWith<BFloat16Lines, int8_t> : AttendWith<BestBFloat16Lines, int8_t>);
+  if (const std::string complaint = call.Complaint(); !complaint.empty()) return ffi::Error::InvalidArgument(complaint);
+  Team team(pool);
+  call.Run(team);
+  return ffi::Error::Success();
+}
+
+// A `Layer`: its cache is the same memory as result and argument. `rest` are pages, of int8 their scales, the norms
+// before attention and before the feed-forward block, and the weights of q, k, v, o, gate, up and down.
+template <typename Entry>
+ffi::Error RunLayer(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32>& x, ffi::Buffer<ffi::S32>& page_table,
+                    ffi::Buffer<ffi::S32>& positions, ffi::Buffer<ffi::S32>& written, ffi::Buffer<ffi::F32>& cos,
+                    ffi::Buffer<ffi::F32>& sin, ffi::RemainingArgs& rest, ffi::Result<ffi::Buffer<ffi::F32>>& out,
+                    ffi::RemainingRets& cache, int64_t heads, int64_t ffn, float epsilon) {
+  static ScratchShelf& shelf = *new ScratchShelf;
+  size_t next = 0;
+  const auto pages = rest.get<ffi::AnyBuffer>(next++);
+  const auto result = cache.get<ffi::AnyBuffer>(0);
+  if (!pages.has_value()) return pages.error();
+  if (!result.has_value()) return result.error();
+  if ((*result)->untyped_data() != pages->untyped_data()) return ffi::Error::Internal("the cache was copied");
+  const bool is_int8 = pages->element_type() == ffi::S8;
+  const auto shape = x.dimensions(), pages_shape = pages->dimensions();
+  Layer<Entry> layer{};
+  layer.format = FormatOf(pages->element_type());
+  layer.pages = pages->untyped_data();
+  if (is_int8) {
+    const auto scales = rest.get<ffi::Buffer<ffi::F32>>(next++);
+    const auto new_scales = cache.get<ffi::Buffer<ffi::F32>>(1);
+    if (!scales.has_value()) return scales.error();
+    if (!new_scales.has_value()) return new_scales.error();
+    layer.scales = scales->typed_data();
+    if ((*new_scales)->typed_data() != layer.scales) return ffi::Error::Internal("the cache's scales were copied");
   }
+  layer.x = x.typed_data();
+  layer.tables = page_table.typed_data();
+  layer.positions = positions.typed_data();
+  layer.written = written.typed_data();
+  layer.cos = cos.typed_data();
+  layer.sin = sin.typed_data();
+  layer.out = out->typed_data();
+  layer.epsilon = epsilon;
+  layer.rows = shape[0];
+  layer.tokens = shape[1];
+  layer.hidden = shape[2];
+  layer.heads = heads;
+  layer.ffn = ffn;
+  layer.half = cos.dimensions().back();
+  layer.head_dim = pages_shape[3];
+  layer.page_size = pages_shape[is_int8 ? 2 : 1];
+  layer.kv_heads = pages_shape[is_int8 ? 1 : 2] / 2;
+  layer.width = page_table.dimensions()[1];
+  for (const Entry** norm : {&layer.attention_norm, &layer.mlp_norm}) {
+    const auto buffer = rest.get<ffi::AnyBuffer>(next++);
+    if (!buffer.has_value()) return buffer.error();
+    *norm = static_cast<const Entry*>(buffer->untyped_data());
+  }
+  const int64_t of_heads = heads * layer.head_dim, of_kv = layer.kv_heads * layer.head_dim;
+  const std::pair<Matrix*, int64_t> weights[] = {{&layer.q_proj, of_heads}, {&layer.k_proj, of_kv},
+                                                 {&layer.v_proj, of_kv},    {&layer.o_proj, layer.hidden},
+                                                 {&layer.gate_proj, ffn},   {&layer.up_proj, ffn},
+                                                 {&layer.down_proj, layer.hidden}};
+  for (const auto& [weight, outputs] : weights) {
+    const auto matrix = ReadMatrix(rest, outputs, &next);
+    if (!matrix.has_value()) return matrix.error();
+    *weight = *matrix;
+  }
+  auto scratch = shelf.Take();
+  Team team(pool);
+  const std::string complaint = layer.Run(team, *scratch);
+  shelf.PutBack(std::move(scratch));
+  return complaint.empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(complaint);
+}
+
+ffi::Error LayerOf(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> page_table,
+                   ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> written, ffi::Buffer<ffi::F32> cos,
+                   ffi::Buffer<ffi::F32> sin, ffi::RemainingArgs rest, ffi::Result<ffi::Buffer<ffi::F32>> out,
+                   ffi::RemainingRets cache, int64_t heads, int64_t ffn, bool is_float, float epsilon) {
+  return (is_float ? RunLayer<float> : RunLayer<BFloat16>)(pool, x, page_table, positions, written, cos, sin, rest, out,
+                                                           cache, heads, ffn, epsilon);
 }
 
 }  // namespace
@@ -148,3 +188,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllama_attend, Attend,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllama_layer, LayerOf,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("heads")
+                                  .Attr<int64_t>("ffn")
+                                  .Attr<bool>("is_float")
+                                  .Attr<float>("epsilon"));

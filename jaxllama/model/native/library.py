@@ -81,7 +81,7 @@ def load(sets: Sequence[InstructionSet]) -> ctypes.CDLL | None:
         return None
     library.jaxllama_instruction_set.restype = ctypes.c_char_p
     logger.info("kernels for %s, %s", library.jaxllama_instruction_set().decode(), "brought" if brought else "compiled")
-    for name in ("jaxllama_multiply", "jaxllama_attend"):
+    for name in ("jaxllama_multiply", "jaxllama_attend", "jaxllama_layer"):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return library
 

@@ -8,9 +8,18 @@
 
 namespace {
 
-enum class Format { kFloat32, kBFloat16, kInt8 };
-
 constexpr int64_t kRowsInCache = 90;  // whose inputs stay in the second-level cache
+
+// A packed weight [out, in].
+struct Matrix {
+  Format format;
+  const char* blocks;
+  int64_t num_blocks, lines;
+  const float* scales;  // one an output of every block, or null
+  int64_t out;
+
+  bool reads_pairs() const { return format == Format::kBFloat16 && JAXLLAMA_DOTS_PAIRS; }
+};
 
 // A matrix product: some blocks of one weight.
 struct Task {
@@ -21,6 +30,25 @@ struct Task {
   float* y;  // of the first block
   int64_t out, num_outputs;  // a row's outputs in all, and of these blocks
 };
+
+// The tasks of y = x * w, about 32 of whole groups of blocks.
+inline void Split(const Matrix& w, float* y, std::vector<Task>* tasks) {
+  constexpr int64_t kTasks = 32;
+  const int64_t step = std::max<int64_t>(1, w.num_blocks / kTasks / 4) * 4;
+  for (int64_t block = 0; block < w.num_blocks; block += step) {
+    Task task;
+    task.format = w.format;
+    task.lines = w.lines;
+    task.block_bytes = w.lines * kLineBytes;
+    task.num_blocks = std::min(step, w.num_blocks - block);
+    task.blocks = w.blocks + block * task.block_bytes;
+    task.scales = w.scales == nullptr ? nullptr : w.scales + block * kBlockLanes;
+    task.y = y + block * kBlockLanes;
+    task.out = w.out;
+    task.num_outputs = std::min(task.num_blocks * kBlockLanes, w.out - block * kBlockLanes);
+    tasks->push_back(task);
+  }
+}
 
 // x [rows, in] in both forms in which products read it, padded with zeros to whole lines.
 struct Inputs {
@@ -75,11 +103,11 @@ void Run(const Task& task, const Inputs& x) {
 }
 
 // x [rows, in] to `to->floats`.
-template <typename Pool, typename X>
-void Convert(Pool& pool, const X* x, int64_t in, Inputs* to) {
+template <typename X>
+void Convert(Team& team, const X* x, int64_t in, Inputs* to) {
   to->floats.resize(to->rows * to->stride);
   constexpr int64_t kRows = 16;
-  ParallelFor(pool, (to->rows + kRows - 1) / kRows, [&](int64_t part) {
+  team.For((to->rows + kRows - 1) / kRows, [&](int64_t part) {
     for (int64_t row = part * kRows; row < std::min(to->rows, (part + 1) * kRows); ++row) {
       float* floats = &to->floats[row * to->stride];
       for (int64_t i = 0; i < in; ++i) floats[i] = ToFloat(x[row * in + i]);

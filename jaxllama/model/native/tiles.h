@@ -15,6 +15,9 @@ constexpr int64_t kLineBytes = 64;
 constexpr int64_t kMaxRows = 6;  // rows of one tile, at most
 constexpr int64_t kAhead = 24;  // lines that are fetched before they are read
 
+// What weights and caches consist of.
+enum class Format { kFloat32, kBFloat16, kInt8 };
+
 // What a line holds, and the type of what it is multiplied with.
 struct FloatLines {
   using X = float;

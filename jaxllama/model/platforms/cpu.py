@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxllama.model import native
 from jaxllama.model.attention import ReferenceAttention, ShardedAttention
 from jaxllama.model.attention.cpu import CpuAttention
+from jaxllama.model.config import LlamaConfig
 from jaxllama.model.platforms.platform import Case, Platform
 
 COMPILER_OPTIONS = (("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"),)
@@ -20,6 +21,7 @@ def describe(case: Case) -> Platform:
     return Platform(
         "cpu",
         attention,
+        has_layer_kernel=attends and _is_plain(case.config),
         compiler_options=COMPILER_OPTIONS,
         packs_weights=has_kernels,
         has_row_buckets=attention.num_shards == 1,
@@ -28,6 +30,13 @@ def describe(case: Case) -> Platform:
         # (bench/LOG.md; a test repeats it); in float32 it is not, and with `data` above 1 nobody has looked.
         programs_agree=attends or (case.dtype == "bfloat16" and case.mesh.shape["data"] == 1),
     )
+
+
+def _is_plain(config: LlamaConfig) -> bool:
+    """Whether layers are a Llama's without biases, which have a kernel of their own; others are made of pieces."""
+    has_bias = config.attention_bias or config.o_proj_bias or config.mlp_bias
+    is_scaled = config.residual_multiplier != 1 or config.attention_multiplier is not None
+    return not (has_bias or is_scaled or config.norms_outputs or config.qk_norm is not None)
 
 
 PLAIN = Platform("cpu", ShardedAttention(ReferenceAttention()), compiler_options=COMPILER_OPTIONS)

@@ -37,6 +37,7 @@ class Platform:
     `attention` is the kernel, on the mesh. `keeps_float32`: between matrix products values are float32, else they are
     rounded to the weights' dtype. `layers_per_loop`: layers run in groups of so many, each in a loop of one round,
     because a compiler may plan its copies well for a few layers and badly for 80; None: all in one piece.
+    `has_layer_kernel`: a layer is one call of `native.run_layer`.
     `compiler_options` are XLA's, for every program that runs the layers.
 
     The weights:
@@ -56,6 +57,7 @@ class Platform:
     attention: ShardedAttention
     keeps_float32: bool = True
     layers_per_loop: int | None = None
+    has_layer_kernel: bool = False
     compiler_options: CompilerOptions = ()
     packs_weights: bool = False
     max_part_bytes: int | None = None

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "layer.h"
 #include "products.h"
 
 namespace {
@@ -20,6 +21,7 @@ struct OneThread {
 };
 
 OneThread pool;
+Team team(pool);
 std::mt19937 bits(0);
 
 float Random() { return static_cast<float>(bits() % 2001) / 1000.0f - 1.0f; }
@@ -60,7 +62,7 @@ void CheckProduct(Format format, int64_t rows, int64_t in, int64_t out, uint64_t
   Inputs inputs;
   inputs.rows = rows;
   inputs.stride = (in + 3) / 4 * 4;
-  Convert(pool, x.data(), in, &inputs);
+  Convert(team, x.data(), in, &inputs);
   Task task{};
   task.format = format;
   task.lines = lines;
@@ -104,8 +106,7 @@ void CheckAttention(int64_t head_dim, int64_t length, int64_t tokens) {
     const Attention<Lines, KV> attention{&q[first * kHeads * head_dim], pool_pages.data(), scales.data(), table.data(),
                                          &positions[first], out + first * kHeads * head_dim, true, count, kHeads,
                                          head_dim, kPage, kKvHeads, width};
-    if (attention.FirstRowWithoutPages(1) >= 0) std::abort();
-    count == 1 ? attention.AttendOnce(pool, 1) : attention.AttendChunk(pool, 1);
+    count == 1 ? attention.AttendOnce(team, 1) : attention.AttendChunk(team, 1);
   };
   run(0, tokens, chunk.data());
   for (int64_t i = 0; i < tokens; ++i) run(i, 1, single.data());
@@ -134,6 +135,70 @@ void CheckAttention(int64_t head_dim, int64_t length, int64_t tokens) {
   }
 }
 
+// A layer of bfloat16: a row's tokens at once, then one by one, with another row beside that takes no part.
+void CheckLayer(Format cache) {
+  constexpr int64_t kHidden = 20, kHeads = 4, kKvHeads = 2, kHeadDim = 6, kFfn = 37, kPage = 4, kWidth = 3, kTokens = 9;
+  std::vector<std::vector<BFloat16>> weights;
+  const auto matrix = [&](int64_t in, int64_t out) {
+    auto& lines = weights.emplace_back((out + 15) / 16 * ((in + 1) / 2) * 32);
+    for (BFloat16& value : lines) value = Rounded(Random());
+    if (in % 2 != 0) {
+      for (size_t i = 0; i < lines.size(); ++i) lines[i] = i % 2 == 1 && i / 32 % ((in + 1) / 2) == in / 2 ? 0 : lines[i];
+    }
+    return Matrix{Format::kBFloat16, reinterpret_cast<char*>(lines.data()), (out + 15) / 16, (in + 1) / 2, nullptr, out};
+  };
+  const std::vector<BFloat16> norm(kHidden, Rounded(1.0f));
+  Layer<BFloat16> layer{};
+  layer.attention_norm = layer.mlp_norm = norm.data();
+  layer.q_proj = matrix(kHidden, kHeads * kHeadDim);
+  layer.k_proj = matrix(kHidden, kKvHeads * kHeadDim);
+  layer.v_proj = matrix(kHidden, kKvHeads * kHeadDim);
+  layer.o_proj = matrix(kHeads * kHeadDim, kHidden);
+  layer.gate_proj = matrix(kHidden, kFfn);
+  layer.up_proj = matrix(kHidden, kFfn);
+  layer.down_proj = matrix(kFfn, kHidden);
+  layer.epsilon = 1e-5f;
+  layer.hidden = kHidden, layer.heads = kHeads, layer.kv_heads = kKvHeads, layer.head_dim = kHeadDim;
+  layer.half = kHeadDim / 2, layer.ffn = kFfn, layer.page_size = kPage, layer.width = kWidth, layer.format = cache;
+  std::vector<float> x(2 * kTokens * kHidden), cos(2 * kTokens * 3), sin(cos.size()), whole(x.size()), one(2 * kHidden);
+  for (auto* values : {&x, &cos, &sin}) {
+    for (float& value : *values) value = Random();
+  }
+  const int32_t tables[] = {1, 2, 3, 4, 5, 6};
+  LayerScratch scratch;
+  std::vector<float> pages[2], scales[2];
+  for (int i = 0; i < 2; ++i) {
+    pages[i].assign(7 * kPage * 2 * kKvHeads * kHeadDim, 0.0f);
+    scales[i].assign(7 * kPage * 2 * kKvHeads, 0.0f);
+  }
+  const auto run = [&](int64_t tokens, const float* from, const float* c, const float* s, const int32_t* positions,
+                       std::vector<int32_t> written, int cache_id, float* out) {
+    layer.x = from, layer.cos = c, layer.sin = s, layer.positions = positions, layer.written = written.data();
+    layer.tables = tables, layer.pages = pages[cache_id].data(), layer.scales = scales[cache_id].data();
+    layer.rows = written.size(), layer.tokens = tokens, layer.out = out;
+    if (!layer.Run(team, scratch).empty()) std::abort();
+  };
+  std::vector<int32_t> positions(2 * kTokens);
+  for (int64_t i = 0; i < 2 * kTokens; ++i) positions[i] = static_cast<int32_t>(i % kTokens);
+  run(kTokens, x.data(), cos.data(), sin.data(), positions.data(), {kTokens, 0}, 0, whole.data());
+  for (int64_t t = 0; t < kTokens; ++t) {
+    const int32_t now[] = {static_cast<int32_t>(t), 0};
+    std::vector<float> rows(2 * kHidden), c(6), s(6);
+    std::copy_n(&x[t * kHidden], kHidden, rows.data());
+    std::copy_n(&cos[t * 3], 3, c.data());
+    std::copy_n(&sin[t * 3], 3, s.data());
+    run(1, rows.data(), c.data(), s.data(), now, {1, 0}, 1, one.data());
+    for (int64_t d = 0; d < kHidden; ++d) {
+      Expect(one[d], whole[t * kHidden + d], 0, "one token and a chunk of a layer");
+      Expect(one[kHidden + d], 0, 0, "a row that takes no part");
+    }
+  }
+  const auto differ = [](const std::vector<float>* of) {
+    return std::memcmp(of[0].data(), of[1].data(), of[0].size() * sizeof(float)) != 0;
+  };
+  if (differ(pages) || differ(scales)) std::abort();
+}
+
 }  // namespace
 
 int main() {
@@ -152,5 +217,6 @@ int main() {
       CheckAttention<BFloat16Lines, int8_t>(head_dim, length, tokens);
     }
   }
+  for (Format cache : {Format::kBFloat16, Format::kFloat32, Format::kInt8}) CheckLayer(cache);
   std::printf("%s %016llx\n", kInstructionSet, static_cast<unsigned long long>(hash));
 }
