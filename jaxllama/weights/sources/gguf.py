@@ -6,11 +6,13 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from jaxllama.errors import ConfigError, ConversionError, listed, one_line, quote
+from jaxllama.model.config.families import BY_MODEL_TYPE
 from jaxllama.weights.places import Place
 from jaxllama.weights.sources.gguf_file import GgufHeader, GgufTensor, read_gguf_header
 from jaxllama.weights.sources.gguf_tokenizer import tokenizer_files
@@ -28,8 +30,54 @@ _BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_NORMS_OF_HEADS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _ROPE_FREQS = "rope_freqs.weight"
-# Keys of the llama architecture that are read here, or that do not change what the model computes.
+_SHORT_FACTORS, _LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """What llama.cpp's converter writes of one family otherwise than of a Llama.
+
+    `permutes`: rows of q and k are in the interleaved rotary order. `modules` are the tensors of a layer. `keys` are
+    further keys of the metadata, and what config.json calls them. `rotates_part`: `rope.dimension_count` may be less
+    than a head.
+    """
+
+    permutes: bool = False
+    modules: Mapping[str, str] = field(default_factory=lambda: _BLOCK)
+    keys: Mapping[str, str] = field(default_factory=dict)
+    rotates_part: bool = False
+
+
+# Source: the converter of llama.cpp, `conversion/*.py` and `undo_permute` there.
+_ARCHITECTURES: Mapping[str, _Architecture] = {
+    "llama": _Architecture(permutes=True),
+    "qwen2": _Architecture(),
+    "qwen3": _Architecture(modules=_BLOCK | _NORMS_OF_HEADS),
+    "phi3": _Architecture(
+        modules={name: _BLOCK[name] for name in ("attn_norm", "attn_output", "ffn_norm", "ffn_down")}
+        | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+        keys={"attention.sliding_window": "sliding_window"},
+        rotates_part=True,
+    ),
+    "granite": _Architecture(
+        permutes=True,
+        keys={
+            "attention.scale": "attention_multiplier",
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "logit_scale": "logits_scaling",
+        },
+    ),
+    "olmo2": _Architecture(
+        modules={name: module for name, module in _BLOCK.items() if not name.endswith("_norm")}
+        | _NORMS_OF_HEADS
+        | {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+    ),
+    "smollm3": _Architecture(permutes=True),
+}
+# Keys of an architecture that are read here, or that do not change what the model computes.
 _KNOWN_KEYS = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "attention.head_count",
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
@@ -38,13 +86,14 @@ _KNOWN_KEYS = {
     "expert_used_count",
 }  # fmt: skip
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+_BETAS = ("beta_fast", "beta_slow")
 # The parameters of every published Llama 3.1, 3.2 and 3.3; GGUF stores only the frequencies that result.
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_ORIGINAL = 1.0, 4.0, 8192
 _FREQUENCY_TOLERANCE = 1e-4
 
 
 def open_gguf(place: Place, name: str) -> Source:
-    """Opens a GGUF file of the llama architecture.
+    """Opens a GGUF file of a family in `_ARCHITECTURES`.
 
     Raises: ConversionError or ConfigError naming the file, the key or tensor, and the reason.
     """
@@ -55,10 +104,12 @@ def open_gguf(place: Place, name: str) -> Source:
     file = files[0]
     # The first part has the metadata; tensors may be in any.
     header = GgufHeader(headers[0].metadata, {name: t for part in headers for name, t in part.tensors.items()})
-    architecture = header.metadata.get("general.architecture")
-    if architecture != "llama":
-        raise ConfigError(f"{path}: architecture {quote(architecture)} is not supported, expected 'llama'")
-    config = _config(header, file)
+    architecture: Any = header.metadata.get("general.architecture")
+    if architecture not in _ARCHITECTURES:
+        raise ConfigError(
+            f"{path}: architecture {quote(architecture)} is not supported; supported: {', '.join(_ARCHITECTURES)}"
+        )
+    config = _config(header, file, architecture)
     sidecars, warnings = tokenizer_files(header.metadata, config["vocab_size"], path)
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     json_files = {"config.json": config, "generation_config.json": generation}
@@ -69,7 +120,7 @@ def open_gguf(place: Place, name: str) -> Source:
         tensors={
             name: tensor
             for part, part_header in zip(files, headers, strict=True)
-            for name, tensor in _tensors(part_header, part, config).items()
+            for name, tensor in _tensors(part_header, part, config, _ARCHITECTURES[architecture]).items()
         },
         files=files,
         sidecars={**{name: _json_bytes(value) for name, value in json_files.items()}, **sidecars},
@@ -115,25 +166,28 @@ def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _config(header: GgufHeader, file: SourceFile) -> dict[str, Any]:
-    read = _Reader(header.metadata, file.path)
+def _config(header: GgufHeader, file: SourceFile, name: str) -> dict[str, Any]:
+    family, architecture = BY_MODEL_TYPE[name], _ARCHITECTURES[name]
+    read = _Reader(header.metadata, name, file.path)
     num_heads = read.integer("attention.head_count")
     num_kv_heads = read.integer("attention.head_count_kv", num_heads)
     hidden_size = read.integer("embedding_length")
     head_dim = read.integer("attention.key_length", hidden_size // num_heads)
+    rotary_dim = read.integer("rope.dimension_count", head_dim)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if read.integer(key, head_dim) != head_dim:
+        is_part = key == "rope.dimension_count" and architecture.rotates_part and rotary_dim < head_dim
+        if read.integer(key, head_dim) != head_dim and not is_part:
             raise ConfigError(
-                f"{file.path}: llama.{key} is {read.integer(key)}, only head_dim ({head_dim}) is supported"
+                f"{file.path}: {name}.{key} is {read.integer(key)}, only head_dim ({head_dim}) is supported"
             )
     if read.integer("expert_count", 0):
         raise ConfigError(f"{file.path}: mixture-of-experts models are not supported")
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise ConversionError(f"{file.path}: missing token_embd.weight")
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    config: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden_size,
         "intermediate_size": read.integer("feed_forward_length"),
@@ -145,15 +199,35 @@ def _config(header: GgufHeader, file: SourceFile) -> dict[str, Any]:
         "rms_norm_eps": _shortest_float32(read.number("attention.layer_norm_rms_epsilon")),
         "max_position_embeddings": read.integer("context_length"),
         "tie_word_embeddings": "output.weight" not in header.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in header.tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in header.tensors,
         "rope_theta": _shortest_float32(read.number("rope.freq_base", 10_000.0)),
         "rope_scaling": None,
         **_special_ids(header.metadata, embedding.shape[0], file.path),
+        **{key: _has_bias(header, key) for key in ("attention_bias", "mlp_bias") if key in family.reads},
+        **_further(read, architecture),
     }
+    if rotary_dim < head_dim:
+        config["partial_rotary_factor"] = rotary_dim / head_dim
+    if name == "granite":
+        # llama.cpp's default, where transformers' is 1.
+        config.setdefault("attention_multiplier", head_dim**-0.5)
     config["rope_scaling"] = _rope_scaling(read, header, file, config)
     read.refuse_unknown()
     return config
+
+
+def _has_bias(header: GgufHeader, key: str) -> bool:
+    names = {"attention_bias": ("attn_q", "attn_qkv"), "mlp_bias": ("ffn_gate",)}[key]
+    return any(f"blk.0.{name}.bias" in header.tensors for name in names)
+
+
+def _further(read: _Reader, architecture: _Architecture) -> dict[str, Any]:
+    """What only this family has; a window of 0 is none."""
+    found: dict[str, Any] = {}
+    for key, ours in architecture.keys.items():
+        if not read.has(key):
+            continue
+        found[ours] = (read.integer(key, 0) or None) if ours == "sliding_window" else read.rounded(key)
+    return found
 
 
 def _special_ids(metadata: Mapping[str, Any], vocab_size: int, where: str) -> dict[str, Any]:
@@ -176,12 +250,15 @@ def _special_ids(metadata: Mapping[str, Any], vocab_size: int, where: str) -> di
 def _rope_scaling(
     read: _Reader, header: GgufHeader, file: SourceFile, config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
+    if _SHORT_FACTORS in header.tensors:
+        return _longrope_scaling(read, header, file, config)
     kind = read.get("rope.scaling.type", "none")
     # `rope.scale_linear` is the older name of the linear factor.
     factor = read.number("rope.scaling.factor", read.number("rope.scale_linear", 1.0))
-    if kind not in ("none", "linear"):
+    if kind not in ("none", "linear", "yarn"):
         raise ConfigError(
-            f"{file.path}: rope scaling {quote(kind)} is not supported; supported: none, linear, llama3 (by rope_freqs)"
+            f"{file.path}: rope scaling {quote(kind)} is not supported; supported: none, linear, yarn, llama3 (by "
+            "rope_freqs), longrope (by rope_factors_short)"
         )
     frequencies = header.tensors.get(_ROPE_FREQS)
     if frequencies is not None:
@@ -192,9 +269,34 @@ def _rope_scaling(
         return _llama3_scaling(
             frequencies, file, config, read.integer("rope.scaling.original_context_length", _LLAMA3_ORIGINAL)
         )
-    if kind == "none" and "llama.rope.scaling.type" in header.metadata:
+    if kind == "yarn":
+        original = read.integer("rope.scaling.original_context_length")
+        betas = {
+            name: read.rounded(f"rope.scaling.yarn_{name}") for name in _BETAS if read.has(f"rope.scaling.yarn_{name}")
+        }
+        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **betas}
+    if kind == "none" and read.has("rope.scaling.type"):
         return None
     return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
+
+
+def _longrope_scaling(read: _Reader, header: GgufHeader, file: SourceFile, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Source: `generate_extra_tensors` of Phi-3 in llama.cpp's converter."""
+    half = int(config["head_dim"] * config.get("partial_rotary_factor", 1.0)) // 2
+    divisors = {}
+    for name, ours in ((_SHORT_FACTORS, "short_factor"), (_LONG_FACTORS, "long_factor")):
+        tensor = header.tensors.get(name)
+        if tensor is None or tensor.dtype != "F32" or tensor.shape != (half,):
+            got = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            raise ConversionError(f"{file.path}: {name} is {got}, expected F32 {[half]}")
+        values = file.read(tensor.offset, tensor.num_bytes).view("<f4")
+        divisors[ours] = [_shortest_float32(value) for value in values]
+    return {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": read.integer("rope.scaling.original_context_length"),
+        "attention_factor": read.number("rope.scaling.attn_factor"),
+        **divisors,
+    }
 
 
 def _llama3_scaling(
@@ -230,26 +332,28 @@ def _llama3_scaling(
     }
 
 
-def _tensors(header: GgufHeader, file: SourceFile, config: Mapping[str, Any]) -> dict[str, SourceTensor]:
+def _tensors(
+    header: GgufHeader, file: SourceFile, config: Mapping[str, Any], architecture: _Architecture
+) -> dict[str, SourceTensor]:
     tensors: dict[str, SourceTensor] = {}
     for tensor in header.tensors.values():
-        if tensor.name == _ROPE_FREQS:
+        if tensor.name in (_ROPE_FREQS, _SHORT_FACTORS, _LONG_FACTORS):
             continue
         heads = None
-        if match := re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", tensor.name):
+        if architecture.permutes and (match := re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", tensor.name)):
             heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
             # A wrong number of rows is reported with every other misfit by match_tensors.
             heads = heads if tensor.shape[0] == heads * config["head_dim"] else None
-        name = _hf_name(tensor.name)
+        name = _hf_name(tensor.name, architecture)
         tensors[name] = SourceTensor(name, file, tensor.offset, tensor.num_bytes, tensor.shape, tensor.dtype, heads)
     return tensors
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, architecture: _Architecture) -> str:
     """The Hugging Face name; an unknown name is kept, to be reported as unexpected."""
     if match := re.fullmatch(r"blk\.(0|[1-9]\d*)\.(\w+)\.(weight|bias)", name):
-        if match[2] in _BLOCK:
-            return f"model.layers.{match[1]}.{_BLOCK[match[2]]}.{match[3]}"
+        if match[2] in architecture.modules:
+            return f"model.layers.{match[1]}.{architecture.modules[match[2]]}.{match[3]}"
     elif (match := re.fullmatch(r"(\w+)\.(weight|bias)", name)) and match[1] in _TOP:
         return f"{_TOP[match[1]]}.{match[2]}"
     return name
@@ -261,37 +365,47 @@ def _shortest_float32(value: float) -> float:
 
 
 class _Reader:
-    """Typed access to the `llama.*` metadata."""
+    """Typed access to the metadata of one architecture, such as `llama.*`."""
 
-    def __init__(self, metadata: Mapping[str, Any], where: str) -> None:
+    def __init__(self, metadata: Mapping[str, Any], architecture: str, where: str) -> None:
         self._metadata = metadata
+        self._name = architecture
         self._where = where
+        self._read: set[str] = set()
+
+    def has(self, key: str) -> bool:
+        return f"{self._name}.{key}" in self._metadata
 
     def get(self, key: str, default: Any = None) -> Any:
-        value = self._metadata.get(f"llama.{key}", default)
+        self._read.add(key)
+        value = self._metadata.get(f"{self._name}.{key}", default)
         if value is None:
-            raise ConfigError(f"{self._where}: metadata llama.{key} is missing")
+            raise ConfigError(f"{self._where}: metadata {self._name}.{key} is missing")
         if isinstance(value, list):
             if not value or any(item != value[0] for item in value):
-                raise ConfigError(f"{self._where}: llama.{key} differs between layers, which is not supported")
+                raise ConfigError(f"{self._where}: {self._name}.{key} differs between layers, which is not supported")
             return value[0]
         return value
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.get(key, default)
         if type(value) is not int or not 0 <= value < 2**31 or (value == 0 and default != 0):
-            raise ConfigError(f"{self._where}: llama.{key} must be a positive integer, got {quote(value)}")
+            raise ConfigError(f"{self._where}: {self._name}.{key} must be a positive integer, got {quote(value)}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ConfigError(f"{self._where}: llama.{key} must be a positive number, got {quote(value)}")
+            raise ConfigError(f"{self._where}: {self._name}.{key} must be a positive number, got {quote(value)}")
         return float(value)
+
+    def rounded(self, key: str) -> float:
+        return _shortest_float32(self.number(key))
 
     def refuse_unknown(self) -> None:
         """Raises ConfigError for keys that might change what the model computes and are not understood."""
-        keys = [key for key in self._metadata if key.startswith("llama.") and key[6:] not in _KNOWN_KEYS]
+        prefix, known = f"{self._name}.", _KNOWN_KEYS | self._read
+        keys = [key for key in self._metadata if key.startswith(prefix) and key.removeprefix(prefix) not in known]
         if keys:
             raise ConfigError(
                 f"{self._where}: metadata is not understood: {listed([one_line(key) for key in sorted(keys)])}"

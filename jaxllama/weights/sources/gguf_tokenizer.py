@@ -8,30 +8,74 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from jaxllama.errors import ConversionError, quote
 from jaxllama.text.encoding.protobuf import field
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-# What splits text before the merges, by `tokenizer.ggml.pre`.
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
-    "smollm": [
-        {"type": "Digits", "individual_digits": True},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-    ],
-    "llama-bpe": [
-        {"type": "Split", "pattern": {"Regex": _LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-    ],
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+# Words of capitals and small letters apart, as o200k and Tekken have them.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _letters_and(digits: str) -> str:
+    """Contractions, words, numbers of so many digits, and the rest, as cl100k has them."""
+    return rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+
+
+def _cased_and(digits: str, contractions: str = "") -> str:
+    word = r"[^\r\n\p{L}\p{N}]?"
+    cased = rf"{word}{_UPPER}*{_LOWER}+{contractions}|{word}{_UPPER}+{_LOWER}*{contractions}"
+    return rf"{cased}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+
+
+@dataclass(frozen=True)
+class _PreTokenizer:
+    """What splits text before the merges: `regex`, or GPT-2's own, with `digits` each digit by itself first.
+
+    `ignore_merges`: a word that is a token is taken as it is, whatever the merges say. `adds_bos`: llama.cpp adds BOS
+    unless the metadata says otherwise. `normalizer` is the original tokenizer's; llama.cpp has none.
+    """
+
+    regex: str | None = None
+    digits: bool = False
+    ignore_merges: bool = False
+    adds_bos: bool = False
+    normalizer: str | None = None
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """As tokenizer.json has them."""
+        first: list[dict[str, Any]] = [{"type": "Digits", "individual_digits": True}] if self.digits else []
+        if self.regex is not None:
+            first = [{"type": "Split", "pattern": {"Regex": self.regex}, "behavior": "Isolated", "invert": False}]
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        return [*first, byte_level | {"use_regex": self.regex is None}]
+
+
+# By `tokenizer.ggml.pre`. Source: the tokenizer.json of these models, which llama.cpp's `llama-vocab.cpp` quotes.
+_PRE_TOKENIZERS: dict[str, _PreTokenizer] = {
+    "smollm": _PreTokenizer(digits=True),
+    "llama-bpe": _PreTokenizer(_letters_and(r"\p{N}{1,3}"), ignore_merges=True, adds_bos=True),
+    "qwen2": _PreTokenizer(_letters_and(r"\p{N}"), normalizer="NFC"),
+    "deepseek-r1-qwen": _PreTokenizer(_letters_and(r"\p{N}")),
+    # OLMo 2 and Phi-4, and SmolLM3: cl100k's and Llama 3's splits, merges by the rules.
+    "dbrx": _PreTokenizer(_letters_and(r"\p{N}{1,3}")),
+    "smaug-bpe": _PreTokenizer(_letters_and(r"\p{N}{1,3}")),
+    # Mistral Nemo and later.
+    "tekken": _PreTokenizer(_cased_and(r"\p{N}"), ignore_merges=True, adds_bos=True),
+    # Phi-4-mini.
+    "gpt-4o": _PreTokenizer(_cased_and(r"\p{N}{1,3}", rf"{_CONTRACTIONS}?")),
+    # Granite 3 has StarCoder's vocabulary.
+    "refact": _PreTokenizer(digits=True),
+    "starcoder": _PreTokenizer(digits=True),
+    "gpt-2": _PreTokenizer(),
+    "olmo": _PreTokenizer(),
 }
-_PRE_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
-# llama.cpp adds BOS to these unless the metadata says otherwise.
-_ADDS_BOS = {"smollm": False, "llama-bpe": True}
+_PRE_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "phi-2": "gpt-2", "llama4": "gpt-4o"}
 
 
 def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, where: str) -> tuple[dict[str, bytes], list[str]]:
@@ -40,7 +84,7 @@ def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, where: str) ->
     Raises: ConversionError for a tokenizer that is damaged or cannot be reproduced.
     """
     model = metadata.get("tokenizer.ggml.model")
-    if model is None:
+    if model in (None, "none", "no_vocab"):
         return {}, [f"{where}: has no tokenizer; the checkpoint will take token ids only"]
     vocabulary = _Vocabulary(metadata, vocab_size, where)
     if model == "gpt2":
@@ -50,8 +94,8 @@ def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, where: str) ->
                 f"{where}: pre-tokenizer {quote(pre)} is not supported; supported: {', '.join(_PRE_TOKENIZERS)}. "
                 "Convert from the safetensors of this model instead"
             )
-        add_bos = metadata.get("tokenizer.ggml.add_bos_token", _ADDS_BOS[pre])
-        files = {"tokenizer.json": _byte_level_json(vocabulary, pre, add_bos)}
+        add_bos = metadata.get("tokenizer.ggml.add_bos_token", _PRE_TOKENIZERS[pre].adds_bos)
+        files = {"tokenizer.json": _byte_level_json(vocabulary, _PRE_TOKENIZERS[pre], add_bos)}
     elif model == "llama":
         add_bos = metadata.get("tokenizer.ggml.add_bos_token", True)
         files = {"tokenizer.model": _sentencepiece_model(vocabulary)}
@@ -120,7 +164,7 @@ class _Vocabulary:
         return value
 
 
-def _byte_level_json(vocabulary: _Vocabulary, pre: str, add_bos: bool) -> bytes:
+def _byte_level_json(vocabulary: _Vocabulary, pre: _PreTokenizer, add_bos: bool) -> bytes:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
     added = [
         {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -137,8 +181,8 @@ def _byte_level_json(vocabulary: _Vocabulary, pre: str, add_bos: bool) -> bytes:
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS[pre]},
+        "normalizer": None if pre.normalizer is None else {"type": pre.normalizer},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre.steps},
         "post_processor": {"type": "Sequence", "processors": processors},
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
@@ -149,8 +193,7 @@ def _byte_level_json(vocabulary: _Vocabulary, pre: str, add_bos: bool) -> bytes:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            # Llama 3 takes a word that is a token as it is, whatever the merges say.
-            "ignore_merges": pre == "llama-bpe",
+            "ignore_merges": pre.ignore_merges,
             "vocab": {token: i for i, token in enumerate(vocabulary.tokens)},
             "merges": vocabulary.merges(),
         },

@@ -186,7 +186,7 @@ def test_linear_scaling_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "'yarn'"),
+        ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0}, "'longrope'"),
         ({"llama.expert_count": 8}, "mixture-of-experts"),
         ({"llama.rope.dimension_count": 4}, "rope.dimension_count is 4"),
         ({"llama.attention.sliding_window": 4096}, "llama.attention.sliding_window"),
@@ -200,8 +200,8 @@ def test_what_would_change_the_model_is_refused_by_name(tmp_path: Path, metadata
 
 
 def test_another_architecture_is_named(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "model.gguf", architecture="qwen2")
-    with pytest.raises(ConfigError, match="'qwen2' is not supported"):
+    write_gguf(tmp_path / "model.gguf", architecture="qwen2moe")
+    with pytest.raises(ConfigError, match="'qwen2moe' is not supported; supported: llama, qwen2"):
         convert(tmp_path / "model.gguf", tmp_path / "out")
 
 
