@@ -7,23 +7,21 @@ POST and PUT /BUCKET/KEY?uploads    an upload in parts
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
-import threading
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape, unescape
+
+import loopback
 
 PAGE = 50
 
 
 @dataclass
-class Store:
+class Store(loopback.StandIn):
     """`objects` by `BUCKET/KEY`. `faults` are what the next answers to reads do wrong, one each; `write_faults` and
     `list_faults` those to writes and listings."""
 
@@ -34,8 +32,6 @@ class Store:
     generations: dict[str, int] = field(default_factory=dict)
     uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
-    url: str = ""
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, where: str, folder: Path) -> None:
         """Objects of all files of `folder`, below `BUCKET/PATH`."""
@@ -44,21 +40,12 @@ class Store:
                 self.objects[f"{where}/{path.relative_to(folder).as_posix()}"] = path.read_bytes()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Any
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
+class _Handler(loopback.Handler):
     def _key(self) -> str:
         return unquote(urlsplit(self.path).path).strip("/")
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
     def do_GET(self) -> None:
-        store: Store = self.server.store
+        store: Store = self.server.standin
         query = parse_qs(urlsplit(self.path).query)
         store.requests.append(f"{self.command} {self._key()} {self.headers.get('Range', '')}")
         if "list-type" in query:
@@ -93,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def do_PUT(self) -> None:
-        store: Store = self.server.store
+        store: Store = self.server.standin
         key, query = self._key(), parse_qs(urlsplit(self.path).query)
         data = self.rfile.read(int(self.headers["Content-Length"]))
         store.requests.append(f"PUT {key} {len(data)}")
@@ -115,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(200, headers={"ETag": etag, "x-goog-generation": str(store.generations[key])})
 
     def do_POST(self) -> None:
-        store: Store = self.server.store
+        store: Store = self.server.standin
         key, query = self._key(), parse_qs(urlsplit(self.path).query, keep_blank_values=True)
         body = self.rfile.read(int(self.headers.get("Content-Length", "0"))).decode()
         store.requests.append(f"POST {self.path}")
@@ -138,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(200, text.encode())
 
     def do_DELETE(self) -> None:
-        store: Store = self.server.store
+        store: Store = self.server.standin
         store.requests.append(f"DELETE {self._key()}")
         store.uploads.pop(parse_qs(urlsplit(self.path).query).get("uploadId", [""])[0], None)
         with store.lock:
@@ -178,40 +165,11 @@ class _Handler(BaseHTTPRequestHandler):
         sent = text.encode()[: len(text) // 2] if fault == "short" else text.encode()
         return self._answer(200, sent)
 
-    def _answer(
-        self, status: int, body: bytes = b"", headers: dict[str, str] | None = None, length: int | None = None
-    ) -> None:
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        self.end_headers()
-        if self.command != "HEAD":
-            with contextlib.suppress(OSError):
-                self.wfile.write(body)
-
 
 def _etag(data: bytes) -> str:
     return f'"{hashlib.md5(data).hexdigest()}"'
 
 
-class _Server(ThreadingHTTPServer):
-    request_queue_size = 128
-
-
-@contextlib.contextmanager
-def running() -> Iterator[Store]:
+def running() -> AbstractContextManager[Store]:
     """A store on a free port, for as long as the body runs."""
-    store = Store()
-    server = _Server(("127.0.0.1", 0), _Handler)
-    server.daemon_threads = True
-    server.store = store  # type: ignore[attr-defined]
-    store.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield store
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(10)
+    return loopback.running(Store(), _Handler)

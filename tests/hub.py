@@ -12,13 +12,13 @@ import hashlib
 import json
 import re
 import socket
-import threading
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+import loopback
 
 TOKEN = "hf_standin_token"
 
@@ -34,7 +34,7 @@ class Repo:
 
 
 @dataclass
-class Hub:
+class Hub(loopback.StandIn):
     """`faults` are what the next answers to requests of large files do wrong, one each. `ranges` is what was read."""
 
     repos: dict[str, Repo] = field(default_factory=dict)
@@ -43,8 +43,6 @@ class Hub:
     ranges: list[tuple[str, int, int]] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     leaked: list[str] = field(default_factory=list)
-    url: str = ""
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, name: str, folder: Path, **how: Any) -> Repo:
         """A model with the files of `folder`."""
@@ -66,18 +64,9 @@ def is_large(name: str) -> bool:
     return name.endswith((".safetensors", ".gguf"))
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Any
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
+class _Handler(loopback.Handler):
     def do_GET(self) -> None:
-        hub: Hub = self.server.hub
+        hub: Hub = self.server.standin
         path = self.path.split("?")[0]
         hub.requests.append(f"{self.command} {path}")
         if path.startswith("/cdn/"):
@@ -180,35 +169,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(
         self, status: int, body: bytes = b"", headers: dict[str, str] | None = None, length: int | None = None
     ) -> None:
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        if status == 206:
-            self.send_header("Content-Range", self._range)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        self.end_headers()
-        if self.command != "HEAD":
-            with contextlib.suppress(OSError):
-                self.wfile.write(body)
+        ranged = {"Content-Range": self._range} if status == 206 else {}
+        super()._answer(status, body, {**(headers or {}), **ranged}, length)
 
 
-class _Server(ThreadingHTTPServer):
-    request_queue_size = 128
-
-
-@contextlib.contextmanager
-def running() -> Iterator[Hub]:
+def running() -> AbstractContextManager[Hub]:
     """A hub on a free port, for as long as the body runs."""
-    hub = Hub()
-    server = _Server(("127.0.0.1", 0), _Handler)
-    server.daemon_threads = True
-    server.hub = hub  # type: ignore[attr-defined]
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(10)
+    return loopback.running(Hub(), _Handler)

@@ -154,16 +154,20 @@ class Checkpoint:
             manifest = Manifest.parse(_read_remote_manifest(place), place / MANIFEST)
             scratch = TemporaryDirectory(prefix="jaxllama-", ignore_cleanup_errors=True)
             folder = Path(scratch.name)
-        _raise_damaged(place.where, list(_size_problems(place, manifest)))
-        if scratch is not None:
-            _fetch_text(place, manifest, folder)
+        with contextlib.closing(place):
+            _raise_damaged(place.where, list(_size_problems(place, manifest)))
+            if scratch is not None:
+                _fetch_text(place, manifest, folder)
         config, generation_config = read_configs(folder)
         reader = CheckpointReader(place, manifest.files, manifest.quantize)
         return cls(folder, config, manifest.dtype, generation_config, manifest, reader, place, scratch)
 
     def manifest_bytes(self) -> bytes:
         """manifest.json as it is stored. Raises: CheckpointError when it is gone; StoreError."""
-        data = None if self.place is None else self.place.read(MANIFEST)
+        data = None
+        if self.place is not None:
+            with contextlib.closing(self.place):
+                data = self.place.read(MANIFEST)
         if data is None:
             raise CheckpointError(f"{self.path}: has no {MANIFEST} any more")
         return data
@@ -178,7 +182,7 @@ class Checkpoint:
         place, problems = self.place, list(_size_problems(self.place, self.manifest))
         damaged = {problem.split(":", 1)[0] for problem in problems}
         names = [name for name in self.manifest.files if name not in damaged]
-        with ThreadPoolExecutor(place.num_readers) as pool:
+        with contextlib.closing(place), ThreadPoolExecutor(place.num_readers) as pool:
             for name, got in zip(names, pool.map(lambda name: _hash_at(place, name), names), strict=True):
                 expected = self.manifest.files[name].sha256
                 if got != expected:

@@ -102,7 +102,8 @@ def _read(
     vectors = [spec for spec in specs if len(spec.shape) == 1]
     matrices = [spec for spec in specs if len(spec.shape) > 1]
     leaves: dict[tuple[str | int, ...], Any] = {}
-    with ThreadPoolExecutor(reader.num_readers, "jaxllama-read") as pool, _cancelling(pool):
+    readers = ThreadPoolExecutor(reader.num_readers, "jaxllama-read")
+    with contextlib.closing(reader), readers as pool, _cancelling(pool):
         reader.prepare([part for spec in specs for part in stored_specs(spec, reader.quantize)], pool)
         loader = _Loader(reader, pool, dtype, max_in_flight_bytes)
         for spec, weight in loader.load(vectors, shardings, quantize):

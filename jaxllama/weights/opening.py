@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import tempfile
@@ -31,15 +32,10 @@ def open_model(place: PlaceLike) -> Checkpoint:
 
     Raises: CheckpointError, ConversionError or ConfigError saying what is wrong with which file; PlaceError.
     """
-    opened = open_place(place)
-    if not _is_source(opened):
-        return Checkpoint.open(place)
-    source = open_source(opened)
-    try:
-        return _as_checkpoint(source, opened)
-    except BaseException:
-        source.close()
-        raise
+    with contextlib.closing(open_place(place)) as opened:
+        if not _is_source(opened):
+            return Checkpoint.open(place)
+        return _as_checkpoint(open_source(opened), opened)
 
 
 def load_text(checkpoint: Checkpoint) -> tuple[Tokenizer | None, ChatTemplate | None]:
@@ -55,14 +51,11 @@ def load_text(checkpoint: Checkpoint) -> tuple[Tokenizer | None, ChatTemplate | 
 
 def read_config(place: PlaceLike) -> LlamaConfig:
     """The config of a model, of which nothing else is read. Raises: as `open_model`."""
-    opened = open_place(place)
-    try:
+    with contextlib.closing(open_place(place)) as opened:
         data = None if opened.file else opened.read("config.json")
         if data is None:
             return LlamaConfig.from_hf(open_source(opened).config)
         return LlamaConfig.from_hf(parse_object(data, opened / "config.json", ConfigError))
-    finally:
-        opened.close()
 
 
 def _is_source(place: Place) -> bool:

@@ -55,6 +55,9 @@ class Reader(Protocol):
     def read_rounded(self, spec: ParamSpec, rows: slice) -> QuantizedWeight:
         """Whole rows of a matrix that is not stored as int8, rounded. Raises: as `read`."""
 
+    def close(self) -> None:
+        """Ends connections and closes files; a later read opens them again."""
+
 
 @dataclass(frozen=True)
 class _Stored:
@@ -121,6 +124,9 @@ class CheckpointReader:
         if num_non_finite(array):
             raise CheckpointError(f"{self._place}: {spec.name} has NaN or infinite values")
         return round_rows(array)
+
+    def close(self) -> None:
+        self._place.close()
 
     def _read_rows(self, part: ParamSpec, chunk: str, start: int, out: np.ndarray, width: int) -> None:
         """Whole rows of a chunk, from its row `start`."""
@@ -191,3 +197,7 @@ class SourceReader:
 
     def read_rounded(self, spec: ParamSpec, rows: slice) -> QuantizedWeight:
         return read_rounded(self._tensors[spec.hf_key], rows.start, rows.stop, self._storage.numpy_dtype)
+
+    def close(self) -> None:
+        for place in {tensor.file.place for tensor in self._tensors.values()}:
+            place.close()

@@ -77,7 +77,8 @@ class LocalPlace(Place):
     def close(self) -> None:
         with self._lock:
             for descriptor in self._open.values():
-                os.close(descriptor)
+                if descriptor not in self._users:
+                    os.close(descriptor)
             self._open.clear()
 
     def _resolve(self, name: str) -> Path:
@@ -118,3 +119,5 @@ class LocalPlace(Place):
             self._users[descriptor] -= 1
             if not self._users[descriptor]:
                 del self._users[descriptor]
+                if descriptor not in self._open.values():
+                    os.close(descriptor)

@@ -80,4 +80,7 @@ class Place(ABC):
         return f"{self.where}/{name}"
 
     def close(self) -> None:  # noqa: B027
-        """Ends connections and closes files; reads fail afterwards."""
+        """Ends idle connections and closes files that nobody reads; a later read opens them again.
+
+        Whoever has read what he wanted calls it: a place is kept for as long as a model is, and descriptors are few.
+        """

@@ -19,7 +19,15 @@ def open_source(place: PlaceLike) -> Source:
     Raises: ConversionError naming the file, the tensor and the reason; ConfigError for an unsupported model;
         PlaceError where there is nothing.
     """
-    place = open_place(place)
+    opened = open_place(place)
+    try:
+        return _open(opened)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def _open(place: Place) -> Source:
     if place.file is None:
         names = place.names()
         ggufs = [name for name in names if name.endswith(".gguf")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -238,3 +239,16 @@ def test_a_conversion_streams_from_the_hub(hub: standin.Hub, tmp_path: Path) -> 
     assert files == want
     assert hub.num_read == sum(len(data) for name, data in repo.files.items() if standin.is_large(name))
     assert not (tmp_path / "cache").exists()
+
+
+def test_nothing_stays_connected_once_the_weights_are_read(hub: standin.Hub, tmp_path: Path) -> None:
+    write_hf(tmp_path / "src", shards=2)
+    hub.add(MODEL, tmp_path / "src")
+    model = open_model(MODEL)
+    for _ in range(2):
+        load_params(model, make_mesh(model.config, tp=1), model.dtype, None)
+        # The hub's client keeps the one connection over which it asks for addresses.
+        deadline = time.monotonic() + 5
+        while hub.num_connections > 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert hub.num_connections <= 1
