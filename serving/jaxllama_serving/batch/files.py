@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from jaxllama.errors import JaxLlamaError
+from jaxllama.errors import JaxLlamaError, quote
 from jaxllama.system.locks import lock
 from jaxllama_serving.http.events import to_json
-from jaxllama_serving.protocol.errors import ApiError, shorten
+from jaxllama_serving.protocol.errors import ApiError
 from jaxllama_serving.protocol.strict_json import decode
 
 URLS = ("/v1/chat/completions", "/v1/completions")
@@ -71,7 +71,7 @@ class InputFile:
             if custom_id is not None:
                 first = with_ids.setdefault(custom_id, number)
                 if first != number:
-                    doubles.append(f"{shorten(custom_id)} on lines {first} and {number}")
+                    doubles.append(f"{quote(custom_id)} on lines {first} and {number}")
             self.lines.append(Line(number, offset, len(raw), _id(raw, custom_id, number), custom_id))
         if doubles:
             raise BatchError(f"{path}: every custom_id must be used once: {_some(doubles)}")
@@ -128,19 +128,19 @@ def _parse(raw: bytes, max_bytes: int, *, id_only: bool = False) -> dict[str, An
         raise LineError(reason) from None
     custom_id = data.get("custom_id")
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_ID_CHARS:
-        raise LineError(f"custom_id must be a string of 1 to {MAX_ID_CHARS} characters, got {shorten(custom_id)}")
+        raise LineError(f"custom_id must be a string of 1 to {MAX_ID_CHARS} characters, got {quote(custom_id)}")
     if id_only:
         return data
-    unknown = [shorten(name) for name in data if name not in ("custom_id", "method", "url", "body")]
+    unknown = [quote(name) for name in data if name not in ("custom_id", "method", "url", "body")]
     if unknown:
         raise LineError(f"it has unknown fields: {_some(unknown)}")
     if data.get("method") != "POST":
-        raise LineError(f"method must be 'POST', got {shorten(data.get('method'))}")
+        raise LineError(f"method must be 'POST', got {quote(data.get('method'))}")
     if data.get("url") not in URLS:
-        raise LineError(f"url must be one of {', '.join(URLS)}, got {shorten(data.get('url'))}")
+        raise LineError(f"url must be one of {', '.join(URLS)}, got {quote(data.get('url'))}")
     body = data.get("body")
     if not isinstance(body, dict):
-        raise LineError(f"body must be an object, got {shorten(body)}")
+        raise LineError(f"body must be an object, got {quote(body)}")
     if body.get("stream"):
         raise LineError("body.stream: a batch has no streams")
     return data
@@ -207,9 +207,9 @@ class OutputFile:
                 if name is None:
                     foreign.append(f"line {number} is no answer of a batch")
                 elif name not in lines:
-                    foreign.append(f"line {number} answers {shorten(custom_id)}")
+                    foreign.append(f"line {number} answers {quote(custom_id)}")
                 elif name in done:
-                    foreign.append(f"line {number} answers {shorten(custom_id)} again")
+                    foreign.append(f"line {number} answers {quote(custom_id)} again")
                 else:
                     done.add(name)
         if foreign:

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, Validat
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
-from jaxllama_serving.protocol.errors import ApiError, invalid, shorten
+from jaxllama.errors import quote
+from jaxllama_serving.protocol.errors import ApiError, invalid
 from jaxllama_serving.protocol.refused import Refusals, refusals_in
 
 MAX_ID = 2**31 - 1
@@ -162,7 +163,7 @@ def _describe(model: type[BaseModel], error: ErrorDetails) -> tuple[str | None, 
         return path, f"{path}: {error['msg']}", None
     if kind == "disagreement":
         return error["ctx"]["param"], error["msg"], None
-    return path, f"{path} must be {_wanted(model, error['loc'])}, got {shorten(error['input'])}", None
+    return path, f"{path} must be {_wanted(model, error['loc'])}, got {quote(error['input'])}", None
 
 
 def _wanted(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
@@ -191,6 +192,6 @@ def _path(loc: tuple[int | str, ...]) -> str:
         if isinstance(step, int):
             path += f"[{step}]"
         else:
-            name = step if step.isprintable() and 0 < len(step) <= 64 else shorten(step, 64)
+            name = step if step.isprintable() and 0 < len(step) <= 64 else quote(step, 64)
             path += f".{name}" if path else name
     return path

@@ -12,6 +12,7 @@ from jaxllama.errors import (
     EngineStoppedError,
     QueueFullError,
     RequestError,
+    quote,
 )
 
 RETRY_AFTER_S = 2
@@ -55,7 +56,7 @@ def model_not_found(name: str, known: tuple[str, ...]) -> ApiError:
     """The 404 of a model this server does not serve."""
     return ApiError(
         404,
-        f"The model {shorten(name)} does not exist here. This server serves: {', '.join(known)}.",
+        f"The model {quote(name)} does not exist here. This server serves: {', '.join(known)}.",
         param="model",
         code="model_not_found",
     )
@@ -100,9 +101,3 @@ def from_http_status(status: int, headers: Mapping[str, str]) -> ApiError:
     return ApiError(
         status, message, kind, code=code, headers={name: value for name, value in headers.items() if name == "Allow"}
     )
-
-
-def shorten(value: Any, limit: int = 80) -> str:
-    """Returns `value` quoted for a message: printable, and at most about `limit` characters."""
-    text = ascii(value) if not isinstance(value, str) else repr(value[: limit + 1])
-    return text if len(text) <= limit else text[:limit] + "…"

@@ -15,8 +15,8 @@ from jaxllama.decode.params import (
     MAX_STOP_TOKEN_IDS,
     MAX_TOP_LOGPROBS,
 )
+from jaxllama.errors import quote
 from jaxllama_serving.protocol.base import MAX_ID, Strict, boolean, disagreement, integer, number, problem
-from jaxllama_serving.protocol.errors import shorten
 
 
 def field_of(name: str) -> Any:
@@ -155,7 +155,7 @@ class GenerationRequest(_DeviceControls):
         for key in bias:
             # str(int(key)) == key also refuses "01" and "+1", which would be doubles of "1".
             if not (key.isascii() and key.isdigit() and len(key) <= 10 and str(int(key)) == key and int(key) <= MAX_ID):
-                raise problem(f"the key {shorten(key)} is not a token id")
+                raise problem(f"the key {quote(key)} is not a token id")
         return bias
 
     @model_validator(mode="after")

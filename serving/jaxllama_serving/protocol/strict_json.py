@@ -7,7 +7,8 @@ import math
 import re
 from typing import Any
 
-from jaxllama_serving.protocol.errors import ApiError, invalid, shorten
+from jaxllama.errors import quote
+from jaxllama_serving.protocol.errors import ApiError, invalid
 
 MAX_DEPTH = 32
 MAX_INT_DIGITS = 40
@@ -81,7 +82,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _bad_json(f"the key {shorten(key)} appears twice in one object")
+                raise _bad_json(f"the key {quote(key)} appears twice in one object")
             seen.add(key)
     return value
 
@@ -95,7 +96,7 @@ def _integer(digits: str) -> int:
 def _float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise _bad_json(f"the number {shorten(text)} is too large")
+        raise _bad_json(f"the number {quote(text)} is too large")
     return value
 
 

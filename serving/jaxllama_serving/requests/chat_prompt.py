@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jaxllama import Structured
-from jaxllama.errors import GrammarError, RequestError
+from jaxllama.errors import GrammarError, RequestError, quote
 from jaxllama.text.constraint import OutputConstraint
 from jaxllama.text.structured import GrammarSource
 from jaxllama.text.tool_parsing import LiveParser, LooseParser, ToolParser
@@ -21,7 +21,7 @@ from jaxllama.text.tools import (
 from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.protocol.base import refuse_unknown
 from jaxllama_serving.protocol.chat import ChatMessage, ChatRequest
-from jaxllama_serving.protocol.errors import invalid, shorten
+from jaxllama_serving.protocol.errors import invalid
 from jaxllama_serving.protocol.output_format import Form
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _check_kwargs(request: ChatRequest, template: ChatTemplate) -> tuple[str, ..
         path = f"chat_template_kwargs.{name}"
         if name in template.own_variables:
             raise invalid(
-                f"{shorten(path)} is not supported: the server sets it itself.", path[:100], "unsupported_parameter"
+                f"{quote(path)} is not supported: the server sets it itself.", path[:100], "unsupported_parameter"
             )
         if name not in template.variables and not (name in THINKING_SWITCHES and template.has_reasoning):
             ignored.append(path)
