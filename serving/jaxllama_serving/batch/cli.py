@@ -80,10 +80,11 @@ def _run(args: argparse.Namespace) -> int:
                 counts = _answer(args, llama, config, source, output)
     finally:
         source.close()
+    ignored = f", {counts.ignored} with fields that were ignored, which they name" if counts.ignored else ""
     before = f"{len(output.done)} lines had their answers already, " if output.done else ""
     print(
         f"{args.output}: {before}{counts.lines} answered in {time.perf_counter() - started:.0f} s, "
-        f"{counts.errors} of them with an error",
+        f"{counts.errors} of them with an error" + ignored,
         file=sys.stderr,
     )
     return 0

@@ -16,6 +16,7 @@ import aiohttp
 from jaxllama.errors import EngineStoppedError
 from jaxllama_serving.batch.files import InputFile, Line, LineError, OutputFile
 from jaxllama_serving.config import ServerConfig
+from jaxllama_serving.http.context import IGNORED_HEADER
 from jaxllama_serving.http.events import to_json
 from jaxllama_serving.process.inside import inside_session
 
@@ -23,15 +24,18 @@ if TYPE_CHECKING:
     from jaxllama import Llama
     from jaxllama.system.progress import Advance
 
+IGNORED = "ignored"
+"""What an answer has beside its body where the request's had fields that mean nothing here: their paths."""
 _JSON = {"Content-Type": "application/json"}
 
 
 @dataclass
 class Counts:
-    """Lines answered in this run: how many in all, and how many of them with an error."""
+    """Lines answered in this run: in all, with an error, and with fields that mean nothing here."""
 
     lines: int = 0
     errors: int = 0
+    ignored: int = 0
 
 
 async def run_batch(
@@ -56,6 +60,7 @@ async def run_batch(
             for answer in batch:
                 counts.lines += 1
                 counts.errors += _has_failed(answer)
+                counts.ignored += IGNORED in (answer["response"] or {})
                 advance(items=1, tokens=_num_tokens(answer))
 
     async with inside_session(llama, config) as session, _raising_one(), asyncio.TaskGroup() as writers:
@@ -106,8 +111,14 @@ async def _answer(session: aiohttp.ClientSession, llama: Llama, source: InputFil
         reason = llama.engine.health()
         if response.status >= 500 and reason is not None:
             raise EngineStoppedError(f"{reason}. Run the same command again to answer the lines that are left")
-        request_id = response.headers["X-Request-Id"]
-        return {**answer, "response": {"status_code": response.status, "request_id": request_id, "body": body}}
+        ignored = response.headers.get(IGNORED_HEADER)
+        found = {
+            "status_code": response.status,
+            "request_id": response.headers["X-Request-Id"],
+            **({IGNORED: ignored} if ignored is not None else {}),
+            "body": body,
+        }
+        return {**answer, "response": found}
 
 
 def _has_failed(answer: Mapping[str, Any]) -> bool:

@@ -149,7 +149,5 @@ MESSAGE: Refusals = {
 }
 TOKENIZE: Refusals = {
     **_all("chat_template", "change the checkpoint's: the server uses no other"),
-    **_all("chat_template_kwargs", harmless=({},)),
-    **_all("tools documents", harmless=([],)),
-    **_all("continue_final_message", harmless=(False,)),
+    **_all("documents", harmless=([],)),
 }

@@ -20,7 +20,7 @@ from jaxllama.text.tools import (
 )
 from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.protocol.base import refuse_unknown
-from jaxllama_serving.protocol.chat import ChatMessage, ChatRequest
+from jaxllama_serving.protocol.chat import ChatRequest
 from jaxllama_serving.protocol.errors import invalid
 from jaxllama_serving.protocol.output_format import Form
 
@@ -66,12 +66,29 @@ class ChatPrompt:
     ignored: tuple[str, ...] = ()
 
 
-def make_prompt(llama: Llama, config: ServerConfig, request: ChatRequest, num_choices: int) -> ChatPrompt:
-    """Returns the prompt of `request` and what holds its answers in form, one constraint a choice.
+@dataclass(frozen=True)
+class RenderedRequest:
+    """A request's messages and tools as the template renders them, and what was found on the way.
+
+    `offered` are the tools that may be called. `effort` is that of reasoning under any of its names. `ignored` are the
+    paths of fields that the model's template does not ask for.
+    """
+
+    prompt_ids: list[int]
+    rendered: RenderedChat
+    template: ChatTemplate
+    offered: tuple[Tool, ...]
+    effort: str | None
+    ignored: tuple[str, ...]
+
+
+def render_request(llama: Llama, config: ServerConfig, request: ChatRequest) -> RenderedRequest:
+    """Returns the prompt of `request`. Compiles no grammar.
 
     Raises: ApiError (400), RequestError, ChatTemplateError.
     """
     template = template_of(llama).variant(with_tools=bool(request.offered_tools))
+    assert llama.tokenizer is not None
     effort = _effort(request, template)
     ignored = _check_kwargs(request, template)
     if config.strict_fields:
@@ -79,23 +96,32 @@ def make_prompt(llama: Llama, config: ServerConfig, request: ChatRequest, num_ch
     shown = _tools(request)
     names = {spec.function.name for spec in request.offered_tools}
     offered = tuple(tool for tool in shown if tool.name in names)
-    content = _content(request.form) if request.form is not None else None
-    tools = None
-    if offered:
-        is_held = _holds_calls(request, offered) or content is not None
-        tools = Tools(offered, tool_format(config, template), request.forces_tools, is_held)
-    tools_source, name = _tools_source(llama, request, tools, content)
     close, variables = _reasoning_variables(request, template, effort)
-    prompt_ids, rendered = render_chat(
-        llama,
-        config,
-        request.messages,
-        tools=shown if tools is not None else (),
+    rendered = template.render(
+        [message.for_template() for message in request.messages],
+        tool_format=tool_format(config, template),
+        tools=shown if offered else (),
         continue_last=request.continues,
         add_generation_prompt=request.add_generation_prompt is not False,
         close_reasoning=close,
         variables=variables,
     )
+    return RenderedRequest(llama.tokenizer.encode_rendered(rendered), rendered, template, offered, effort, ignored)
+
+
+def make_prompt(llama: Llama, config: ServerConfig, request: ChatRequest, num_choices: int) -> ChatPrompt:
+    """Returns the prompt of `request` and what holds its answers in form, one constraint a choice.
+
+    Raises: ApiError (400), RequestError, ChatTemplateError.
+    """
+    found = render_request(llama, config, request)
+    template, rendered, effort = found.template, found.rendered, found.effort
+    content = _content(request.form) if request.form is not None else None
+    tools = None
+    if found.offered:
+        is_held = _holds_calls(request, found.offered) or content is not None
+        tools = Tools(found.offered, tool_format(config, template), request.forces_tools, is_held)
+    tools_source, name = _tools_source(llama, request, tools, content)
     starts, source = rendered.starts_in_reasoning, tools_source or content
     grammar = llama.constraints.compile(source, name, starts) if source is not None else None
     budget = request.thinking_budget
@@ -115,7 +141,7 @@ def make_prompt(llama: Llama, config: ServerConfig, request: ChatRequest, num_ch
             )
             for _ in range(num_choices)
         )
-    return ChatPrompt(prompt_ids, starts, continues, tools, constraints, ignored)
+    return ChatPrompt(found.prompt_ids, starts, continues, tools, constraints, found.ignored)
 
 
 def template_of(llama: Llama) -> ChatTemplate:
@@ -123,20 +149,6 @@ def template_of(llama: Llama) -> ChatTemplate:
     if llama.chat_template is None or llama.tokenizer is None:
         raise invalid("This model has no chat template, so it cannot chat.", "messages")
     return llama.chat_template
-
-
-def render_chat(
-    llama: Llama, config: ServerConfig, messages: Sequence[ChatMessage], **options: Any
-) -> tuple[list[int], RenderedChat]:
-    """Returns the prompt's ids, and the `RenderedChat` they are of. `options` are those of `ChatTemplate.render`.
-
-    Raises: ApiError (400), RequestError, ChatTemplateError.
-    """
-    template = template_of(llama)
-    assert llama.tokenizer is not None
-    written = [message.for_template() for message in messages]
-    rendered = template.render(written, tool_format=tool_format(config, template), **options)
-    return llama.tokenizer.encode_rendered(rendered), rendered
 
 
 def tool_format(config: ServerConfig, template: ChatTemplate) -> ToolFormat:

@@ -12,9 +12,10 @@ from jaxllama_serving.http.context import CONTEXT
 from jaxllama_serving.http.events import to_json
 from jaxllama_serving.http.limits import read_json_body
 from jaxllama_serving.protocol.base import parse, unknown_fields
+from jaxllama_serving.protocol.chat import ChatRequest
 from jaxllama_serving.protocol.strict_json import decode
-from jaxllama_serving.protocol.tokens import DetokenizeRequest, TokenizeRequest
-from jaxllama_serving.requests.chat_prompt import render_chat
+from jaxllama_serving.protocol.tokens import OF_CHATS, DetokenizeRequest, TokenizeRequest
+from jaxllama_serving.requests.chat_prompt import render_request
 from jaxllama_serving.requests.logprobs import token_text
 from jaxllama_serving.requests.prepare import check_ids, check_model
 from jaxllama_serving.service import SERVICE
@@ -66,12 +67,17 @@ async def _respond(
 
 
 def _tokenize(llama: Llama, config: ServerConfig, body: bytes) -> tuple[dict[str, Any], tuple[str, ...]]:
-    request = parse(TokenizeRequest, decode(body), strict_fields=config.strict_fields)
+    data = decode(body)
+    request = parse(TokenizeRequest, data, strict_fields=config.strict_fields)
+    ignored = unknown_fields(request)
     if request.model is not None:
         check_model(request.model, config)
     assert llama.tokenizer is not None  # the server does not start without one
     if request.messages is not None:
-        ids, _ = render_chat(llama, config, request.messages, add_generation_prompt=request.add_generation_prompt)
+        # Checked as a chat's once more, for what is said of several fields together.
+        chat = {"model": config.model_names[0], **{name: data[name] for name in OF_CHATS if name in data}}
+        found = render_request(llama, config, parse(ChatRequest, chat))
+        ids, ignored = found.prompt_ids, ignored + found.ignored
     else:
         text = request.prompt or ""
         ids = llama.tokenizer.encode(text, add_bos=None if request.add_special_tokens else False)
@@ -81,7 +87,7 @@ def _tokenize(llama: Llama, config: ServerConfig, body: bytes) -> tuple[dict[str
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": llama.max_context, "tokens": ids}
     if request.return_token_strs:
         answer["token_strs"] = [token_text(llama.tokenizer.token_bytes(token_id)) for token_id in ids]
-    return answer, unknown_fields(request)
+    return answer, ignored
 
 
 def _detokenize(llama: Llama, config: ServerConfig, body: bytes) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -94,6 +94,24 @@ def test_every_line_gets_what_the_server_answers(tmp_path):
     assert len({answer["response"]["request_id"] for answer in answers.values()}) == len(requests)
 
 
+def test_an_answer_names_the_fields_that_were_ignored(tmp_path):
+    message = {"role": "user", "content": "Hi", "mood": "good"}
+    write(tmp_path / "in.jsonl", [line("known"), line("unknown", foo=1, messages=[message], temperature=0)])
+    assert run(FakeLlama(), tmp_path) == Counts(lines=2, ignored=1)
+    answers = {answer["custom_id"]: answer["response"] for answer in read(tmp_path / "out.jsonl")}
+    assert "ignored" not in answers["known"]
+    assert answers["unknown"]["status_code"] == 200
+    assert answers["unknown"]["ignored"] == "foo, messages[0].mood"
+
+
+def test_strict_fields_refuse_them(tmp_path):
+    write(tmp_path / "in.jsonl", [line("unknown", foo=1)])
+    config = ServerConfig(("default",), strict_fields=True)
+    assert run(FakeLlama(), tmp_path, config=config) == Counts(lines=1, errors=1)
+    (answer,) = read(tmp_path / "out.jsonl")
+    assert answer["response"]["body"]["error"]["param"] == "foo"
+
+
 BAD_LINES: list[tuple[Any, str]] = [
     (b"{", "not valid JSON"),
     (b"\xff\xfe", "not UTF-8"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 from unit.serving.fakes import BOS, EOS, FakeLlama
 from unit.serving.live import run, serving
+
+from jaxllama import ChatTemplate
 
 
 def post(path, status=200, **fields):
@@ -51,6 +54,50 @@ def test_a_client_without_the_tokenizer_s_files_asks_for_names_and_ids():
     assert post("/tokenize", prompt="<eos>")["tokens"] == [BOS] + [5] * 5
 
 
+USER = {"role": "user", "content": "Hi"}
+TOOL = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}}
+CHATS = {
+    "a message": {"messages": [USER]},
+    "tools": {"messages": [USER], "tools": [TOOL]},
+    "tools that are hidden": {"messages": [USER], "tools": [TOOL], "tool_choice": "none"},
+    "a continued answer": {
+        "messages": [USER, {"role": "assistant", "content": "He"}],
+        "continue_final_message": True,
+    },
+    "no turn of the assistant": {"messages": [USER], "add_generation_prompt": False},
+    "a variable of the template": {"messages": [USER], "chat_template_kwargs": {"tone": "in a very dry tone"}},
+}
+
+
+def test_what_forms_a_chats_prompt_forms_its_ids():
+    async def test():
+        llama = FakeLlama()
+        llama.chat_template = ChatTemplate("{{ tone }}" + tiny.CHAT_TEMPLATE, spellings=())
+        counts = {}
+        async with serving(llama) as live:
+            for name, fields in CHATS.items():
+                status, ids, _ = await live.post(path="/tokenize", json=fields)
+                assert status == 200, ids
+                status, answer, _ = await live.post({**fields, "max_tokens": 1})
+                assert status == 200, answer
+                assert ids["count"] == len(ids["tokens"]) == answer["usage"]["prompt_tokens"]
+                counts[name] = ids["count"]
+        assert len(set(counts.values())) == len(counts) - 1
+        assert counts["tools that are hidden"] == counts["a message"]
+
+    run(test())
+
+
+def test_a_variable_that_the_template_does_not_ask_for_is_named():
+    async def test():
+        fields = {"messages": [USER], "chat_template_kwargs": {"tone": "dry"}}
+        async with serving(FakeLlama()) as live:
+            status, _, headers = await live.post(path="/tokenize", json=fields)
+            assert (status, headers["X-Jaxllama-Ignored"]) == (200, "chat_template_kwargs.tone")
+
+    run(test())
+
+
 BAD = [
     ("/tokenize", {}, "prompt"),
     ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
@@ -58,7 +105,14 @@ BAD = [
     ("/tokenize", {"messages": []}, "messages"),
     ("/tokenize", {"messages": [{"role": "user"}]}, "messages[0].content"),
     ("/tokenize", {"prompt": "a", "chat_template": "b"}, "chat_template"),
-    ("/tokenize", {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "tools"),
+    ("/tokenize", {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "tools[0].type"),
+    ("/tokenize", {"prompt": "a", "tools": [TOOL]}, "tools"),
+    ("/tokenize", {"prompt": "a", "chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs"),
+    ("/tokenize", {"messages": [USER], "tools": [TOOL, TOOL]}, "tools"),
+    ("/tokenize", {"messages": [USER], "tool_choice": "required"}, "tool_choice"),
+    ("/tokenize", {"messages": [USER], "continue_final_message": True}, "continue_final_message"),
+    ("/tokenize", {"messages": [USER], "chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs.messages"),
+    ("/tokenize", {"messages": [USER], "documents": [{"text": "a"}]}, "documents"),
     ("/detokenize", {}, "tokens"),
     ("/detokenize", {"tokens": [1000]}, "tokens"),
     ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
