@@ -119,6 +119,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where compiled programs are kept, or 'off' (default: ~/.cache/jaxllama/xla, or JAX's own setting)",
     )
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     sampling = parser.add_argument_group("sampling")
     for name, control in CONTROLS.items():
         if control.flag:
@@ -145,7 +146,8 @@ def _generate(args: argparse.Namespace) -> int:
     if not prompt:
         raise RequestError("the prompt is empty", "prompt")
     options = jaxllama.EngineOptions(max_rows=1, kv_dtype=args.kv_dtype, compilation_cache=args.compilation_cache)
-    with jaxllama.load(args.checkpoint, dtype=args.dtype, quantize=args.quantize, options=options) as llama:
+    how = {"dtype": args.dtype, "quantize": args.quantize, "progress": False if args.quiet else None}
+    with jaxllama.load(args.checkpoint, **how, options=options) as llama:
         if args.json:
             print(json.dumps(dataclasses.asdict(llama.generate(prompt, params)), ensure_ascii=False, indent=2))
             return 0

@@ -87,6 +87,7 @@ def load(
     options: EngineOptions | None = None,
     group: Group | None = None,
     max_in_flight_bytes: int = MAX_IN_FLIGHT_BYTES,
+    progress: bool | None = None,
 ) -> Llama:
     """Loads a model onto `mesh`, as `dtype` (None: as stored).
 
@@ -97,7 +98,8 @@ def load(
     which those of an int8 checkpoint are anyway. Norms and all computation have `dtype`.
 
     `group` is that of many processes (`jaxllama.hosts.group.join`), each of which calls this alike and reads its own
-    shards. Process 0 then uses the model, and the others call `llama.engine.follow()`.
+    shards. Process 0 then uses the model, and the others call `llama.engine.follow()`. `progress` None shows what takes
+    longer than two seconds (a bar on a terminal and in a notebook, lines for more than a gigabyte elsewhere).
 
     Raises: CheckpointError, ConversionError, TokenizerError, ChatTemplateError or ConfigError, saying what is wrong
         with which file; PlaceError saying where it was looked for; StoreError when a store fails; OSError for a
@@ -114,7 +116,8 @@ def load(
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ConfigError(f"dtype must be bfloat16 or float32, got {dtype}")
     tokenizer, chat_template = load_text(checkpoint)
-    params = load_params(checkpoint, mesh, dtype, quantize, max_in_flight_bytes=max_in_flight_bytes)
+    how: dict[str, Any] = {"max_in_flight_bytes": max_in_flight_bytes, "progress": progress}
+    params = load_params(checkpoint, mesh, dtype, quantize, **how)
     return Llama(
         config,
         params,

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="round the matrices, with a scale an output channel; those of SRC that are such int8 stay (default: no)",
     )
     parser.add_argument("--force", action="store_true", help="replace DST if it is a jaxllama checkpoint")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     parser.add_argument("--verify", action="store_true", help="read everything back and compare its sha256")
 
 
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from jaxllama_convert.write import convert
 
     try:
-        with show_bytes("convert") as progress:
+        with show_bytes("convert", show=False if args.quiet else None) as progress:
             report = convert(
                 args.src,
                 args.dst,

@@ -124,7 +124,7 @@ def convert(
     finally:
         source.close()
     if verify:
-        _verify(destination)
+        _verify(destination, progress)
     return ConversionReport(
         destination,
         dtype,
@@ -138,9 +138,10 @@ def convert(
     )
 
 
-def _verify(path: Path) -> None:
+def _verify(path: Path, progress: Progress | None) -> None:
+    checkpoint = Checkpoint.open(path)
     try:
-        Checkpoint.open(path).verify()
+        checkpoint.verify(*([progress] if progress else []))
     except CheckpointError as error:
         raise OutputError(f"the checkpoint reads back wrong: {error}") from None
 

@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compare the meshes of --topology, or without it of every slice, and recommend one",
     )
+    answer.add_argument("--quiet", action="store_true", help="do not say on stderr what is being compiled")
     answer.add_argument("--json", action="store_true", help="print it as JSON")
     answer.add_argument("--plot", metavar="FILE", type=Path, help="draw HBM and latency, e.g. out.png")
     answer.add_argument(
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         raise PlanError("--data and --search exclude each other: a search tries every split")
     if args.plot is not None:
         check_plotting()
+    progress = (lambda line: None) if args.quiet else _progress
     price = _prices(args.dollars_per_chip_hour)
     prompt = max(1, args.context // 2) if args.prompt is None else args.prompt
     setup = Setup(
@@ -84,10 +86,10 @@ def run(args: argparse.Namespace) -> int:
         prompt_tokens=prompt,
     )
     if args.search:
-        plans = search(candidates(setup, everywhere=args.topology is None), dollars=price, progress=_progress)
+        plans = search(candidates(setup, everywhere=args.topology is None), dollars=price, progress=progress)
     else:
         dollars = price(setup.topology.generation.name)
-        plans = [plan(setup, dollars_per_chip_hour=dollars, progress=_progress)]
+        plans = [plan(setup, dollars_per_chip_hour=dollars, progress=progress)]
     print(_answer(plans, as_search=args.search, in_json=args.json), end="")
     if args.plot is not None:
         save_plot(plans[0], args.plot)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -56,10 +56,11 @@ def show_progress(name: str, total: int, *, show: bool | None = None, done: int 
 
 
 @contextmanager
-def show_bytes(name: str, *, show: bool | None = None) -> Iterator[OnBytes]:
+def show_bytes(name: str, *, show: bool | None = None, after_s: float = 0.0) -> Iterator[OnBytes]:
     """As `show_progress`, of bytes, whose number is known at the first call.
 
-    `show` None shows a line every tenth where there is no terminal, if there is more than a gigabyte.
+    `show` None shows a line every tenth where there is no terminal, if there is more than a gigabyte. What is done
+    within `after_s` shows no bar.
     """
     console = None if show is False else _watched_console()
     if console is None:
@@ -69,11 +70,17 @@ def show_bytes(name: str, *, show: bool | None = None) -> Iterator[OnBytes]:
 
     bar = _make_bar(console, DownloadColumn(), TransferSpeedColumn(), TextColumn("{task.fields[at_work]}"))
     task = bar.add_task(name, total=None, at_work="checking")
-    with _shown(bar, console) as redraw:
+    shows_from = time.monotonic() + after_s
+    with ExitStack() as stack:
+        redraw = None if after_s else stack.enter_context(_shown(bar, console))
 
         def on_bytes(done: int, total: int, at_work: str) -> None:
+            nonlocal redraw
             bar.update(task, completed=done, total=total, at_work=at_work)
-            redraw()
+            if redraw is None and time.monotonic() >= shows_from:
+                redraw = stack.enter_context(_shown(bar, console))
+            if redraw is not None:
+                redraw()
 
         yield on_bytes
 

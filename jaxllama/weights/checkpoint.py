@@ -40,6 +40,7 @@ from jaxllama.model.params import (
     param_specs,
     stored_specs,
 )
+from jaxllama.system.progress import OnBytes
 from jaxllama.system.strict_json import parse_object
 from jaxllama.weights.array_files import chunk_of_shards, chunk_shape, chunks, zarr_metadata
 from jaxllama.weights.places import Place, PlaceLike, is_remote, open_place
@@ -172,8 +173,10 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: has no {MANIFEST} any more")
         return data
 
-    def verify(self) -> None:
+    def verify(self, on_bytes: OnBytes = lambda done, total, at_work: None) -> None:
         """Hashes every file and compares it with the manifest. Of a source that is not converted there is no hash.
+
+        `on_bytes` is told how far it is.
 
         Raises: CheckpointError listing every file that is missing, changed or not in the manifest.
         """
@@ -182,8 +185,11 @@ class Checkpoint:
         place, problems = self.place, list(_size_problems(self.place, self.manifest))
         damaged = {problem.split(":", 1)[0] for problem in problems}
         names = [name for name in self.manifest.files if name not in damaged]
+        done, total = 0, sum(self.manifest.files[name].size for name in names)
         with contextlib.closing(place), ThreadPoolExecutor(place.num_readers) as pool:
             for name, got in zip(names, pool.map(lambda name: _hash_at(place, name), names), strict=True):
+                done += self.manifest.files[name].size
+                on_bytes(done, total, f"verifying {name}")
                 expected = self.manifest.files[name].sha256
                 if got != expected:
                     problems.append(f"{name}: sha256 is {got[:12]}…, expected {expected[:12]}…")

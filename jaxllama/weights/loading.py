@@ -33,6 +33,7 @@ from jaxllama.model.params import (
     stored_specs,
 )
 from jaxllama.model.platforms.describe import describe_platform
+from jaxllama.system.progress import OnBytes, show_bytes
 from jaxllama.weights.checkpoint import Checkpoint
 from jaxllama.weights.forms import fit, pack
 from jaxllama.weights.reading import Reader
@@ -41,6 +42,8 @@ MAX_IN_FLIGHT_BYTES = 2 * 2**30
 """What a load holds in the host's memory at most, beside the weights of CPU devices."""
 
 _BLOCK_BYTES = 8 * 2**20
+# What takes longer shows a bar.
+_PATIENCE_S = 2.0
 # A matrix to be packed for a CPU is there twice for a while: few at a time.
 _MAX_UNPACKED_BYTES = 64 * 2**20
 # Devices take a host's memory as it is only from such addresses.
@@ -54,11 +57,13 @@ def load_params(
     quantize: str | None = None,
     *,
     max_in_flight_bytes: int = MAX_IN_FLIGHT_BYTES,
+    progress: bool | None = None,
 ) -> Params:
     """The weights, sharded by the rules, in `dtype` and in the form that suits the devices.
 
     Matrices are int8 if they are stored so or `quantize` is "int8". Rounded is what is stored, whatever `dtype`: the
-    bits of `convert` with the same option. Each process reads what its devices need.
+    bits of `convert` with the same option. Each process reads what its devices need. `progress` as in
+    `system.progress.show_bytes`.
 
     Raises: CheckpointError, ConversionError or StoreError saying what is wrong with which file, or when a matrix to be
     rounded has NaN or infinity; ConfigError.
@@ -70,7 +75,9 @@ def load_params(
     quantize = quantize or checkpoint.manifest.quantize
     platform = describe_platform(checkpoint.config, mesh, dtype=dtype)
     shardings = param_shardings(checkpoint.config, mesh, quantize)
-    params = _read(checkpoint, dtype, shardings, quantize, max_in_flight_bytes, packs=platform.packs_weights)
+    with show_bytes("load", show=progress, after_s=_PATIENCE_S) as on_bytes:
+        options: dict[str, Any] = {"packs": platform.packs_weights, "on_bytes": on_bytes}
+        params = _read(checkpoint, dtype, shardings, quantize, max_in_flight_bytes, **options)
     return fit(params, platform)
 
 
@@ -96,6 +103,7 @@ def _read(
     *,
     only: Collection[ParamSpec] | None = None,
     packs: bool = False,
+    on_bytes: OnBytes = lambda done, total, at_work: None,
 ) -> Params:
     reader = checkpoint.reader
     specs = [spec for spec in param_specs(checkpoint.config) if only is None or spec in only]
@@ -106,14 +114,24 @@ def _read(
     with contextlib.closing(reader), readers as pool, _cancelling(pool):
         reader.prepare([part for spec in specs for part in stored_specs(spec, reader.quantize)], pool)
         loader = _Loader(reader, pool, dtype, max_in_flight_bytes)
+        sizes = {spec.name: _stored_bytes(spec, reader) for spec in specs}
+        done, total = 0, sum(sizes.values())
         for spec, weight in loader.load(vectors, shardings, quantize):
             leaves[spec.path] = weight
+            done += sizes[spec.name]
         # What is packed is there twice for a moment: the largest, which are outside the layers, while there is room.
         matrices.sort(key=lambda spec: (spec.path[0] == "layers", reader.order(spec)))
         for spec, weight in loader.load(matrices, shardings, quantize):
             leaves[spec.path] = pack({"weight": weight, "layers": []})["weight"] if packs else weight
             del weight
+            done += sizes[spec.name]
+            on_bytes(done, total, spec.name)
     return build_params(checkpoint.config, lambda spec: leaves.pop(spec.path, ...))
+
+
+def _stored_bytes(spec: ParamSpec, reader: Reader) -> int:
+    parts = stored_specs(spec, reader.quantize)
+    return sum(math.prod(part.shape) * np.dtype(part.dtype or reader.dtype(part)).itemsize for part in parts)
 
 
 @contextlib.contextmanager

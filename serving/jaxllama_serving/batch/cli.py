@@ -41,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help=MODEL_HELP,
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add_model(parser.add_argument_group("model and engine"))
     add_behaviour(parser.add_argument_group("API behaviour"))
 

@@ -68,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
         raise MissingExtraError("serve", error.name or "aiohttp") from None
     if "://" in args.where and not args.where.startswith(("gs://", "s3://")):
         return asyncio.run(_chat_with_server(args))
-    args.checkpoint = Path(args.where)
+    args.checkpoint = args.where
     with load_model(args, max_queue=16) as llama:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not args.quiet:
             print("compiling …", file=sys.stderr, end="\r", flush=True)
         llama.engine.warm_up()
         return asyncio.run(_chat_with_checkpoint(args, llama))

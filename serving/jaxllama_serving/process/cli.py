@@ -107,6 +107,7 @@ def add_model(group: argparse._ArgumentGroup) -> None:
         metavar="DIR",
         help="where compiled programs are kept, or 'off' (default: ~/.cache/jaxllama/xla, or JAX's own setting)",
     )
+    group.add_argument("--quiet", action="store_true", help="do not show how far loading and compiling are")
 
 
 def add_behaviour(group: argparse._ArgumentGroup) -> None:
@@ -279,6 +280,7 @@ def load_model(args: argparse.Namespace, *, max_queue: int, group: Group | None 
     )
     how = {"data": args.data, "dtype": args.dtype, "quantize": args.quantize}
     how["max_in_flight_bytes"] = int(args.max_in_flight * 2**30)
+    how["progress"] = False if args.quiet else None
     return jaxllama.load(args.checkpoint, **how, options=options, group=group)
 
 
@@ -298,12 +300,20 @@ def _load(args: argparse.Namespace, found: Hosts | None) -> Llama:
     try:
         llama = load_model(args, max_queue=args.max_queue, group=group)
         if group is None or group.is_leader:
-            llama.engine.warm_up(lambda done, total, name: print(f"Compiling {done}/{total}: {name}", flush=True))
+            llama.engine.warm_up(_say_nothing if args.quiet else _say_what_compiles)
     except Exception as error:
         if group is not None:
             group.leave(error)
         raise
     return llama
+
+
+def _say_what_compiles(done: int, total: int, names: str) -> None:
+    print(f"Compiling {done}/{total}: {names}", flush=True)
+
+
+def _say_nothing(done: int, total: int, names: str) -> None:
+    pass
 
 
 def _settings(args: argparse.Namespace) -> dict[str, object]:
