@@ -1,4 +1,4 @@
-"""The files of serving/deploy, and every `jaxllama` command that they and the READMEs hold."""
+"""The files of serving/deploy, and every `jaxllama` command that they, the READMEs and the documentation hold."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import documentation
 import yaml
 
 from jaxllama.__main__ import _parser
@@ -20,7 +21,8 @@ DEPLOY = ROOT / "serving" / "deploy"
 DOCKERFILE = DEPLOY / "Dockerfile"
 UNIT = DEPLOY / "jaxllama.service"
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
-READMES = (ROOT / "README.md", ROOT / "serving" / "README.md", ROOT / "convert" / "README.md")
+DOCUMENTS = tuple(ROOT / page for page in documentation.PAGES if page.startswith("docs/"))
+READMES = (ROOT / "README.md", ROOT / "serving" / "README.md", ROOT / "convert" / "README.md", *DOCUMENTS)
 
 _FENCE = re.compile(r"^```\w*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
