@@ -18,6 +18,7 @@ from jaxllama.model.platforms.startup import prepare_jax
 from jaxllama.plan import cli as plan_cli
 from jaxllama.system import doctor
 from jaxllama.system.explain import page_of, with_page
+from jaxllama.system.flags import add_max_in_flight
 from jaxllama.weights.places import MODEL_HELP
 
 
@@ -113,6 +114,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the completion as JSON")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="compute dtype (default: the checkpoint's)")
     parser.add_argument("--quantize", choices=("int8",), help="round the weights on loading (default: as stored)")
+    add_max_in_flight(parser)
     parser.add_argument("--kv-dtype", choices=("int8",), help="of the KV cache (default: the compute dtype)")
     parser.add_argument(
         "--compilation-cache",
@@ -146,7 +148,8 @@ def _generate(args: argparse.Namespace) -> int:
     if not prompt:
         raise RequestError("the prompt is empty", "prompt")
     options = jaxllama.EngineOptions(max_rows=1, kv_dtype=args.kv_dtype, compilation_cache=args.compilation_cache)
-    how = {"dtype": args.dtype, "quantize": args.quantize, "progress": False if args.quiet else None}
+    how = {"dtype": args.dtype, "quantize": args.quantize, "max_in_flight_bytes": args.max_in_flight_bytes}
+    how["progress"] = False if args.quiet else None
     with jaxllama.load(args.checkpoint, **how, options=options) as llama:
         if args.json:
             print(json.dumps(dataclasses.asdict(llama.generate(prompt, params)), ensure_ascii=False, indent=2))

@@ -25,7 +25,9 @@ from jaxllama.model.int8 import quantize_rows
 from jaxllama.model.mesh import param_shardings
 from jaxllama.model.params import Params, QuantizedWeight, build_params, get_param, param_specs, stored_specs
 from jaxllama.model.platforms.describe import describe_platform
-from jaxllama.weights.checkpoint import MANIFEST, Manifest, ParamsWriter, hash_file
+from jaxllama.weights.arrays.files import hash_file
+from jaxllama.weights.arrays.writer import ParamsWriter
+from jaxllama.weights.checkpoint import MANIFEST, Manifest
 from jaxllama.weights.forms import fit, unpack
 
 type Weights = Mapping[str, np.ndarray]

@@ -7,6 +7,7 @@ import sys
 
 from jaxllama.errors import JaxLlamaError, StoreError, one_line
 from jaxllama.system.explain import with_page
+from jaxllama.system.flags import add_max_in_flight
 from jaxllama.system.progress import show_bytes
 from jaxllama.weights.places import PLACE_HELP
 
@@ -23,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder of safetensors with config.json, quantised or not, or a GGUF file (any part of it): "
         f"{PLACE_HELP}",
     )
-    parser.add_argument("dst", metavar="DST", help="the checkpoint folder to make")
+    parser.add_argument(
+        "dst", metavar="DST", help="the checkpoint to make: a folder, gs://bucket/path or s3://bucket/path"
+    )
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
@@ -36,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace DST if it is a jaxllama checkpoint")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    parser.add_argument("--verify", action="store_true", help="read everything back and compare its sha256")
+    add_max_in_flight(parser)
+    parser.add_argument("--verify", action="store_true", help="read everything back and compare its hashes")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
                 quantize=args.quantize,
                 force=args.force,
                 verify=args.verify,
+                max_in_flight_bytes=args.max_in_flight_bytes,
                 progress=progress,
             )
     except KeyboardInterrupt:

@@ -21,9 +21,15 @@ from typing import Any
 
 from jaxllama.errors import ConversionError
 from jaxllama.system.staging import is_ours, locked_folder, put_in_place
-from jaxllama.weights.checkpoint import FORMAT, MANIFEST, FileRecord
+from jaxllama.weights.arrays.files import FileRecord
+from jaxllama.weights.checkpoint import FORMAT, MANIFEST, write_manifest
+from jaxllama.weights.places.upload import Upload
 
 _PARTIAL_FORMAT = "jaxllama-partial"
+# Files that wait for the disk at a time.
+_NUM_WRITERS = 4
+# Metadata and rounding of the file system, beyond the tensors.
+_SPARE_DISK_BYTES = 16 * 2**20
 
 
 class OutputError(ConversionError):
@@ -41,6 +47,9 @@ class Staging:
         self.root = root
         self.destination = destination
         self.checkpoint = root / "checkpoint"
+        self.where: Path | Upload = self.checkpoint
+        self.texts = self.checkpoint
+        self.num_writers = _NUM_WRITERS
         self._old = root / "old"
         self._journal = root / "journal.jsonl"
         self._marker = root / "partial.json"
@@ -57,13 +66,32 @@ class Staging:
         (self.checkpoint / MANIFEST).unlink(missing_ok=True)
         return self._read_journal()
 
+    def check_space(self, num_bytes: int) -> None:
+        """Raises: OutputError when the disk has not that much."""
+        free = shutil.disk_usage(self.root).free
+        if free < num_bytes + _SPARE_DISK_BYTES:
+            raise OutputError(
+                f"{self.root.parent}: {num_bytes + _SPARE_DISK_BYTES:,} bytes are needed, {free:,} are free. "
+                "Free some and run the same command again"
+            )
+
     def record(self, name: str, files: Mapping[str, FileRecord]) -> None:
         """Notes that a tensor's files are on disk."""
         line = json.dumps({"name": name, "files": {key: asdict(value) for key, value in files.items()}})
-        with self._journal.open("a") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self._journal.open("a") as file:
+                file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            error.filename = error.filename or str(self._journal)
+            raise
+
+    def write_manifest(
+        self, dtype: str, quantize: str | None, source: Mapping[str, Any], files: Mapping[str, FileRecord]
+    ) -> None:
+        """Completes the checkpoint, which `finish` puts in its place."""
+        write_manifest(self.checkpoint, dtype, quantize, source, files)
 
     def holds_work(self) -> bool:
         """Whether the folder has anything that the next run would miss."""

@@ -1,38 +1,35 @@
-"""The conversion itself: check everything, then stream the tensors one by one."""
+"""The conversion itself: check everything, then stream the tensors."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import math
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from jaxllama.errors import CheckpointError, ConversionError, quote
 from jaxllama.model.config import LlamaConfig
-from jaxllama.model.params import QUANTIZATIONS, ParamSpec, QuantizedWeight, num_params
+from jaxllama.model.params import QUANTIZATIONS, num_params
 from jaxllama.system.staging import check_apart, resolve_destination
+from jaxllama.weights.arrays.files import FileRecord
+from jaxllama.weights.arrays.writer import ParamsWriter
 from jaxllama.weights.checkpoint import (
     DTYPES,
     Checkpoint,
-    FileRecord,
-    ParamsWriter,
     read_configs,
     versions,
-    write_manifest,
 )
 from jaxllama.weights.places import LocalPlace, PlaceLike, open_place
 from jaxllama.weights.sources.detect import open_source
 from jaxllama.weights.sources.names import match_tensors
 from jaxllama.weights.sources.quantized.interface import Int8Tensor
-from jaxllama.weights.sources.source import FLOATS, Source, SourceTensor
-from jaxllama.weights.sources.stored import Pairs, Storage, default_dtype, read_rounded, read_stored
+from jaxllama.weights.sources.source import FLOATS, Source
+from jaxllama.weights.sources.stored import Pairs, Storage, default_dtype
+from jaxllama_convert.bucket_staging import BucketStaging, open_bucket_staging
+from jaxllama_convert.copying import Copier
 from jaxllama_convert.memory import peak_ram_bytes
 from jaxllama_convert.staging import OutputError, Staging, open_staging
 from jaxllama_convert.text_checks import check_chat_template, check_tokenizer
@@ -40,23 +37,21 @@ from jaxllama_convert.text_checks import check_chat_template, check_tokenizer
 type Progress = Callable[[int, int, str], None]
 """Called with bytes written, bytes in all, and the tensor's name."""
 
-type Weight = np.ndarray | QuantizedWeight
-
-# Elements converted at a time: what is in memory beyond the tensors themselves is a few times 16 MB.
-_SLICE_ELEMENTS = 4 * 2**20
-_COPY_COMMANDS = {"gs://": "gcloud storage cp -r", "s3://": "aws s3 cp --recursive"}
-# Metadata and rounding of the file system, beyond the tensors.
-_SPARE_DISK_BYTES = 16 * 2**20
+MAX_IN_FLIGHT_BYTES = 2 * 2**30
+"""What a conversion holds of weights at most, as `jaxllama.load`."""
+MIN_IN_FLIGHT_BYTES = 8 * 2**20
+_LOCAL_IN_FLIGHT_BYTES = 48 * 2**20
 
 
 @dataclass(frozen=True)
 class ConversionReport:
     """What a conversion did.
 
-    `num_bytes` counts the tensors as written, `num_resumed` those that a former run had written.
+    `num_bytes` counts the tensors as written, `num_resumed` those that a former run had written. `path` is an address
+    if it is in a bucket.
     """
 
-    path: Path
+    path: Path | str
     dtype: str
     quantize: str | None
     num_params: int
@@ -75,34 +70,37 @@ def convert(
     quantize: str | None = None,
     force: bool = False,
     verify: bool = False,
+    max_in_flight_bytes: int = MAX_IN_FLIGHT_BYTES,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Converts a folder of safetensors or a GGUF file to a checkpoint that `jaxllama.load` reads.
 
     `src` is a path, `org/name[@revision][:file.gguf]` on the hub, or in a bucket (`gs://…`, `s3://…`).
     `dtype` None keeps float32 if every matrix of the source is float32 and means bfloat16 otherwise. `quantize` "int8"
-    rounds the matrices, once they have that dtype, as `jaxllama.load` with `quantize` does: the same bits. At most two
-    tensors are in memory. Nothing appears at `dst` before it is complete; a killed conversion resumes when it is
-    started again. `force` replaces an existing checkpoint, which stays until the new one is complete. `verify` hashes
-    the files again afterwards.
+    rounds the matrices, once they have that dtype, as `jaxllama.load` with `quantize` does: the same bits.
 
-    Raises: ConversionError or ConfigError for the source or the destination, PlaceError for a source that is not there
-        or may not be read; OutputError when writing fails, StoreError when reading does.
+    `dst` is a folder of this machine or of a bucket. It is no checkpoint before it is complete; a killed conversion
+    resumes when it is started again. `force` replaces an existing checkpoint: in a folder that one stays until the new
+    one is complete, in a bucket, which has no rename, it goes first. `verify` hashes the files again afterwards. At
+    most `max_in_flight_bytes` of weights are in memory, or one piece of a tensor if that is larger.
+
+    Raises: ConversionError or ConfigError for the source or the destination, PlaceError for a place that is not there
+        or may not be used; OutputError when writing to a disk fails, StoreError when a store does.
     """
     started = time.monotonic()
     if dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"dtype {quote(dtype)} is not supported, expected one of {', '.join(DTYPES)}")
     if quantize not in (None, *QUANTIZATIONS):
         raise ConversionError(f"quantize {quote(quantize)} is not supported, expected 'int8' or None")
-    if (url := os.fspath(dst)).startswith(tuple(_COPY_COMMANDS)):
-        command = next(command for scheme, command in _COPY_COMMANDS.items() if url.startswith(scheme))
+    if max_in_flight_bytes < MIN_IN_FLIGHT_BYTES:
         raise ConversionError(
-            f"{url}: conversions write to folders of this machine. Convert to one, then: {command} FOLDER {url}. "
-            "Or serve the source as it is, which needs no conversion"
+            f"max_in_flight_bytes must be at least {MIN_IN_FLIGHT_BYTES:,}, got {max_in_flight_bytes:,}"
         )
+    is_bucket = "://" in os.fspath(dst)
+    destination: Path | str = os.fspath(dst) if is_bucket else resolve_destination(dst, ConversionError)
     try:
-        destination, place = resolve_destination(dst, ConversionError), open_place(src)
-        if isinstance(place, LocalPlace):
+        place = open_place(src)
+        if isinstance(place, LocalPlace) and isinstance(destination, Path):
             check_apart(Path(place / place.file if place.file else place.where), destination, ConversionError)
         source = open_source(place)
     except OSError as error:
@@ -113,8 +111,16 @@ def convert(
         config = LlamaConfig.from_hf(source.config)
         pairs = match_tensors(config, source.tensors, source.name)
         dtype = dtype or default_dtype(pairs)
-        with open_staging(destination, force=force) as staging:
-            job = _Job(source, config, pairs, Storage(dtype, quantize), staging, progress)
+        with contextlib.ExitStack() as stack:
+            staging: Staging | BucketStaging
+            if isinstance(destination, Path):
+                staging = stack.enter_context(open_staging(destination, force=force))
+            else:
+                staging = stack.enter_context(open_bucket_staging(destination, place, force=force))
+            if not is_bucket and isinstance(place, LocalPlace):
+                # No latency to hide: more only takes memory.
+                max_in_flight_bytes = min(max_in_flight_bytes, _LOCAL_IN_FLIGHT_BYTES)
+            job = _Job(source, config, pairs, Storage(dtype, quantize), staging, progress, max_in_flight_bytes)
             warnings = job.run()
     except OSError as error:
         raise OutputError(
@@ -138,7 +144,7 @@ def convert(
     )
 
 
-def _verify(path: Path, progress: Progress | None) -> None:
+def _verify(path: Path | str, progress: Progress | None) -> None:
     checkpoint = Checkpoint.open(path)
     try:
         checkpoint.verify(*([progress] if progress else []))
@@ -153,8 +159,9 @@ class _Job:
         config: LlamaConfig,
         pairs: Pairs,
         storage: Storage,
-        staging: Staging,
+        staging: Staging | BucketStaging,
         progress: Progress | None,
+        max_in_flight_bytes: int,
     ) -> None:
         self.source = source
         self.config = config
@@ -162,22 +169,23 @@ class _Job:
         self.storage = storage
         self.staging = staging
         self.progress = progress or (lambda done, total, name: None)
+        self.max_in_flight_bytes = max_in_flight_bytes
         self.num_resumed = 0
 
     def run(self) -> tuple[str, ...]:
         """Writes everything and puts it in place. Returns the warnings."""
         warnings = [*self.source.warnings, *_precision_warnings(self.pairs, self.storage)]
         done = self.staging.begin(self._identity())
-        folder = self.staging.checkpoint
+        folder = self.staging.texts
         for name, data in self.source.sidecars.items():
             (folder / name).write_bytes(data)
         read_configs(folder)
         check_tokenizer(folder, self.config.vocab_size, self.source.name)
         warnings += check_chat_template(folder)
-        writer = ParamsWriter(folder, self.config, self.storage.dtype, self.storage.quantize)
+        writer = ParamsWriter(self.staging.where, self.config, self.storage.dtype, self.storage.quantize)
         files = self._write_tensors(writer, done)
-        source_hashes = {file.name: FileRecord(file.size, file.sha256()) for file in self.source.files}
-        self._commit(writer)
+        source_hashes = {file.name: FileRecord(file.size, file.hash()) for file in self.source.files}
+        files |= self._commit(writer)
         self._write_manifest(files, source_hashes)
         self.staging.finish()
         return tuple(warnings)
@@ -195,21 +203,28 @@ class _Job:
         self.num_resumed = len(self.pairs) - len(todo)
         total = self.storage.num_bytes(self.pairs)
         written = total - self.storage.num_bytes(todo)
-        _check_space(self.staging.root, total - written)
-        for pair, weight in _read_ahead(todo, self.storage):
+        self.staging.check_space(total - written)
+        self.progress(written, total, "")
+        copier = Copier(
+            writer,
+            self.storage,
+            num_readers=max((file.place.num_readers for file in self.source.files), default=1),
+            num_writers=self.staging.num_writers,
+            max_in_flight_bytes=self.max_in_flight_bytes,
+        )
+        for pair, records in copier.copy(todo):
             self.progress(written, total, pair[0].name)
-            records = writer.write(pair[0], weight)
             self.staging.record(pair[0].name, records)
             files.update(records)
             written += self.storage.num_bytes([pair])
         self.progress(total, total, "")
         return files
 
-    def _commit(self, writer: ParamsWriter) -> None:
+    def _commit(self, writer: ParamsWriter) -> dict[str, FileRecord]:
         try:
-            writer.commit()
+            return writer.commit()
         except (ValueError, RuntimeError) as error:
-            raise OutputError(f"{self.staging.checkpoint}: Orbax cannot write its metadata ({error})") from error
+            raise OutputError(f"{self.staging.texts}: Orbax cannot write its metadata ({error})") from error
 
     def _write_manifest(self, files: dict[str, FileRecord], source_hashes: Mapping[str, FileRecord]) -> None:
         source = {
@@ -217,45 +232,12 @@ class _Job:
             "name": self.source.name,
             "files": {name: asdict(record) for name, record in source_hashes.items()},
         }
-        write_manifest(self.staging.checkpoint, self.storage.dtype, self.storage.quantize, source, files)
+        self.staging.write_manifest(self.storage.dtype, self.storage.quantize, source, files)
 
     def _identity(self) -> dict[str, object]:
         files = [[file.name, file.size, file.tag] for file in self.source.files]
         sidecars = {name: hashlib.sha256(data).hexdigest() for name, data in self.source.sidecars.items()}
         return {**asdict(self.storage), "files": files, "sidecars": sidecars, "versions": versions()}
-
-
-def _read_ahead(pairs: Pairs, storage: Storage) -> Iterator[tuple[tuple[ParamSpec, SourceTensor], Weight]]:
-    """Every tensor in turn, the next one being read while the caller writes: two in memory, never three."""
-    with ThreadPoolExecutor(1) as reader:
-        future = reader.submit(_read_tensor, *pairs[0], storage) if pairs else None
-        for index, pair in enumerate(pairs):
-            assert future is not None
-            weight = future.result()
-            future = reader.submit(_read_tensor, *pairs[index + 1], storage) if index + 1 < len(pairs) else None
-            yield pair, weight
-            del weight
-
-
-def _read_tensor(spec: ParamSpec, tensor: SourceTensor, storage: Storage) -> Weight:
-    """The whole tensor as it is stored, converted in slices.
-
-    Raises: ConversionError when it has a NaN, an infinity, or a value that the dtype cannot hold.
-    """
-    dtype = storage.numpy_dtype
-    row_elements = math.prod(tensor.shape[1:])
-    step = max(1, _SLICE_ELEMENTS // (row_elements * tensor.row_multiple)) * tensor.row_multiple
-    slices = [(start, min(start + step, tensor.shape[0])) for start in range(0, tensor.shape[0], step)]
-    if storage.is_quantized(spec):
-        weight = QuantizedWeight(np.empty(tensor.shape, np.int8), np.empty(tensor.shape[0], np.float32))
-        for start, stop in slices:
-            rows = read_rounded(tensor, start, stop, dtype, hashed=True)
-            weight.values[start:stop], weight.scale[start:stop] = rows
-        return weight
-    whole = np.empty(tensor.shape, dtype)
-    for start, stop in slices:
-        whole[start:stop] = read_stored(tensor, start, stop, dtype, hashed=True)
-    return whole
 
 
 def _precision_warnings(pairs: Pairs, storage: Storage) -> list[str]:
@@ -272,12 +254,3 @@ def _precision_warnings(pairs: Pairs, storage: Storage) -> list[str]:
         kinds = " and ".join(sorted(set(rounded)))
         warnings.append(f"{len(rounded)} matrices are {kinds}; {storage.quantize} rounds them a second time")
     return warnings
-
-
-def _check_space(folder: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes + _SPARE_DISK_BYTES:
-        raise OutputError(
-            f"{folder.parent}: {num_bytes + _SPARE_DISK_BYTES:,} bytes are needed, {free:,} are free. "
-            "Free some and run the same command again"
-        )

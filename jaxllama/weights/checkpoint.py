@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what `convert` writes and `load` reads. The only module that knows Orbax.
+"""Checkpoints: what `convert` writes and `load` reads.
 
     DST/params/          an Orbax PyTree checkpoint of the Params tree; plain Orbax restores it without jaxllama
     DST/config.json      and generation_config.json, tokenizer files, chat template
@@ -11,12 +11,10 @@ device reads its shard and nothing else. A matrix of an int8 checkpoint is two, 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 import json
-import logging
 import os
 import platform
-import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -25,29 +23,21 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import orbax.checkpoint as ocp
-
 from jaxllama.errors import CheckpointError, ConfigError, listed, one_line, quote
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import (
     QUANTIZATIONS,
-    ParamSpec,
-    QuantizedWeight,
-    build_params,
-    param_specs,
-    stored_specs,
 )
+from jaxllama.system.hashing import Hasher
 from jaxllama.system.progress import OnBytes
 from jaxllama.system.strict_json import parse_object
-from jaxllama.weights.array_files import chunk_of_shards, chunk_shape, chunks, zarr_metadata
+from jaxllama.weights.arrays.files import PARAMS, FileRecord, hash_file, write_file
 from jaxllama.weights.places import Place, PlaceLike, is_remote, open_place
-from jaxllama.weights.reading import PARAMS, CheckpointReader, Reader
+from jaxllama.weights.reading import CheckpointReader, Reader
 
 FORMAT = "jaxllama-checkpoint"
-VERSION = 1
+VERSION = 2
+"""Version 1 had sha256 of every file and did not name it."""
 MANIFEST = "manifest.json"
 DTYPES = ("bfloat16", "float32")
 
@@ -56,18 +46,10 @@ _HASHED_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
-class FileRecord:
-    """A file's size in bytes and its sha256 in hexadecimal."""
-
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Manifest:
     """What a checkpoint consists of and came from.
 
-    `files` are relative to the checkpoint. `source` has `kind`, `name` and `files` (name to size and sha256).
+    `files` are relative to the checkpoint. `source` has `kind`, `name` and `files` (name to size and hash).
     `quantize` is "int8" if the matrices are; norms and biases have `dtype` all the same.
     """
 
@@ -98,7 +80,7 @@ class Manifest:
             raise CheckpointError(
                 f"{path}: not the manifest of a jaxllama checkpoint (its format is {quote(value.get('format'))})"
             )
-        if value.get("version") != VERSION:
+        if value.get("version") not in (1, VERSION):
             raise CheckpointError(
                 f"{path}: checkpoint version {quote(value.get('version'))} is not supported, expected "
                 f"{VERSION}. Convert the model again"
@@ -111,7 +93,7 @@ class Manifest:
         if quantize not in (None, *QUANTIZATIONS):
             raise CheckpointError(f"{path}: quantization {quote(quantize)} is not supported, expected int8 or null")
         try:
-            files = {name: FileRecord(int(r["size"]), str(r["sha256"])) for name, r in value["files"].items()}
+            files = {name: FileRecord.from_json(r) for name, r in value["files"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path}: 'files' is malformed ({error}). Convert the model again") from None
         for name in files:
@@ -187,12 +169,14 @@ class Checkpoint:
         names = [name for name in self.manifest.files if name not in damaged]
         done, total = 0, sum(self.manifest.files[name].size for name in names)
         with contextlib.closing(place), ThreadPoolExecutor(place.num_readers) as pool:
-            for name, got in zip(names, pool.map(lambda name: _hash_at(place, name), names), strict=True):
+            expected = [self.manifest.files[name].hash for name in names]
+            hashes = pool.map(functools.partial(_hash_at, place), names, expected)
+            for name, want, got in zip(names, expected, hashes, strict=True):
                 done += self.manifest.files[name].size
                 on_bytes(done, total, f"verifying {name}")
-                expected = self.manifest.files[name].sha256
-                if got != expected:
-                    problems.append(f"{name}: sha256 is {got[:12]}…, expected {expected[:12]}…")
+                if got != want:
+                    kind, _, digits = got.partition(":")
+                    problems.append(f"{name}: {kind} is {digits[:12]}…, expected {want.partition(':')[2][:12]}…")
         there = {name for name in place.all_names() if name.startswith(f"{PARAMS}/")}
         problems += [f"{name}: not in the manifest" for name in sorted(there - set(self.manifest.files))]
         _raise_damaged(place.where, problems)
@@ -208,152 +192,6 @@ def read_configs(folder: Path) -> tuple[LlamaConfig, Mapping[str, Any]]:
     return replace(config, eos_token_ids=_eos_token_ids(config, generation_config)), generation_config
 
 
-def hash_file(path: Path) -> FileRecord:
-    """Size and sha256 of a file, read once."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(file.tell(), digest)
-
-
-class ParamsWriter:
-    """Writes the tensors of a checkpoint one at a time, then makes them an Orbax checkpoint.
-
-    Tensors are staged in `folder/tensors/NAME`; `commit` has Orbax write its metadata and moves the staged arrays under
-    it, so the whole tree is never in memory. A staged tensor outlives the process: `is_staged` tells a second run.
-    """
-
-    def __init__(self, folder: Path, config: LlamaConfig, dtype: str, quantize: str | None = None) -> None:
-        self._folder = folder
-        self._staging = folder / "tensors"
-        self._config = config
-        self._dtype = jnp.dtype(dtype)
-        self._quantize = quantize
-        self._staging.mkdir(exist_ok=True)
-        self._recover()
-
-    def is_staged(self, files: Mapping[str, FileRecord]) -> bool:
-        """Whether every one of a tensor's `files` is there with its size."""
-        sizes = (_size(self._staging / PurePosixPath(name).relative_to(PARAMS)) for name in files)
-        return bool(files) and all(size == record.size for size, record in zip(sizes, files.values(), strict=True))
-
-    def write(self, spec: ParamSpec, weight: np.ndarray | QuantizedWeight) -> dict[str, FileRecord]:
-        """Stages one tensor, whole, and returns its files as the manifest names them.
-
-        Raises: OSError when the disk is full or unwritable.
-        """
-        parts = stored_specs(spec, self._quantize)
-        arrays = tuple(weight) if isinstance(weight, QuantizedWeight) else (weight,)
-        got = [f"{array.dtype}{array.shape}" for array in arrays]
-        expected = [f"{self._dtype_of(part)}{part.shape}" for part in parts]
-        if got != expected:
-            raise CheckpointError(f"{spec.name}: got {' and '.join(got)}, expected {' and '.join(expected)}")
-        files: dict[str, FileRecord] = {}
-        for part, array in zip(parts, arrays, strict=True):
-            files |= self._write_array(part, array)
-        return files
-
-    def _write_array(self, part: ParamSpec, array: np.ndarray) -> dict[str, FileRecord]:
-        chunk = chunk_shape(part, array.itemsize)
-        return self._begin(part, chunk) | self._write_chunks(part, chunk, array, (0,) * array.ndim)
-
-    def begin(self, part: ParamSpec, array: jax.Array) -> dict[str, FileRecord]:
-        """Makes room for an array whose shards `write_shards` will stage, in this process and in others.
-
-        Returns the one file that does not depend on the values.
-        """
-        return self._begin(part, chunk_of_shards(part, array))
-
-    def write_shards(self, part: ParamSpec, array: jax.Array) -> dict[str, FileRecord]:
-        """Stages what this process's devices hold of `array`, the first of the copies of each shard. Returns the files.
-
-        All processes together write every element once. The host holds one shard at a time.
-
-        Raises: OSError.
-        """
-        files: dict[str, FileRecord] = {}
-        for shard in array.addressable_shards:
-            if shard.replica_id == 0:
-                # A view of its own: JAX keeps the host's copy for as long as the array that was asked for it.
-                view = jax.make_array_from_single_device_arrays(shard.data.shape, shard.data.sharding, [shard.data])
-                start = tuple(place.start or 0 for place in shard.index)
-                files |= self._write_chunks(part, chunk_of_shards(part, array), np.asarray(view), start)
-        return files
-
-    def _begin(self, part: ParamSpec, chunk: tuple[int, ...]) -> dict[str, FileRecord]:
-        folder = self._staging / part.name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        metadata = zarr_metadata(part.shape, chunk, self._dtype_of(part))
-        return {f"{PARAMS}/{part.name}/.zarray": _write_file(folder / ".zarray", metadata)}
-
-    def _write_chunks(
-        self, part: ParamSpec, chunk: tuple[int, ...], array: np.ndarray, start: tuple[int, ...]
-    ) -> dict[str, FileRecord]:
-        return {
-            f"{PARAMS}/{part.name}/{name}": _write_file(self._staging / part.name / name, data)
-            for name, data in chunks(array, chunk, start)
-        }
-
-    def commit(self) -> None:
-        """Turns the staged tensors into the Orbax checkpoint `folder/params`. Every tensor must be staged."""
-
-        def staged(part: ParamSpec) -> _Staged:
-            return _Staged(part.shape, self._dtype_of(part), self._staging / part.name)
-
-        tree = build_params(self._config, staged, self._quantize)
-        registry = ocp.type_handlers.create_type_handler_registry((_Staged, _MoveStaged()))
-        # Of many processes one does this, and must not wait for the others.
-        alone = ocp.options.MultiprocessingOptions(jax.process_index(), {jax.process_index()})
-        with _quiet_orbax():
-            handler = ocp.PyTreeCheckpointHandler(
-                use_ocdbt=False, type_handler_registry=registry, multiprocessing_options=alone
-            )
-            with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-                checkpointer.save(self._folder / PARAMS, args=ocp.args.PyTreeSave(tree))
-        self._staging.rmdir()
-
-    def _dtype_of(self, part: ParamSpec) -> np.dtype:
-        return jnp.dtype(part.dtype or self._dtype)
-
-    def _recover(self) -> None:
-        # A commit that was killed has moved some tensors, or all of them, out of the staging folder.
-        for params in self._folder.glob(f"{PARAMS}*"):
-            for spec in param_specs(self._config):
-                for part in stored_specs(spec, self._quantize):
-                    if (params / part.name).is_dir() and not (self._staging / part.name).exists():
-                        os.rename(params / part.name, self._staging / part.name)
-            shutil.rmtree(params)
-
-
-@dataclass(frozen=True)
-class _Staged:
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    path: Path
-
-
-class _MoveStaged(ocp.type_handlers.TypeHandler):
-    """Orbax's view of a staged tensor: an array whose bytes already are as Orbax would write them.
-
-    NumPy's, not JAX's: those cannot be restored without naming a sharding.
-    """
-
-    def typestr(self) -> str:
-        return "np.ndarray"
-
-    async def metadata(self, infos: Any) -> Any:
-        raise NotImplementedError
-
-    async def deserialize(self, infos: Any, args: Any = None) -> Any:
-        raise NotImplementedError
-
-    async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
-        for value, info in zip(values, infos, strict=True):
-            await info.await_path_creation()
-            os.rename(value.path, info.parent_dir / info.name)
-        return []
-
-
 def write_manifest(
     folder: Path, dtype: str, quantize: str | None, source: Mapping[str, Any], files: Mapping[str, FileRecord]
 ) -> None:
@@ -365,36 +203,22 @@ def write_manifest(
             files[name] = hash_file(path)
     # A manifest is there whole or not at all.
     partial = folder / f"{MANIFEST}.partial"
-    _write_file(partial, Manifest(dtype, source, files, versions(), quantize).to_json().encode())
+    write_file(partial, Manifest(dtype, source, files, versions(), quantize).to_json().encode())
     os.rename(partial, folder / MANIFEST)
 
 
 def versions() -> dict[str, str]:
     """What a checkpoint that is written here is written with."""
-    try:
-        jaxllama = version("jaxllama")
-    except PackageNotFoundError:
-        jaxllama = "unknown"
-    return {
-        "jaxllama": jaxllama,
-        "jax": jax.__version__,
-        "orbax-checkpoint": ocp.__version__,
-        "python": platform.python_version(),
+    return {name: _version(name) for name in ("jaxllama", "jax", "orbax-checkpoint")} | {
+        "python": platform.python_version()
     }
 
 
-def _write_file(path: Path, data: bytes | memoryview) -> FileRecord:
+def _version(package: str) -> str:
     try:
-        with path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            # A full disk on a network file system shows here or never.
-            os.fsync(file.fileno())
-    except OSError as error:
-        # Writes and fsync do not say which file it was.
-        error.filename = error.filename or str(path)
-        raise
-    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def _check_is_checkpoint(folder: Path) -> None:
@@ -424,16 +248,17 @@ def _fetch_text(place: Place, manifest: Manifest, folder: Path) -> None:
             (folder / name).write_bytes(data)
 
 
-def _hash_at(place: Place, name: str) -> str:
-    file, digest = place.stat(name), hashlib.sha256()
+def _hash_at(place: Place, name: str, like: str) -> str:
+    """The hash of a file, of the kind that `like` is."""
+    file, hasher = place.stat(name), Hasher(like.partition(":")[0])
     if file is None:
         raise CheckpointError(f"{place / name}: missing")
     buffer = bytearray(min(file.size, _HASHED_BYTES))
     for offset in range(0, file.size, _HASHED_BYTES):
         view = memoryview(buffer)[: min(_HASHED_BYTES, file.size - offset)]
         place.read_into(file, offset, view)
-        digest.update(view)
-    return digest.hexdigest()
+        hasher.update(view)
+    return hasher.value()
 
 
 def _size_problems(place: Place, manifest: Manifest) -> Iterator[str]:
@@ -444,13 +269,6 @@ def _size_problems(place: Place, manifest: Manifest) -> Iterator[str]:
             yield f"{one_line(name)}: missing"
         elif size != record.size:
             yield f"{one_line(name)}: {size} bytes, expected {record.size}"
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
 
 
 def _raise_damaged(where: str, problems: list[str]) -> None:
@@ -480,15 +298,3 @@ def _read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, A
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({one_line(error)})") from None
     return parse_object(data, path, CheckpointError)
-
-
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Hides Orbax's routine messages, which it logs as warnings, for the duration of one call."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

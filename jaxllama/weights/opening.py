@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import tempfile
 from pathlib import Path
@@ -14,9 +13,10 @@ from jaxllama.model.config import LlamaConfig
 from jaxllama.system.strict_json import parse_object
 from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
 from jaxllama.text.encoding.tokenizer import Tokenizer, load_tokenizer
-from jaxllama.weights.checkpoint import MANIFEST, Checkpoint, FileRecord, Manifest, read_configs, versions
+from jaxllama.weights.arrays.files import PARAMS, FileRecord
+from jaxllama.weights.checkpoint import MANIFEST, Checkpoint, Manifest, read_configs, versions
 from jaxllama.weights.places import Place, PlaceLike, is_remote, open_place
-from jaxllama.weights.reading import PARAMS, SourceReader
+from jaxllama.weights.reading import SourceReader
 from jaxllama.weights.sources.detect import open_source
 from jaxllama.weights.sources.names import match_tensors
 from jaxllama.weights.sources.source import Source
@@ -77,7 +77,7 @@ def _as_checkpoint(source: Source, place: Place) -> Checkpoint:
     folder, files = Path(scratch.name), {}
     for name, data in source.sidecars.items():
         (folder / name).write_bytes(data)
-        files[name] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
+        files[name] = FileRecord.of(data)
     config, generation_config = read_configs(folder)
     # The hashes of the weights are not known, and tags of local files differ between hosts.
     remote = is_remote(place)

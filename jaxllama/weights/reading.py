@@ -17,11 +17,10 @@ import numpy as np
 
 from jaxllama.errors import CheckpointError, PlaceError, StoreError
 from jaxllama.model.params import ParamSpec, QuantizedWeight
+from jaxllama.weights.arrays.files import PARAMS
 from jaxllama.weights.places import Place
 from jaxllama.weights.sources.source import SourceTensor
 from jaxllama.weights.sources.stored import Storage, num_non_finite, read_rounded, read_stored, round_rows
-
-PARAMS = "params"
 
 
 class Reader(Protocol):

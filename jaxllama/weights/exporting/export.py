@@ -19,6 +19,7 @@ from jaxllama.model.params import Params, num_params, stored_specs
 from jaxllama.system.progress import OnBytes
 from jaxllama.system.staging import check_apart, resolve_destination
 from jaxllama.system.strict_json import parse_object
+from jaxllama.weights.arrays.files import PARAMS
 from jaxllama.weights.checkpoint import Checkpoint
 from jaxllama.weights.exporting.destination import Destination, open_folder
 from jaxllama.weights.exporting.rows import DeviceRows, Rows, StoredRows
@@ -26,7 +27,6 @@ from jaxllama.weights.exporting.shards import INDEX, MAX_SHARD_BYTES, Shard, ind
 from jaxllama.weights.exporting.tensors import DTYPES, Block, blocks, export_tensors, quantization_config, read_block
 from jaxllama.weights.opening import open_model
 from jaxllama.weights.places import LocalPlace, PlaceLike, open_place
-from jaxllama.weights.reading import PARAMS
 
 type _OnWritten = Callable[[int, str], None]
 

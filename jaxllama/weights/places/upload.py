@@ -29,6 +29,7 @@ _PARTIAL = ".partial/"
 _LOCK = f"{_PARTIAL}lock"
 _MARKER = f"{_PARTIAL}partial.json"
 _DONE = f"{_PARTIAL}done/"
+_FORCE = "give --force to replace it"
 
 
 class Upload:
@@ -81,9 +82,15 @@ class Upload:
         self._written[name] = file = self.place.write_parts(name, parts)
         return file
 
-    def add(self, file: PlaceFile) -> None:
-        """Counts an object as written that another process of this work wrote."""
-        self._written[file.name] = file
+    def add(self, sizes: Mapping[str, int]) -> None:
+        """Counts objects as written that other processes of this work wrote. Raises: StoreError for other sizes."""
+        self.place.forget()
+        for name, size in sizes.items():
+            file = self.place.stat(name)
+            if file is None or file.size != size:
+                got = "is missing" if file is None else f"has {file.size} bytes"
+                raise StoreError(f"{self.place / name}: {got}, expected {size}")
+            self._written[name] = file
 
     def record(self, step: str, names: Iterable[str], note: Any = None) -> None:
         """Notes that a step's objects `names` are written. `note` is JSON, which `begin` gives back.
@@ -149,10 +156,11 @@ class Upload:
 
 
 @contextlib.contextmanager
-def open_upload(url: str | BucketPlace, last: str, *, force: bool = False) -> Iterator[Upload]:
+def open_upload(url: str | BucketPlace, last: str, *, force: bool = False, advice: str = _FORCE) -> Iterator[Upload]:
     """Locks a folder of a bucket that becomes complete with its file `last`. What is done stays when the body fails.
 
-    With `force` a complete one is replaced; it is no more once `Upload.begin` has been called.
+    With `force` a complete one is replaced; it is no more once `Upload.begin` has been called. `advice` is what to do
+    about one that is not replaced.
 
     Raises: PlaceError when there is something else, or a complete one without `force`; StoreError when another
         process writes it.
@@ -161,7 +169,7 @@ def open_upload(url: str | BucketPlace, last: str, *, force: bool = False) -> It
     if place.file is not None:
         raise PlaceError(f"{place / place.file}: expected the name of a folder")
     place.forget()
-    _check(place, last, force)
+    _check(place, last, force, advice)
     lease = take_lease(place, _LOCK)
     try:
         place.forget()
@@ -169,19 +177,19 @@ def open_upload(url: str | BucketPlace, last: str, *, force: bool = False) -> It
         if not force and _MARKER in place.all_names() and _is_complete(place, last):
             # It was killed between its last file and this.
             upload.clean()
-        _check(place, last, force)
+        _check(place, last, force, advice)
         yield upload
     finally:
         lease.release()
 
 
-def _check(place: BucketPlace, last: str, force: bool) -> None:
+def _check(place: BucketPlace, last: str, force: bool, advice: str) -> None:
     names = set(place.all_names()) - {_LOCK}
     if _MARKER in names:
         return
     if last in names:
         if not force:
-            raise PlaceError(f"{place}: exists; give --force to replace it")
+            raise PlaceError(f"{place}: exists; {advice}")
     elif names:
         raise PlaceError(f"{place}: is not empty ({listed(sorted(names))}) and has no {last}; choose another folder")
 

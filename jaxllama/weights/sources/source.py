@@ -6,7 +6,6 @@ a weight is read, and neither runs or unpickles anything from the model.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,13 +15,14 @@ import ml_dtypes
 import numpy as np
 
 from jaxllama.errors import ConversionError, PlaceError, StoreError
+from jaxllama.system.hashing import Hasher
 from jaxllama.weights.places import Place
 
 MAX_JSON_BYTES = 256 * 2**20
 _GAP_BLOCK_BYTES = 8 * 2**20
 # What waits for the bytes before it to be hashed.
 _MAX_EARLY_BYTES = 64 * 2**20
-# A gap of this size (alignment, a tensor that nobody needs) is read at once rather than wait for its reader.
+# When too much waits, a gap of this size (alignment, a tensor that nobody needs) is read once more.
 _SMALL_GAP_BYTES = 2**18
 FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # The block types of GGML that the gguf package dequantises.
@@ -63,7 +63,8 @@ class SourceFile:
         self.size = file.size
         self.tag = file.tag
         self._file = file
-        self._hash = hashlib.sha256()
+        # Of what a store says the sha256 of, that is compared with.
+        self._hash = Hasher("blake3" if file.sha256 is None else "sha256")
         self._hashed = 0
         self._early: dict[int, np.ndarray] = {}
         self._early_bytes = 0
@@ -83,46 +84,45 @@ class SourceFile:
         """`read`, adding the bytes to the file's hash."""
         data = self.read(offset, num_bytes)
         with self._lock:
-            if 0 < offset - self._hashed <= _SMALL_GAP_BYTES:
-                self._add(self.read(self._hashed, offset - self._hashed))
-            if offset > self._hashed and self._early_bytes + num_bytes <= _MAX_EARLY_BYTES:
+            if offset + num_bytes > self._hashed and offset not in self._early:
                 self._early[offset] = data
                 self._early_bytes += num_bytes
-            elif offset <= self._hashed < offset + num_bytes:
-                self._add(data[self._hashed - offset :])
-                while (early := self._take_early()) is not None:
-                    self._add(early)
+            self._add_early()
+            while self._early_bytes > _MAX_EARLY_BYTES:
+                first = min(self._early)
+                if first - self._hashed <= _SMALL_GAP_BYTES:
+                    self._add(self.read(self._hashed, first - self._hashed))
+                    self._add_early()
+                else:
+                    self._early_bytes -= len(self._early.pop(max(self._early)))
         return data
 
-    def sha256(self) -> str:
-        """The hash of the whole file; reads what `read_hashed` has not.
+    def hash(self) -> str:
+        """The hash of the whole file, with its name in front; reads what `read_hashed` has not.
 
         Raises: StoreError when the store itself says that it is another.
         """
         with self._lock:
+            self._add_early()
             while self._hashed < self.size:
-                early = self._take_early()
                 end = min(self._early, default=self.size)
-                num_bytes = min(_GAP_BLOCK_BYTES, end - self._hashed)
-                self._add(self.read(self._hashed, num_bytes) if early is None else early)
-            digest = self._hash.hexdigest()
-        if self._file.sha256 not in (None, digest):
-            raise StoreError(f"{self.path}: sha256 is {digest}, the store says {self._file.sha256}. Try again")
-        return digest
+                self._add(self.read(self._hashed, min(_GAP_BLOCK_BYTES, end - self._hashed)))
+                self._add_early()
+            value = self._hash.value()
+        if self._file.sha256 is not None and value != f"sha256:{self._file.sha256}":
+            raise StoreError(f"{self.path}: {value}, the store says {self._file.sha256}. Try again")
+        return value
 
-    def _take_early(self) -> np.ndarray | None:
-        """What waited for the next byte, from that byte on."""
-        for offset in sorted(self._early):
-            if offset > self._hashed:
-                break
-            data = self._early.pop(offset)
+    def _add_early(self) -> None:
+        """Adds what waited for the next byte, from that byte on."""
+        while self._early and (first := min(self._early)) <= self._hashed:
+            data = self._early.pop(first)
             self._early_bytes -= len(data)
-            if offset + len(data) > self._hashed:
-                return data[self._hashed - offset :]
-        return None
+            if first + len(data) > self._hashed:
+                self._add(data[self._hashed - first :])
 
     def _add(self, data: np.ndarray) -> None:
-        self._hash.update(data)
+        self._hash.update(memoryview(data))
         self._hashed += len(data)
 
 

@@ -23,6 +23,7 @@ from jaxllama.errors import (
     TokenizerError,
 )
 from jaxllama.system.explain import with_page
+from jaxllama.system.flags import add_max_in_flight
 from jaxllama.weights.places import MODEL_HELP, short_name
 from jaxllama_serving.config import REASONING_FIELDS, TOOL_PARSERS, ServerConfig, ServerConfigError
 from jaxllama_serving.process import hosts
@@ -80,13 +81,7 @@ def add_model(group: argparse._ArgumentGroup) -> None:
         "--dtype", choices=("bfloat16", "float32"), help="of weights and cache (default: the checkpoint's)"
     )
     group.add_argument("--quantize", choices=("int8",), help="round the weights on loading (default: as stored)")
-    group.add_argument(
-        "--max-in-flight",
-        type=float,
-        default=2.0,
-        metavar="GIB",
-        help="host memory that loading takes at most, beside the weights of CPU devices (default: %(default)g)",
-    )
+    add_max_in_flight(group)
     group.add_argument("--kv-dtype", choices=("int8",), help="of the cache (default: as the weights)")
     group.add_argument("--max-rows", type=int, default=16, help="sequences decoded together (default: %(default)s)")
     group.add_argument("--max-context", type=int, help="longest prompt and completion together (default: the model's)")
@@ -279,7 +274,7 @@ def load_model(args: argparse.Namespace, *, max_queue: int, group: Group | None 
         compilation_cache=args.compilation_cache,
     )
     how = {"data": args.data, "dtype": args.dtype, "quantize": args.quantize}
-    how["max_in_flight_bytes"] = int(args.max_in_flight * 2**30)
+    how["max_in_flight_bytes"] = args.max_in_flight_bytes
     how["progress"] = False if args.quiet else None
     return jaxllama.load(args.checkpoint, **how, options=options, group=group)
 

@@ -35,7 +35,7 @@ from jaxllama.hosts import group as distributed
 from jaxllama.hosts import link
 from jaxllama.hosts.group import join
 from jaxllama.hosts.lockstep import check_processes, follow, from_bytes, to_bytes
-from jaxllama.weights import array_files as zarr
+from jaxllama.weights.arrays import chunks as zarr
 
 REQUEST_TIMEOUT_S = 240.0
 NAMED_WITHIN_S = 15.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,13 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-import jaxllama.weights.array_files
+import jaxllama.weights.arrays.chunks
 from jaxllama.errors import CheckpointError, ConfigError
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import Params, ParamSpec, build_params, get_param, param_specs
-from jaxllama.weights.checkpoint import MANIFEST, Checkpoint, Manifest, ParamsWriter, hash_file
+from jaxllama.weights.arrays.files import hash_file
+from jaxllama.weights.arrays.writer import ParamsWriter
+from jaxllama.weights.checkpoint import MANIFEST, Checkpoint, Manifest
 from jaxllama.weights.loading import restore_params
 
 CONFIG = {
@@ -130,7 +133,7 @@ def test_chunks_of_any_size_hold_the_same_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bytes: int
 ) -> None:
     # No chunk size divides 72 x 24 and 40 x 24 everywhere, so that padded chunks are among them.
-    monkeypatch.setattr(jaxllama.weights.array_files, "_MAX_CHUNK_BYTES", max_bytes)
+    monkeypatch.setattr(jaxllama.weights.arrays.chunks, "_MAX_CHUNK_BYTES", max_bytes)
     want = write_checkpoint(tmp_path / "c")
     assert len(list((tmp_path / "c" / "params" / "embed_tokens").iterdir())) > 2
     got = restore_params(Checkpoint.open(tmp_path / "c"), jnp.float32, one_device())
@@ -144,7 +147,7 @@ def test_large_tensors_are_cut_where_tensor_parallelism_cuts() -> None:
         | {"num_key_value_heads": 8, "head_dim": 128}
     )
     specs = {spec.name: spec for spec in param_specs(config)}
-    chunk = jaxllama.weights.array_files.chunk_shape
+    chunk = jaxllama.weights.arrays.chunks.chunk_shape
     assert chunk(specs["layers.0.down_proj"], 2) == (8192, 28672 // 16)
     assert chunk(specs["layers.0.gate_proj"], 2) == (28672 // 16, 8192)
     assert chunk(specs["layers.0.k_proj"], 2) == (64, 8192)
@@ -182,12 +185,13 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda m: m.update(format="other"), "not the manifest of a jaxllama checkpoint"),
-        (lambda m: m.update(version=2), "version 2 is not supported"),
+        (lambda m: m.update(version=3), "version 3 is not supported"),
         (lambda m: m.update(dtype="int4"), "dtype 'int4'"),
         (lambda m: m.pop("files"), "'files' is malformed"),
         (lambda m: m.update(files={"a": {"size": "x"}}), "'files' is malformed"),
-        (lambda m: m["files"].update({"../x": {"size": 1, "sha256": ""}}), "leads out"),
-        (lambda m: m["files"].update({"/etc/passwd": {"size": 1, "sha256": ""}}), "leads out"),
+        (lambda m: m.update(files={"a": {"size": 1, "hash": "crc32:12345678"}}), "is no hash that is known"),
+        (lambda m: m["files"].update({"../x": {"size": 1, "hash": "blake3:" + "0" * 64}}), "leads out"),
+        (lambda m: m["files"].update({"/etc/passwd": {"size": 1, "hash": "blake3:" + "0" * 64}}), "leads out"),
         (lambda m: m["files"].pop("params/norm/.zarray"), "tensor norm is not in the checkpoint"),
     ],
 )
@@ -232,12 +236,27 @@ def test_verify_lists_every_flipped_bit(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"4 damaged") as caught:
         checkpoint.verify()
     for name in (
-        "params/norm/0: sha256",
-        "layers.1.down_proj/0.0: sha256",
-        "config.json: sha256",
+        "params/norm/0: blake3",
+        "layers.1.down_proj/0.0: blake3",
+        "config.json: blake3",
         "norm/1: not in the",
     ):
         assert name in str(caught.value)
+
+
+def test_a_manifest_of_version_1_is_read_and_its_sha256_compared(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "c")
+    path = tmp_path / "c" / MANIFEST
+    value = json.loads(path.read_text())
+    for name, record in value["files"].items():
+        del record["hash"]
+        record["sha256"] = hashlib.sha256((tmp_path / "c" / name).read_bytes()).hexdigest()
+    path.write_text(json.dumps(value | {"version": 1}))
+    checkpoint = Checkpoint.open(tmp_path / "c")
+    checkpoint.verify()
+    (tmp_path / "c" / "params" / "norm" / "0").write_bytes(bytes(96))
+    with pytest.raises(CheckpointError, match="params/norm/0: sha256 is"):
+        checkpoint.verify()
 
 
 def test_a_config_of_another_model_is_named(tmp_path: Path) -> None:

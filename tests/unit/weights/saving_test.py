@@ -16,12 +16,14 @@ import pytest
 import tiny
 from collector import Collector
 from processes import START_TIMEOUT_S, Process, free_port
+from unit.weights.places.bucket_test import store as store
 
 import jaxllama
 from jaxllama import Checkpoint, Llama, SamplingParams, make_mesh
-from jaxllama.errors import CheckpointError, LockstepError
-from jaxllama.weights import array_files as zarr
-from jaxllama.weights import checkpoint, saving
+from jaxllama.errors import CheckpointError, LockstepError, PlaceError
+from jaxllama.weights import saving
+from jaxllama.weights.arrays import chunks as zarr
+from jaxllama.weights.arrays import files, writer
 from jaxllama.weights.forms import get_whole
 from jaxllama.weights.loading import load_params
 from jaxllama.weights.saving import save_params
@@ -148,19 +150,20 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, model, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return write(path, data)
 
-    write = checkpoint._write_file
-    monkeypatch.setattr(checkpoint, "_write_file", fail)
+    write = files.write_file
+    monkeypatch.setattr(files, "write_file", fail)
     with load(model) as llama, pytest.raises(CheckpointError, match=r"up_proj.*: No space left on device"):
         llama.save(tmp_path / "saved")
     assert nothing_but(tmp_path)
 
 
 def test_one_save_at_a_time_has_a_folder(tmp_path, model, monkeypatch):
-    def save_again(*_: Any) -> None:
+    def save_again(*_: Any) -> dict[str, Any]:
         with pytest.raises(CheckpointError, match="is being saved by another process"):
             save_params(llama.checkpoint, llama.params, tmp_path / "saved", None)
+        return {}
 
-    monkeypatch.setattr(checkpoint.ParamsWriter, "commit", save_again)
+    monkeypatch.setattr(writer.ParamsWriter, "commit", save_again)
     with load(model) as llama, pytest.raises(CheckpointError):
         llama.save(tmp_path / "saved")
     assert nothing_but(tmp_path)
@@ -189,7 +192,7 @@ def test_another_process_that_cannot_write_is_named(tmp_path, model, monkeypatch
         folder, token = json.loads(question)
         with pytest.MonkeyPatch.context() as patch:
             if reason.endswith("left"):
-                patch.setattr(checkpoint, "_write_file", full)
+                patch.setattr(files, "write_file", full)
             return [answers[0](json.dumps([other_folder.format(folder), token]).encode())]
 
     def full(path: Path, data: Any) -> Any:
@@ -206,7 +209,7 @@ def test_another_process_that_cannot_write_is_named(tmp_path, model, monkeypatch
 PROGRAM = """
 import os, signal, sys
 import jaxllama
-from jaxllama.weights import checkpoint, array_files as zarr
+from jaxllama.weights.arrays import chunks as zarr, writer
 from jaxllama.hosts import group as distributed
 
 address, process_id, model, out = sys.argv[1:]
@@ -217,15 +220,15 @@ def write_shards(writer, part, array):
     global num_written
     num_written += 1
     files = original(writer, part, array)
-    if "saved-2" not in str(writer._folder):
+    if "saved-2" not in str(writer._files.folder):
         sys.stdout.write("".join(f"{name}\\n" for name in files))
     elif num_written > 50:
         os.kill(os.getpid(), signal.SIGKILL)
     return files
 
-original = checkpoint.ParamsWriter.write_shards
+original = writer.ParamsWriter.write_shards
 if process_id == "1":
-    checkpoint.ParamsWriter.write_shards = write_shards
+    writer.ParamsWriter.write_shards = write_shards
 group = distributed.join(address, num_processes=2, process_id=int(process_id), join_timeout_s=60)
 llama = jaxllama.load(model, dtype="bfloat16", quantize="int8", group=group)
 if group.is_leader:
@@ -257,3 +260,31 @@ def test_two_processes_save_as_one_and_one_killed_half_way_leaves_no_checkpoint(
         # What was left is in nobody's way.
         assert bits(on_one_device(llama.save(tmp_path / "saved-2").path)) == want
     assert not (tmp_path / ".saved-2.saving").exists()
+
+
+@pytest.mark.parametrize(("scheme", "tp", "quantize"), [("gs", 4, None), ("s3", 2, "int8")])
+def test_a_model_saved_to_a_bucket_loads_with_the_same_bits(store, tmp_path, model, scheme, tp, quantize):
+    url = f"{scheme}://models/saved"
+    store.write_faults += ["", "", "", "500", "dropped", "lost"]
+    with load(model, tp=tp, quantize=quantize) as llama:
+        saved = llama.save(url)
+        want = bits(llama)
+        with pytest.raises(PlaceError, match=f"{url}: exists; choose another folder, or remove it first"):
+            llama.save(url)
+    saved.verify()
+    assert bits(on_one_device(url)) == want
+    assert not any(".partial" in name for name in store.objects)
+    for file in model.iterdir():
+        if file.name not in ("manifest.json", "params"):
+            assert store.objects[f"models/saved/{file.name}"] == file.read_bytes()
+
+
+def test_a_save_to_a_bucket_that_fails_leaves_no_checkpoint_and_is_in_nobody_s_way(store, model, monkeypatch):
+    with load(model) as llama:
+        with monkeypatch.context() as patch:
+            patch.setattr(writer.ParamsWriter, "commit", lambda self: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                llama.save("s3://models/saved")
+        with pytest.raises(CheckpointError, match="incomplete"):
+            Checkpoint.open("s3://models/saved")
+        llama.save("s3://models/saved").verify()

@@ -104,7 +104,7 @@ def test_bfloat16_rounds_the_dequantised_value_to_nearest(tmp_path: Path) -> Non
 
 def test_a_tensor_larger_than_a_slice_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # 5 rows of 64 are no multiple of head_dim, so that a slice through a permuted head would show.
-    monkeypatch.setattr("jaxllama_convert.write._SLICE_ELEMENTS", 5 * 64)
+    monkeypatch.setattr("jaxllama_convert.copying.SLICE_BYTES", 5 * 64)
     want = write_gguf(tmp_path / "model.gguf", quant=Q.Q4_1)
     convert(tmp_path / "model.gguf", tmp_path / "out", dtype="float32")
     for name, value in stored(tmp_path / "out").items():

@@ -20,6 +20,7 @@ from unit.weights.sources.sources import BF16, CONFIG, weights
 from jaxllama.errors import ConfigError, ConversionError, JaxLlamaError
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.int8 import quantize_rows
+from jaxllama.system.hashing import hash_bytes
 from jaxllama.weights.sources.detect import open_source
 from jaxllama.weights.sources.names import match_tensors
 from jaxllama.weights.sources.patterns import compile_pattern
@@ -92,7 +93,7 @@ def test_values_are_those_of_the_formats_own_library(tmp_path: Path, case: str) 
 
 @pytest.mark.parametrize("case", ["ct_w4a16_asym", "gptq_4bit_desc_act", "bnb_nf4_double", "fp8_block"])
 def test_a_conversion_stores_them_rounded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    monkeypatch.setattr("jaxllama_convert.write._SLICE_ELEMENTS", 7 * 96)
+    monkeypatch.setattr("jaxllama_convert.copying.SLICE_BYTES", 7 * 96)
     convert(write_case(tmp_path / "in", case), tmp_path / "exact", dtype="float32")
     report = convert(tmp_path / "in", tmp_path / "out", verify=True)
     assert report.dtype == "bfloat16"
@@ -104,8 +105,8 @@ def test_a_conversion_stores_them_rounded_once(tmp_path: Path, monkeypatch: pyte
         assert np.array_equal(got[name].astype(np.float32), want), name
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     files = json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]["files"]
-    assert {file["sha256"] for file in files.values()} == {
-        hashlib.sha256((tmp_path / "in" / name).read_bytes()).hexdigest() for name in ("a.safetensors", "b.safetensors")
+    assert {file["hash"] for file in files.values()} == {
+        hash_bytes((tmp_path / "in" / name).read_bytes()) for name in ("a.safetensors", "b.safetensors")
     }
 
 
