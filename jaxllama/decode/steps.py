@@ -131,7 +131,7 @@ def _decode_step(
 
     tokens, page_table = rows.last_token[:, None], state.page_table[some]
     hidden, pool = model(tokens, positions[:, None], state.pool, page_table, attend, once, active.astype(jnp.int32))
-    logits = model.logits(hidden[:, 0])
+    logits = model.logits(hidden[:, 0], jnp.max(jnp.where(active, 1 + jnp.arange(num_rows), 0)))
     tokens, is_finite = sample(
         logits,
         sampling,

@@ -49,6 +49,7 @@ from jaxllama.hosts.lockstep import Leading, check_processes, follow
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import Params
 from jaxllama.model.platforms.describe import describe_platform
+from jaxllama.system.memory import give_back
 
 logger = logging.getLogger("jaxllama.engine")
 
@@ -199,6 +200,7 @@ class Engine:
         for num_rows in self._row_buckets:
             programs.run(Decode(np.int32(1), np.zeros(self.sizes.num_rows, np.bool_), np.int32(num_rows)))
         programs.wait()
+        give_back()
         self._is_warm = True
 
     def stats(self) -> EngineStats:

@@ -115,9 +115,11 @@ class Transformer(nnx.Module):
             epsilon=config.rms_norm_eps,
         )
 
-    def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
-        """Float32 scores of every token of the vocabulary."""
-        return _times(self.lm_head(hidden), 1 / self.config.logits_divisor)
+    def logits(
+        self, hidden: Float[Array, "*batch embed"], count: Int[Array, ""] | None = None
+    ) -> Float[Array, "*batch vocab"]:
+        """Float32 scores of every token of the vocabulary. What those of rows from `count` on are is not said."""
+        return _times(self.lm_head(hidden, count), 1 / self.config.logits_divisor)
 
 
 class DecoderLayer(nnx.Module):

@@ -28,8 +28,11 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(weights[name])
         self.bias = nnx.Param(weights[f"{name}_bias"]) if f"{name}_bias" in weights else None
 
-    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        return self._with_bias(_product(x, self.weight.get_value(), self.dtype))
+    def __call__(
+        self, x: Float[Array, "*batch inputs"], count: Int[Array, ""] | None = None
+    ) -> Float[Array, "*batch outputs"]:
+        """Rows from `count` on may be left out where that saves time."""
+        return self._with_bias(_product(x, self.weight.get_value(), self.dtype, count))
 
     def rows(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch inputs"]:
         """The rows `ids` of the weight in float32, as an embedding takes them."""
@@ -53,9 +56,11 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
-def _product(x: Float[Array, "*batch inputs"], weight: Weight, dtype: Any) -> Float[Array, "*batch outputs"]:
+def _product(
+    x: Float[Array, "*batch inputs"], weight: Weight, dtype: Any, count: Int[Array, ""] | None = None
+) -> Float[Array, "*batch outputs"]:
     if isinstance(weight, PackedWeight):
-        return native.multiply(x, weight)[0].astype(dtype)
+        return native.multiply(x, weight, count=count)[0].astype(dtype)
     if isinstance(weight, QuantizedWeight):
         # A TPU's product converts the integers as it reads them. A CPU's does not, and XLA would convert every matrix
         # once, before the loop of decoding, and hold all of them: the barrier ties each to a value of the loop. On a

@@ -22,10 +22,16 @@ from jaxllama.model.native.packing import PackedWeight, pack, packed_rows, unpac
 __all__ = ["PackedWeight", "attend", "is_available", "multiply", "pack", "packed_rows", "run_layer", "unpack"]
 
 
-def multiply(x: Float[Array, "*batch inputs"], *weights: PackedWeight) -> list[Float[Array, "*batch outputs"]]:
-    """`x @ weight.T` in float32 of each of the weights; `x` is bfloat16 or float32. A row's bits depend on no other."""
+def multiply(
+    x: Float[Array, "*batch inputs"], *weights: PackedWeight, count: Int32[Array, ""] | None = None
+) -> list[Float[Array, "*batch outputs"]]:
+    """`x @ weight.T` in float32 of each of the weights; `x` is bfloat16 or float32. A row's bits depend on no other.
+
+    Rows from `count` on are not multiplied; their results are zeros. None: all are.
+    """
     outs = [jax.ShapeDtypeStruct((*x.shape[:-1], weight.num_outputs), jnp.float32) for weight in weights]
-    return [*jax.ffi.ffi_call("jaxllama_multiply", outs)(x, *jax.tree.leaves(weights))]
+    args = (x, *jax.tree.leaves(weights), *([] if count is None else [count]))
+    return [*jax.ffi.ffi_call("jaxllama_multiply", outs)(*args)]
 
 
 def attend(

@@ -37,9 +37,10 @@ ffi::ErrorOr<Matrix> ReadMatrix(const ffi::RemainingArgs& args, int64_t out, siz
   return matrix;
 }
 
-// x [..., in], bfloat16 or float32, with weights to as many y [..., out] of float32.
+// x [..., in], bfloat16 or float32, with weights to as many y [..., out] of float32. If there is one more argument, only
+// so many rows, the first, are multiplied, and the others' results are zeros.
 ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs weights, ffi::RemainingRets ys) {
-  const int64_t in = x.dimensions().back();
+  const int64_t in = x.dimensions().back(), all_rows = x.element_count() / in;
   std::vector<Task> tasks;
   bool needs_floats = false;
   size_t next = 0;
@@ -52,7 +53,18 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs w
     Split(*weight, (*y)->typed_data(), &tasks);
   }
   Inputs inputs;
-  inputs.rows = x.element_count() / in;
+  inputs.rows = all_rows;
+  if (next < weights.size()) {
+    const auto count = weights.get<ffi::Buffer<ffi::S32>>(next);
+    if (!count.has_value()) return count.error();
+    inputs.rows = std::clamp<int64_t>(count->typed_data()[0], 0, all_rows);
+    for (size_t i = 0; i < ys.size(); ++i) {
+      const auto y = ys.get<ffi::Buffer<ffi::F32>>(i);
+      std::fill((*y)->typed_data() + inputs.rows * (*y)->dimensions().back(), (*y)->typed_data() + (*y)->element_count(),
+                0.0f);
+    }
+    if (inputs.rows == 0) return ffi::Error::Success();
+  }
   inputs.stride = (in + 3) / 4 * 4;
   if (x.element_type() == ffi::BF16 && JAXLLAMA_DOTS_PAIRS) {
     inputs.pairs = static_cast<const BFloat16*>(x.untyped_data());

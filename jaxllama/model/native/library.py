@@ -28,7 +28,8 @@ import jaxlib.version
 logger = logging.getLogger("jaxllama.model.native")
 
 SOURCES = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-w")
+# -O3 takes twice as long to compile, and its code no less time (bench/LOG.md).
+FLAGS = ("-std=c++17", "-O2", "-ftree-vectorize", "-fvect-cost-model", "-ffp-contract=off", "-fPIC", "-shared", "-w")
 _COMPILE_TIMEOUT_S = 240
 
 

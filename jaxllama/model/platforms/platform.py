@@ -79,6 +79,11 @@ class Platform:
         return self.attention.num_shards
 
     def row_buckets(self, num_rows: int) -> tuple[int, ...]:
-        """Numbers of rows to make decode programs for, ascending: few rows should not pay for many."""
-        sizes = {self.min_rows, max(self.min_rows, num_rows // 4), num_rows}
+        """Numbers of rows to make decode programs for, ascending: few rows should not pay for many.
+
+        Kernels leave out rows that are not active, so there one number between would save little.
+        """
+        sizes = {self.min_rows, num_rows}
+        if not self.has_layer_kernel:
+            sizes.add(max(self.min_rows, num_rows // 4))
         return tuple(sorted(sizes)) if self.has_row_buckets else (num_rows,)

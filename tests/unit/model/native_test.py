@@ -403,3 +403,16 @@ def test_they_are_compiled_once(monkeypatch, home):
     assert library.compiled(instructions) != path
     jax.config.update("jax_compilation_cache_dir", str(home / "elsewhere"))
     assert library.compiled(instructions).parent == home / "elsewhere" / "native"
+
+
+@needs_kernels
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_rows_that_do_not_count_are_left_out(weights):
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.standard_normal((7, 96)), bfloat16).at[6].set(np.nan)
+    several = [random_packed(rng, n, 96, weights) for n in (64, 70)]
+    whole = native.multiply(x, *several)
+    for count in (0, 1, 6):
+        for got, want in zip(native.multiply(x, *several, count=jnp.int32(count)), whole, strict=True):
+            np.testing.assert_array_equal(got[:count], want[:count])
+            np.testing.assert_array_equal(got[count:], 0)
