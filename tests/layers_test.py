@@ -40,7 +40,7 @@ LAYERS = (
     ),
     ("jaxllama.model.int8", "jaxllama.weights.arrays", "jaxllama.weights.parts", "jaxllama.decode.controls"),
     ("jaxllama.model.cache", "jaxllama.decode.params"),
-    ("jaxllama.model.native", "jaxllama.decode.sampling", "jaxllama.decode.prompts"),
+    ("jaxllama.model.native", "jaxllama.decode.sampling", "jaxllama.decode.prompts", "jaxllama.decode.drafts"),
     ("jaxllama.model.linear",),
     ("jaxllama.model.attention",),
     ("jaxllama.model.platforms",),

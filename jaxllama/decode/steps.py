@@ -2,17 +2,26 @@
 
 A prompt's last token is not prefilled: it is the first input of `decode_steps`, so that every token is sampled in one
 place and a prefill never needs the head.
+
+With drafts a step may run the model over several tokens of each row: its last one and what is thought to follow. Their
+logits go one position after another through the sampling of plain steps. A row goes on while the token that it draws
+is the draft, for then the next position's logits are those that a plain step would have had. The noise of a draw
+depends on seed and position alone, so this is exact at any temperature. What rejected drafts leave in the cache lies
+past the row's end and is overwritten before anything attends to it.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from jaxllama.decode.drafts import Drafting, Drafts, learned, look_up, pays
 from jaxllama.decode.params import MAX_TOP_LOGPROBS
 from jaxllama.decode.sampling import sample, top_logprobs
-from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, Chunk, DecodeState, Place, StepOutput
+from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, Chunk, DecodeState, Place, RowState, StepOutput
 from jaxllama.model.attention.reference import chunk_positions
 from jaxllama.model.cache import KVPool
 from jaxllama.model.config import LlamaConfig
@@ -73,7 +82,7 @@ def _forward_chunk(
     return hidden[0], pool
 
 
-@program(donate_argnames="state", static_argnames=("config", "num_rows"))
+@program(donate_argnames="state", static_argnames=("config", "num_rows", "num_drafts"))
 def decode_steps(
     config: LlamaConfig,
     params: Params,
@@ -82,84 +91,215 @@ def decode_steps(
     keep: Bool[Array, " rows"],
     *,
     num_rows: int,
+    num_drafts: int = 0,
+    drafting: Drafting | None = None,
     platform: Platform = PLAIN,
 ) -> tuple[DecodeState, StepOutput]:
     """Decodes up to `max_steps` (≤ `MAX_STEPS`) tokens for the first `num_rows` rows, sampling included.
 
     Stops early when no row is active. Rows that `keep` denies become inactive first. Rows end on the device, by stop id
     or budget. Pages for `max_steps` more tokens must be in the page table.
+
+    With `num_drafts`, a state with a history, and `drafting`, a step verifies up to so many drafts a row where that
+    pays; where programs of different sizes differ in bits (`Platform.programs_agree`) every step runs as if it did. It
+    stops early too when a row has `drafting.max_tokens` new tokens; for so many there must be pages.
     """
     state = state._replace(rows=state.rows._replace(active=state.rows.active & keep))
     model = Transformer(config, params, platform)
     num_top = min(MAX_TOP_LOGPROBS, config.vocab_size)
     once = jnp.minimum(max_steps, 1)
+    none = jnp.zeros(num_rows, jnp.int32)
     out = StepOutput(
         tokens=jnp.full((MAX_STEPS, num_rows), -1, jnp.int32),
         num_steps=jnp.int32(0),
         logprobs=jnp.zeros((MAX_STEPS, num_rows)),
         top_ids=jnp.zeros((MAX_STEPS, num_rows, num_top), jnp.int32),
         top_logprobs=jnp.zeros((MAX_STEPS, num_rows, num_top)),
+        num_drafted=none,
+        num_accepted=none,
     )
+    step = _Step(model, platform, num_rows, once)
 
     def unfinished(carry: tuple[DecodeState, StepOutput]) -> jax.Array:
         state, out = carry
         return (out.num_steps < max_steps) & jnp.any(state.rows.active[:num_rows])
 
-    def step(carry: tuple[DecodeState, StepOutput]) -> tuple[DecodeState, StepOutput]:
-        return _decode_step(config, model, *carry, once, num_rows=num_rows, platform=platform)
+    if not num_drafts:
+        return jax.lax.while_loop(unfinished, lambda carry: step.plain(*carry), (state, out))
+    assert drafting is not None
+    limits = drafting
 
-    return jax.lax.while_loop(unfinished, step, (state, out))
+    def has_room(carry: _Carry) -> jax.Array:
+        rows = carry.state.rows.active[:num_rows]
+        return unfinished(carry[:2]) & jnp.all(~rows | (carry.num_tokens < limits.max_tokens))
+
+    logits = jnp.zeros((num_rows, num_drafts + 1, config.vocab_size))
+    carry = _Carry(state, out, none, logits)
+    carry = jax.lax.while_loop(has_room, lambda carry: step.with_drafts(carry, limits), carry)
+    return carry.state, carry.out
 
 
-def _decode_step(
-    config: LlamaConfig,
-    model: Transformer,
-    state: DecodeState,
-    out: StepOutput,
-    once: Array,
-    *,
-    num_rows: int,
-    platform: Platform,
-) -> tuple[DecodeState, StepOutput]:
-    some = slice(0, num_rows)
-    rows = jax.tree.map(lambda x: x[some], state.rows)
-    active, positions, sampling = rows.active, rows.length, rows.sampling
+class _Carry(NamedTuple):
+    """What goes from one step with drafts to the next: how many new tokens rows have, and `logits` to be written."""
 
-    def attend(q: Array, kv: Array, pool: KVPool, pages: Array, window: int | None) -> tuple[Array, KVPool]:
-        out, pool = platform.attention.decode(q[:, 0], kv[:, 0], pool, pages, positions, active, window)
-        return out[:, None], pool
+    state: DecodeState
+    out: StepOutput
+    num_tokens: Int[Array, " rows"]
+    logits: Float[Array, "rows tokens vocab"]
 
-    tokens, page_table = rows.last_token[:, None], state.page_table[some]
-    hidden, pool = model(tokens, positions[:, None], state.pool, page_table, attend, once, active.astype(jnp.int32))
-    logits = model.logits(hidden[:, 0], jnp.max(jnp.where(active, 1 + jnp.arange(num_rows), 0)))
-    tokens, is_finite = sample(
-        logits,
-        sampling,
-        generated_counts=rows.generated_counts,
-        prompt_mask=rows.prompt_mask,
-        suppress_stops=rows.min_remaining > 0,
-        positions=positions + 1,
-        active=active,
-    )
-    logprobs = top_logprobs(logits, tokens, jnp.any(active & (sampling.num_logprobs >= 0)))
-    is_stop = jnp.any(tokens[:, None] == sampling.stop_ids, axis=1)
-    ends = is_stop | (rows.remaining <= 1) | ~is_finite
-    emitted = active & is_finite
-    step = out.num_steps
-    out = StepOutput(
-        tokens=out.tokens.at[step].set(jnp.where(active, jnp.where(is_finite, tokens, NOT_FINITE), -1)),
-        num_steps=step + 1,
-        logprobs=out.logprobs.at[step].set(logprobs.chosen),
-        top_ids=out.top_ids.at[step].set(logprobs.ids),
-        top_logprobs=out.top_logprobs.at[step].set(logprobs.values),
-    )
-    all_rows = state.rows
-    new_rows = all_rows._replace(
-        length=all_rows.length.at[some].add(active),
-        last_token=all_rows.last_token.at[some].set(jnp.where(emitted, tokens, rows.last_token)),
-        remaining=all_rows.remaining.at[some].add(-emitted.astype(jnp.int32)),
-        min_remaining=all_rows.min_remaining.at[some].add(-(emitted & (rows.min_remaining > 0)).astype(jnp.int32)),
-        active=all_rows.active.at[some].set(active & ~ends),
-        generated_counts=all_rows.generated_counts.at[jnp.arange(num_rows), tokens].add(emitted.astype(jnp.int32)),
-    )
-    return state._replace(pool=pool, rows=new_rows), out
+
+class _Step(NamedTuple):
+    """A step of the first `num_rows` rows. `once` is 1 whenever it runs (see `Transformer`)."""
+
+    model: Transformer
+    platform: Platform
+    num_rows: int
+    once: Int[Array, ""]
+
+    def plain(self, state: DecodeState, out: StepOutput) -> tuple[DecodeState, StepOutput]:
+        """One token of each active row."""
+        logits, pool = self._forward(state, state.pool)
+        rows, out, _ = self._emit(state.rows, out, logits, state.rows.active[: self.num_rows], out.num_steps)
+        return state._replace(pool=pool, rows=rows), out._replace(num_steps=out.num_steps + 1)
+
+    def with_drafts(self, carry: _Carry, limits: Drafting) -> _Carry:
+        """One token of each active row, and one more for each draft that is right."""
+        state, rows = carry.state, self._own(carry.state.rows)
+        last = rows.history_start + rows.length
+        drafts = look_up(rows.history, rows.history_start, last, carry.logits.shape[1] - 1)
+        room = jnp.minimum(rows.remaining, limits.max_tokens - carry.num_tokens) - 1
+        drafts = drafts._replace(num=jnp.where(rows.active, jnp.minimum(drafts.num, room), 0))
+        if self.platform.programs_agree:
+            verifies = pays(drafts, rows.acceptance, rows.active, limits.cost)
+            logits, pool = self._either(state, carry.logits, drafts, verifies)
+            num = jnp.where(verifies, drafts.num, 0)
+        else:
+            (logits, pool), num = self._forward_drafts(state, state.pool, drafts), drafts.num
+        out = carry.out._replace(num_drafted=carry.out.num_drafted + num, num_steps=carry.out.num_steps + 1)
+
+        def draw(
+            carry: tuple[RowState, StepOutput, Array, Array, Array],
+        ) -> tuple[RowState, StepOutput, Array, Array, Array]:
+            all_rows, out, num_tokens, going, index = carry
+            # Apart from what made it, so that it is read as a plain step reads its own.
+            own = jax.lax.optimization_barrier(jax.lax.dynamic_index_in_dim(logits, index, 1, keepdims=False))
+            all_rows, out, tokens = self._emit(all_rows, out, own, going, num_tokens)
+            is_hit = tokens == jnp.take(drafts.tokens, index, axis=1, mode="clip")
+            acceptance = all_rows.acceptance[: self.num_rows]
+            acceptance = learned(acceptance, drafts.suffix, going & (index < drafts.num), is_hit)
+            all_rows = all_rows._replace(acceptance=all_rows.acceptance.at[: self.num_rows].set(acceptance))
+            is_right = going & (index < num) & is_hit
+            out = out._replace(num_accepted=out.num_accepted + is_right)
+            return all_rows, out, num_tokens + going, is_right & all_rows.active[: self.num_rows], index + 1
+
+        start = (state.rows, out, carry.num_tokens, rows.active, jnp.int32(0))
+        all_rows, out, num_tokens, *_ = jax.lax.while_loop(lambda carry: jnp.any(carry[3]), draw, start)
+        return _Carry(state._replace(pool=pool, rows=all_rows), out, num_tokens, logits)
+
+    def _either(
+        self, state: DecodeState, logits: Float[Array, "rows tokens vocab"], drafts: Drafts, verifies: Bool[Array, ""]
+    ) -> tuple[Float[Array, "rows tokens vocab"], KVPool]:
+        """The logits after each row's last token, and after its drafts too if it `verifies`."""
+
+        def plain(carry: tuple[Array, Array, KVPool]) -> tuple[Array, Array, KVPool]:
+            done, logits, pool = carry
+            first, pool = self._forward(state, pool)
+            return done + 1, jax.lax.dynamic_update_slice_in_dim(logits, first[:, None], 0, axis=1), pool
+
+        def verify(carry: tuple[Array, Array, KVPool]) -> tuple[Array, Array, KVPool]:
+            done, _, pool = carry
+            return done + 1, *self._forward_drafts(state, pool, drafts)
+
+        # One of two loops of one round, and not a branch: what passes through a branch is copied there, the pool too.
+        done = verifies.astype(jnp.int32)
+        _, logits, pool = jax.lax.while_loop(lambda carry: carry[0] < self.once, plain, (done, logits, state.pool))
+        _, logits, pool = jax.lax.while_loop(lambda carry: carry[0] < self.once, verify, (1 - done, logits, pool))
+        return logits, pool
+
+    def _forward(self, state: DecodeState, pool: KVPool) -> tuple[Float[Array, "rows vocab"], KVPool]:
+        rows = self._own(state.rows)
+        active, positions = rows.active, rows.length
+
+        def attend(q: Array, kv: Array, pool: KVPool, pages: Array, window: int | None) -> tuple[Array, KVPool]:
+            out, pool = self.platform.attention.decode(q[:, 0], kv[:, 0], pool, pages, positions, active, window)
+            return out[:, None], pool
+
+        tokens, page_table = rows.last_token[:, None], state.page_table[: self.num_rows]
+        written = active.astype(jnp.int32)
+        hidden, pool = self.model(tokens, positions[:, None], pool, page_table, attend, self.once, written)
+        last = jnp.max(jnp.where(active, 1 + jnp.arange(self.num_rows), 0))
+        return self.model.logits(hidden[:, 0], last), pool
+
+    def _forward_drafts(
+        self, state: DecodeState, pool: KVPool, drafts: Drafts
+    ) -> tuple[Float[Array, "rows tokens vocab"], KVPool]:
+        rows = self._own(state.rows)
+        num_tokens = jnp.where(rows.active, 1 + drafts.num, 0)
+
+        def attend(q: Array, kv: Array, pool: KVPool, pages: Array, window: int | None) -> tuple[Array, KVPool]:
+            return self.platform.attention.verify(q, kv, pool, pages, rows.length, num_tokens, window)
+
+        tokens = jnp.concatenate((rows.last_token[:, None], drafts.tokens), axis=1)
+        positions = rows.length[:, None] + jnp.minimum(jnp.arange(tokens.shape[1]), drafts.num[:, None])
+        page_table = state.page_table[: self.num_rows]
+        hidden, pool = self.model(tokens, positions, pool, page_table, attend, self.once, num_tokens)
+        return self.model.logits(hidden), pool
+
+    def _emit(
+        self,
+        all_rows: RowState,
+        out: StepOutput,
+        logits: Float[Array, "rows vocab"],
+        going: Bool[Array, " rows"],
+        at: Int[Array, "*rows"],
+    ) -> tuple[RowState, StepOutput, Int[Array, " rows"]]:
+        """Draws the next token of the rows that are `going`, and writes it to its place `at` of the output."""
+        some, rows = slice(0, self.num_rows), self._own(all_rows)
+        sampling = rows.sampling
+        tokens, is_finite = sample(
+            logits,
+            sampling,
+            generated_counts=rows.generated_counts,
+            prompt_mask=rows.prompt_mask,
+            suppress_stops=rows.min_remaining > 0,
+            positions=rows.length + 1,
+            active=going,
+        )
+        logprobs = top_logprobs(logits, tokens, jnp.any(going & (sampling.num_logprobs >= 0)))
+        is_stop = jnp.any(tokens[:, None] == sampling.stop_ids, axis=1)
+        ends = is_stop | (rows.remaining <= 1) | ~is_finite
+        emitted = going & is_finite
+
+        def put(
+            array: Shaped[Array, "steps rows ..."], new: Shaped[Array, "rows ..."]
+        ) -> Shaped[Array, "steps rows ..."]:
+            if not at.ndim:
+                return array.at[at].set(new)
+            places = jnp.where(going, at, MAX_STEPS)
+            return array.at[places, jnp.arange(self.num_rows)].set(new, mode="drop")
+
+        out = out._replace(
+            tokens=put(out.tokens, jnp.where(going, jnp.where(is_finite, tokens, NOT_FINITE), -1)),
+            logprobs=put(out.logprobs, logprobs.chosen),
+            top_ids=put(out.top_ids, logprobs.ids),
+            top_logprobs=put(out.top_logprobs, logprobs.values),
+        )
+        index = jnp.arange(self.num_rows)
+        history = all_rows.history
+        if history.shape[1]:
+            places = jnp.where(emitted, rows.history_start + rows.length + 1, history.shape[1])
+            history = history.at[index, places].set(tokens, mode="drop")
+        new_rows = all_rows._replace(
+            length=all_rows.length.at[some].add(going),
+            last_token=all_rows.last_token.at[some].set(jnp.where(emitted, tokens, rows.last_token)),
+            remaining=all_rows.remaining.at[some].add(-emitted.astype(jnp.int32)),
+            min_remaining=all_rows.min_remaining.at[some].add(-(emitted & (rows.min_remaining > 0)).astype(jnp.int32)),
+            active=all_rows.active.at[some].set(rows.active & ~(going & ends)),
+            generated_counts=all_rows.generated_counts.at[index, tokens].add(emitted.astype(jnp.int32)),
+            history=history,
+        )
+        return new_rows, out, tokens
+
+    def _own(self, rows: RowState) -> RowState:
+        own: RowState = jax.tree.map(lambda x: x[: self.num_rows], rows)
+        return own

@@ -10,14 +10,16 @@ from typing import NamedTuple, Protocol, overload
 import numpy as np
 from jaxtyping import Bool, Int, UInt32
 
+from jaxllama.decode.drafts import Drafting
 from jaxllama.decode.state import Chunk, Place, RowState, StepOutput
 
 
 class Compile(NamedTuple):
-    """Compile what the other calls run, for these sizes of chunks and numbers of rows."""
+    """Compile what the other calls run, for these sizes of chunks and numbers of rows, each with its drafts."""
 
     chunk_sizes: Int[np.ndarray, " sizes"]
     row_buckets: Int[np.ndarray, " buckets"]
+    num_drafts: Int[np.ndarray, " buckets"]
 
 
 class Prefill(NamedTuple):
@@ -40,6 +42,8 @@ class Decode(NamedTuple):
     max_steps: np.int32
     keep: Bool[np.ndarray, " rows"]
     num_rows: np.int32
+    num_drafts: np.int32 = np.int32(0)
+    drafting: Drafting = Drafting(np.int32(0), np.float32(0))
 
 
 class SetPageTable(NamedTuple):

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Int
 
+from jaxllama.decode.drafts import Drafting
 from jaxllama.decode.state import (
     Chunk,
     DecodeState,
@@ -132,16 +133,18 @@ class Device:
     def _run(self, call: Call) -> StepOutput | None:
         state, output = self._get_state(), None
         match call:
-            case Compile(chunk_sizes, row_buckets):
-                self._compile(state, chunk_sizes.tolist(), row_buckets.tolist())
+            case Compile(chunk_sizes, row_buckets, num_drafts):
+                decoding = dict(zip(row_buckets.tolist(), num_drafts.tolist(), strict=True))
+                self._compile(state, chunk_sizes.tolist(), decoding)
             case Prefill(place, chunk):
                 pool = prefill(self._config, self._params, state.pool, place, chunk, platform=self._platform)
                 state = state._replace(pool=pool)
             case Insert(row, new):
                 state = insert(state, row, new)
-            case Decode(max_steps, keep, num_rows):
+            case Decode(max_steps, keep, num_rows, num_drafts, drafting):
                 args = (self._config, self._params, state, max_steps, keep)
-                state, output = decode_steps(*args, num_rows=int(num_rows), platform=self._platform)
+                options = self._decode_options(int(num_rows), int(num_drafts), drafting)
+                state, output = decode_steps(*args, **options)
                 if not all(array.is_fully_addressable or array.is_fully_replicated for array in output):
                     output = self._replicate(output)
             case SetPageTable(table):
@@ -167,7 +170,11 @@ class Device:
         """Returns when the devices have done all that was asked."""
         jax.block_until_ready(self._state)
 
-    def _compile(self, state: DecodeState, chunk_sizes: list[int], row_buckets: list[int]) -> None:
+    def _decode_options(self, num_rows: int, num_drafts: int, drafting: Drafting) -> dict[str, Any]:
+        options = {"num_rows": num_rows, "platform": self._platform}
+        return options | {"num_drafts": num_drafts, "drafting": drafting} if num_drafts else options
+
+    def _compile(self, state: DecodeState, chunk_sizes: list[int], decoding: dict[int, int]) -> None:
         """Several programs at a time, those that take longest first."""
         config, params, platform = self._config, self._params, self._platform
         num_rows, table_width = self._shapes.page_table.shape
@@ -175,17 +182,18 @@ class Device:
         keep = np.zeros(num_rows, np.bool_)
 
         def lower_decode(bucket: int) -> Any:
-            return decode_steps.lower(config, params, state, zero, keep, num_rows=bucket, platform=platform)
+            options = self._decode_options(bucket, decoding[bucket], Drafting(zero, np.float32(0)))
+            return decode_steps.lower(config, params, state, zero, keep, **options)
 
         def lower_prefill(size: int) -> Any:
             at = (Place(pages, zero), Chunk(np.zeros(size, np.int32), zero, zero))
             return prefill.lower(config, params, state.pool, *at, platform=platform)
 
         programs: dict[str, Callable[[], Any]] = {
-            _decode_name(n): partial(lower_decode, n) for n in sorted(row_buckets, reverse=True)
+            _decode_name(n): partial(lower_decode, n) for n in sorted(decoding, reverse=True)
         }
         programs |= {_prefill_name(n): partial(lower_prefill, n) for n in sorted(chunk_sizes, reverse=True)}
-        programs["insert"] = lambda: insert.lower(state, zero, any_row(config))
+        programs["insert"] = lambda: insert.lower(state, zero, any_row(config, state.rows.history.shape[1]))
         if platform.needs_clean_pages:
             layers = {"num_layers": config.num_layers, "mesh": platform.attention.mesh}
             programs["clear pages"] = lambda: clear_pages.lower(state.pool, pages, zero, zero, **layers)

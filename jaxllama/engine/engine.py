@@ -22,7 +22,6 @@ from jaxllama.engine.calls import (
     CALLS,
     ClearPages,
     Compile,
-    Decode,
     Insert,
     Programs,
     RestorePages,
@@ -38,6 +37,7 @@ from jaxllama.engine.scheduling.chunks import ChunkPlan, Span
 from jaxllama.engine.scheduling.constraint import Constraint
 from jaxllama.engine.scheduling.request import EngineRequest, FinishReason, TokenOutput, checked_prompt
 from jaxllama.engine.scheduling.scheduler import Scheduler
+from jaxllama.engine.scheduling.speculation import Speculation
 from jaxllama.engine.sizes import size_engine
 from jaxllama.errors import (
     EngineStoppedError,
@@ -80,11 +80,14 @@ class Engine:
             num_shards=platform.num_shards,
             num_pages=options.num_pages,
             min_rows=platform.min_rows,
+            speculates=options.speculation != "off",
         )
         platform.kernel.validate(
             page_size=sizes.page_size, num_rows=sizes.rows_per_shard, table_width=sizes.table_width
         )
         self._row_buckets = platform.row_buckets(sizes.num_rows)
+        num_drafts = {rows: platform.num_drafts(rows) if sizes.history_size else 0 for rows in self._row_buckets}
+        self._speculation = Speculation(sizes.history_size, num_drafts)
         self._shapes = sizes.state_shapes(config, self.kv_dtype)
         self._device = Device(config, params, mesh, self._shapes, platform)
         self._device.shows_compilation = options.show_compilation
@@ -104,6 +107,7 @@ class Engine:
             self._scheduler,
             table_width=sizes.table_width,
             needs_clean_pages=platform.needs_clean_pages,
+            history_size=sizes.history_size,
         )
         self._dispatches = Dispatches(
             self._programs,
@@ -112,6 +116,7 @@ class Engine:
             Constraints(self._programs, sizes.num_rows, config.vocab_size),
             table_shape=(sizes.num_rows, sizes.table_width),
             row_buckets=self._row_buckets,
+            speculation=self._speculation,
         )
         self._inbox: deque[EngineRequest] = deque()
         self._arrivals = itertools.count()
@@ -188,17 +193,19 @@ class Engine:
         Call it before the first `submit`.
         """
         programs, self._device.on_progress = self._programs, on_progress
-        programs.run(Compile(np.array(self.chunk_sizes, np.int32), np.array(self._row_buckets, np.int32)))
+        num_drafts = [self._speculation.drafts(num_rows) for num_rows in self._row_buckets]
+        sizes = [np.array(part, np.int32) for part in (self.chunk_sizes, self._row_buckets, num_drafts)]
+        programs.run(Compile(*sizes))
         nothing = self._make_request([0], SamplingParams(), lambda _: None, 0, b"")
         self._placement.prefill(nothing, Span(0, 0, min(self.chunk_sizes)))
         zero, none = np.int32(0), np.zeros(1, np.int32)
-        programs.run(Insert(zero, any_row(self.config)))
+        programs.run(Insert(zero, any_row(self.config, self._speculation.history_size)))
         programs.run(SavePages(zero, none, zero))
         programs.run(RestorePages(zero, none, zero))
         if self.platform.needs_clean_pages:
             programs.run(ClearPages(np.zeros(self.sizes.table_width, np.int32), zero, zero))
         for num_rows in self._row_buckets:
-            programs.run(Decode(np.int32(1), np.zeros(self.sizes.num_rows, np.bool_), np.int32(num_rows)))
+            self._dispatches.run_empty(num_rows)
         programs.wait()
         give_back()
         self._is_warm = True
@@ -346,7 +353,7 @@ class Engine:
             self._read(in_flight.popleft())
 
     def _read(self, dispatch: Dispatch) -> None:
-        num_steps = len(dispatch.tokens)
+        num_steps = dispatch.num_steps
         now = time.monotonic()
         if num_steps:
             step_s = (now - max(dispatch.launched, self._last_progress)) / num_steps

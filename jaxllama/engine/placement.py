@@ -30,12 +30,14 @@ class Placement:
         *,
         table_width: int,
         needs_clean_pages: bool,
+        history_size: int = 0,
     ) -> None:
         self._config = config
         self._programs = programs
         self._scheduler = scheduler
         self._table_width = table_width
         self._needs_clean_pages = needs_clean_pages
+        self._history_size = history_size
         self._numbers = itertools.count()
 
     def fill_rows(self) -> None:
@@ -100,6 +102,7 @@ class Placement:
             remaining=request.budget - len(request.generated),
             seed=request.seed,
             halt_id=request.halt_id,
+            history_size=self._history_size,
         )
         assert request.row is not None
         self._programs.run(Insert(np.int32(request.row), new))

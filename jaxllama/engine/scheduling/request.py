@@ -45,6 +45,7 @@ class EngineRequest:
     rest belongs to the engine's thread.
 
     `num_cached_tokens` is how much of the prompt was found in the cache, None until the request is admitted.
+    `num_accepted` of the tokens were drafts that had been right (speculation).
     `page_keys` name the full pages of the prompt less its last token. `saved_as` numbers the copy that the devices'
     hosts keep of the pages of a request that was set aside.
     """
@@ -70,6 +71,7 @@ class EngineRequest:
     num_shared_pages: int = 0
     num_prefilled: int = 0
     num_cached_tokens: int | None = None
+    num_accepted: int = 0
     saved_as: int | None = None
     is_running: bool = False
     is_finished: bool = False

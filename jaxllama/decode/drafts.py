@@ -1,0 +1,89 @@
+"""Drafts for the next tokens of rows: where they come from, and whether it pays to verify them.
+
+A draft changes no token. `steps` runs the model over the drafts of all rows at once and keeps of each row's what its
+own noise draws anyway; what is here decides about the time that takes, and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+SUFFIXES = (2, 3, 4)
+"""Lengths of what must be found again, in tokens."""
+FIRST_ACCEPTANCE = (0.25, 0.5, 0.75)
+"""What a new row is taken for, by the length of what is found: the share of drafted tokens that are accepted."""
+_WEIGHT = 1 / 8
+"""Of the newest token in a row's acceptance: it follows the last eight or so."""
+
+
+class Drafting(NamedTuple):
+    """What a dispatch with drafts is told: the most tokens for a row, and what a step that verifies drafts takes, in
+    plain steps. NumPy's numbers on the host."""
+
+    max_tokens: Int[Any, ""]
+    cost: Float[Any, ""]
+
+
+class Drafts(NamedTuple):
+    """`tokens[row, :num[row]]` are thought to follow a row's last token. `suffix` is the index in `SUFFIXES` of the
+    length that was found; where `num` is 0 it means nothing."""
+
+    tokens: Int[Array, "rows drafts"]
+    num: Int[Array, " rows"]
+    suffix: Int[Array, " rows"]
+
+
+def look_up(
+    history: Int[Array, "rows history"], start: Int[Array, " rows"], last: Int[Array, " rows"], num_drafts: int
+) -> Drafts:
+    """What followed the longest suffix of each row's tokens where it was there before, the newest such place first.
+
+    A row's own tokens are `history[start] … history[last]`. What lies before `start` is a text that the row is expected
+    to resemble; of equally long suffixes those there are preferred. A draft that reaches the row's end goes on with
+    itself, as if the row repeated itself from there on.
+
+    Source: Saxena 2023, "Prompt Lookup Decoding".
+    """
+    size = history.shape[1]
+    places = jnp.arange(size)
+    padded = jnp.pad(history, ((0, 0), (max(SUFFIXES) - 1, 0)), constant_values=-1)
+    is_match, length = (places < last[:, None]), jnp.zeros_like(history)
+    for back in range(max(SUFFIXES)):
+        wanted = jnp.take_along_axis(history, jnp.maximum(last[:, None] - back, 0), axis=1)
+        first = max(SUFFIXES) - 1 - back
+        is_match &= (padded[:, first : first + size] == wanted) & (last[:, None] >= back)
+        length += is_match
+    order = places + jnp.where(places < start[:, None], size, 0)
+    best = jnp.max(jnp.where(length >= min(SUFFIXES), length * (2 * size) + order, 0), axis=1)
+    length, place = best // (2 * size), best % size
+    following = jnp.arange(num_drafts) % jnp.maximum(last - place, 1)[:, None]
+    tokens = jnp.take_along_axis(history, place[:, None] + 1 + following, axis=1)
+    return Drafts(tokens, jnp.where(length > 0, num_drafts, 0), jnp.maximum(length - min(SUFFIXES), 0))
+
+
+def pays(
+    drafts: Drafts, acceptance: Float[Array, "rows suffixes"], active: Bool[Array, " rows"], cost: Float[Array, ""]
+) -> Bool[Array, ""]:
+    """Whether verifying the drafts gives more tokens in a time than plain steps.
+
+    `cost` is what verifying takes, in plain steps. Of d drafts that are each accepted with probability a,
+    a + a² + … + a^d are expected to be.
+    """
+    each = jnp.take_along_axis(acceptance, drafts.suffix[:, None], axis=1)
+    places = jnp.arange(drafts.tokens.shape[1])
+    expected = jnp.sum(jnp.where(places < drafts.num[:, None], each ** (places + 1), 0), axis=1)
+    return jnp.sum(jnp.where(active, expected, 0)) > (cost - 1) * jnp.sum(active)
+
+
+def learned(
+    acceptance: Float[Array, "rows suffixes"],
+    suffix: Int[Array, " rows"],
+    is_drafted: Bool[Array, " rows"],
+    is_hit: Bool[Array, " rows"],
+) -> Float[Array, "rows suffixes"]:
+    """The acceptance after one more token of the rows that had a draft for it, verified or not."""
+    is_own = is_drafted[:, None] & (jnp.arange(len(SUFFIXES)) == suffix[:, None])
+    return jnp.where(is_own, acceptance + _WEIGHT * (is_hit[:, None] - acceptance), acceptance)
