@@ -29,11 +29,13 @@ class Drafting(NamedTuple):
 
 class Drafts(NamedTuple):
     """`tokens[row, :num[row]]` are thought to follow a row's last token. `suffix` is the index in `SUFFIXES` of the
-    length that was found; where `num` is 0 it means nothing."""
+    length that was found, and `is_predicted` says that it was before the row's own tokens; where `num` is 0 neither
+    means anything."""
 
     tokens: Int[Array, "rows drafts"]
     num: Int[Array, " rows"]
     suffix: Int[Array, " rows"]
+    is_predicted: Bool[Array, " rows"]
 
 
 def look_up(
@@ -61,7 +63,7 @@ def look_up(
     length, place = best // (2 * size), best % size
     following = jnp.arange(num_drafts) % jnp.maximum(last - place, 1)[:, None]
     tokens = jnp.take_along_axis(history, place[:, None] + 1 + following, axis=1)
-    return Drafts(tokens, jnp.where(length > 0, num_drafts, 0), jnp.maximum(length - min(SUFFIXES), 0))
+    return Drafts(tokens, jnp.where(length > 0, num_drafts, 0), jnp.maximum(length - min(SUFFIXES), 0), place < start)
 
 
 def pays(

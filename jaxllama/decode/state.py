@@ -81,7 +81,7 @@ class StepOutput(NamedTuple):
     """The first `num_steps` of it count. A token is -1 where the row was inactive, `NOT_FINITE` where it failed.
 
     Of steps with drafts a row's tokens follow one another without gaps, up to its first -1. So many drafts of each row
-    were verified, and accepted.
+    were verified, so many accepted, and so many of those found in what the row was expected to resemble.
     """
 
     tokens: Int[Array, "steps rows"]
@@ -91,6 +91,7 @@ class StepOutput(NamedTuple):
     top_logprobs: Float[Array, "steps rows 20"]
     num_drafted: Int[Array, " rows"]
     num_accepted: Int[Array, " rows"]
+    num_predicted: Int[Array, " rows"]
 
 
 @dataclass(frozen=True)

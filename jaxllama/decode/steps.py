@@ -117,6 +117,7 @@ def decode_steps(
         top_logprobs=jnp.zeros((MAX_STEPS, num_rows, num_top)),
         num_drafted=none,
         num_accepted=none,
+        num_predicted=none,
     )
     step = _Step(model, platform, num_rows, once)
 
@@ -189,7 +190,10 @@ class _Step(NamedTuple):
             acceptance = learned(acceptance, drafts.suffix, going & (index < drafts.num), is_hit)
             all_rows = all_rows._replace(acceptance=all_rows.acceptance.at[: self.num_rows].set(acceptance))
             is_right = going & (index < num) & is_hit
-            out = out._replace(num_accepted=out.num_accepted + is_right)
+            out = out._replace(
+                num_accepted=out.num_accepted + is_right,
+                num_predicted=out.num_predicted + (is_right & drafts.is_predicted),
+            )
             return all_rows, out, num_tokens + going, is_right & all_rows.active[: self.num_rows], index + 1
 
         start = (state.rows, out, carry.num_tokens, rows.active, jnp.int32(0))

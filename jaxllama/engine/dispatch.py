@@ -40,6 +40,7 @@ class Dispatch:
         """Adds what the row has come to to its request. Returns what there is to tell; a finish_reason if it ends."""
         new: list[int] = []
         request.num_accepted += int(self._num_accepted[row])
+        request.num_predicted += int(self._num_predicted[row])
         logprobs: list[TokenLogprob] = []
 
         def output(**end: object) -> TokenOutput:
@@ -90,6 +91,10 @@ class Dispatch:
     @cached_property
     def _num_accepted(self) -> Int[np.ndarray, " rows"]:
         return np.asarray(self.output.num_accepted)
+
+    @cached_property
+    def _num_predicted(self) -> Int[np.ndarray, " rows"]:
+        return np.asarray(self.output.num_predicted)
 
     @cached_property
     def _logprobs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -152,7 +157,7 @@ class Dispatches:
             self._page_table = table
             self._programs.run(SetPageTable(table))
         output = self._programs.run(self._decode(max_steps, max_tokens, keep, self._bucket(running)))
-        for array in (output.tokens, output.num_steps, output.num_accepted):
+        for array in (output.tokens, output.num_steps, output.num_accepted, output.num_predicted):
             array.copy_to_host_async()
         self.in_flight.append(Dispatch(output, rows, max_tokens, time.monotonic()))
         return True
@@ -160,6 +165,16 @@ class Dispatches:
     def run_empty(self, num_rows: int) -> None:
         """Runs the program for `num_rows` rows, of which none is active."""
         self._programs.run(self._decode(1, 1, np.zeros(len(self._page_table), np.bool_), num_rows))
+
+    def time_step(self, num_rows: int, cost: float) -> float:
+        """Seconds a step of the program for `num_rows` rows, which are all active and have few tokens, where verifying
+        drafts is said to cost `cost`."""
+        keep = np.arange(len(self._page_table)) < num_rows
+        drafts = (np.int32(self._speculation.drafts(num_rows)), Drafting(np.int32(MAX_STEPS), np.float32(cost)))
+        started = time.perf_counter()
+        output = self._programs.run(Decode(np.int32(4), keep, np.int32(num_rows), *drafts))
+        num_steps = int(output.num_steps)
+        return (time.perf_counter() - started) / num_steps
 
     def _bucket(self, running: Sequence[EngineRequest]) -> int:
         """The rows of the smallest program that has all of theirs."""

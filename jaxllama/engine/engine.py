@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import math
 import secrets
 import threading
 import time
@@ -17,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxllama.decode.params import SamplingParams
-from jaxllama.decode.state import MAX_STEPS, any_row
+from jaxllama.decode.state import MAX_STEPS, any_row, row_state
 from jaxllama.engine.calls import (
     CALLS,
     ClearPages,
@@ -35,7 +36,7 @@ from jaxllama.engine.options import EngineOptions, EngineStats, StepReport
 from jaxllama.engine.placement import Placement
 from jaxllama.engine.scheduling.chunks import ChunkPlan, Span
 from jaxllama.engine.scheduling.constraint import Constraint
-from jaxllama.engine.scheduling.request import EngineRequest, FinishReason, TokenOutput, checked_prompt
+from jaxllama.engine.scheduling.request import EngineRequest, FinishReason, TokenOutput, check_ids, checked_prompt
 from jaxllama.engine.scheduling.scheduler import Scheduler
 from jaxllama.engine.scheduling.speculation import Speculation
 from jaxllama.engine.sizes import size_engine
@@ -159,13 +160,15 @@ class Engine:
         priority: int = 0,
         constraint: Constraint | None = None,
         cache_scope: str | bytes = b"",
+        prediction: Sequence[int] = (),
     ) -> EngineRequest:
         """Queues a request. `on_output` runs on the engine's thread and must return at once.
 
         `max_tokens` None or past the context ends the output at the context. What earlier requests of the same
         `cache_scope` began with is not prefilled again (`EngineRequest.num_cached_tokens`); no other's is used.
         `constraint`, of this request alone, says what its tokens may be; `Llama` makes it of `params.structured` and
-        `params.thinking_budget`.
+        `params.thinking_budget`. `prediction` is what the output may resemble: with speculation "auto" drafts are found
+        in it too, and nothing else changes.
 
         Raises: RequestError or ContextLengthError for a prompt or parameters that cannot run, QueueFullError,
         EngineStoppedError.
@@ -174,6 +177,9 @@ class Engine:
             raise EngineStoppedError("this process follows process 0, which alone takes requests")
         request = self._make_request(prompt_ids, params, on_output, priority, cache_scope)
         attach(request, constraint)
+        if self.options.speculation == "auto" and prediction:
+            check_ids(prediction, self.config.vocab_size, "prediction")
+            request.prediction = [int(token_id) for token_id in prediction]
         with self._changed:
             if self._failure is not None:
                 raise EngineStoppedError(f"the engine has failed: {self._failure}")
@@ -207,8 +213,36 @@ class Engine:
         for num_rows in self._row_buckets:
             self._dispatches.run_empty(num_rows)
         programs.wait()
+        self._measure_drafts()
         give_back()
         self._is_warm = True
+
+    def _measure_drafts(self) -> None:
+        """Measures what steps that verify drafts cost in plain ones, on rows of no request, all in page 0."""
+        speculation, greedy = self._speculation, SamplingParams(temperature=0, ignore_eos=True)
+        remaining = min(MAX_STEPS, self.max_context - 1)
+        row = row_state(
+            self.config,
+            greedy,
+            prompt=[0],
+            generated=[],
+            remaining=remaining,
+            seed=0,
+            history_size=speculation.history_size,
+        )
+        for num_rows in self._row_buckets:
+            if not speculation.drafts(num_rows) or not self.platform.programs_agree:
+                continue
+            seconds: dict[float, list[float]] = {math.inf: [], -math.inf: []}
+            begun = time.monotonic()
+            while len(seconds[math.inf]) < 3 and time.monotonic() - begun < 2:
+                for cost, times in seconds.items():
+                    for index in range(num_rows):
+                        self._programs.run(Insert(np.int32(index), row))
+                    self._programs.wait()
+                    times.append(self._dispatches.time_step(num_rows, cost))
+            speculation.costs[num_rows] = min(seconds[-math.inf]) / min(seconds[math.inf])
+        self._programs.wait()
 
     def stats(self) -> EngineStats:
         """The load now."""

@@ -26,8 +26,9 @@ class EngineOptions:
     JAX. On a terminal and in a notebook the engine says what it compiles where that takes more than two seconds, unless
     `show_compilation` is false.
 
-    `speculation` other than "off" looks up what followed a row's last tokens where they were before, in its prompt and
-    its output, and verifies several such tokens in one step where that pays. No token changes by it.
+    `speculation` "lookup" looks up what followed a row's last tokens where they were before, in its prompt and its
+    output, and verifies several such tokens in one step where that pays; "auto" does so in predictions too
+    (`Engine.submit`). No token changes by it.
     """
 
     max_rows: int = 16

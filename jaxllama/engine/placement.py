@@ -103,6 +103,7 @@ class Placement:
             seed=request.seed,
             halt_id=request.halt_id,
             history_size=self._history_size,
+            prediction=request.prediction,
         )
         assert request.row is not None
         self._programs.run(Insert(np.int32(request.row), new))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-SpeculationMode = Literal["off", "lookup"]
+SpeculationMode = Literal["off", "lookup", "auto"]
 MODES: tuple[str, ...] = get_args(SpeculationMode)
 MAX_PREDICTION_TOKENS = 4096
 """So many tokens of a prediction are looked at, at most."""

@@ -85,9 +85,10 @@ def add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--kv-dtype", choices=("int8",), help="of the cache (default: as the weights)")
     group.add_argument(
         "--speculation",
-        choices=("off", "lookup"),
+        choices=("off", "lookup", "auto"),
         default="off",
-        help="several tokens a step where the text repeats what came before, with the same bits (default: %(default)s)",
+        help="several tokens a step, with the same bits, where a text repeats what came before (lookup) or what "
+        "requests predict (auto: both) (default: %(default)s)",
     )
     group.add_argument("--max-rows", type=int, default=16, help="sequences decoded together (default: %(default)s)")
     group.add_argument("--max-context", type=int, help="longest prompt and completion together (default: the model's)")

@@ -14,7 +14,7 @@ from jaxllama.decode.state import row_state
 NUM_DRAFTS = 5
 
 
-def slow_look_up(history: list[int], start: int) -> tuple[list[int], int] | None:
+def slow_look_up(history: list[int], start: int) -> tuple[list[int], int, bool] | None:
     """The twin of `look_up` for one row, in the words of its docstring."""
     last = len(history) - 1
     for size in sorted(SUFFIXES, reverse=True):
@@ -26,7 +26,7 @@ def slow_look_up(history: list[int], start: int) -> tuple[list[int], int] | None
         following, repeated = history[place + 1 :], []
         while len(repeated) < NUM_DRAFTS:
             repeated += following
-        return repeated[:NUM_DRAFTS], SUFFIXES.index(size)
+        return repeated[:NUM_DRAFTS], SUFFIXES.index(size), place < start
     return None
 
 
@@ -47,7 +47,7 @@ def test_drafts_follow_the_longest_suffix_the_newest_first(num_ids):
         assert got.num[row] == (0 if want is None else NUM_DRAFTS)
         if want is not None:
             found += 1
-            assert (np.asarray(got.tokens)[row].tolist(), int(got.suffix[row])) == want
+            assert (np.asarray(got.tokens)[row].tolist(), int(got.suffix[row]), bool(got.is_predicted[row])) == want
     assert found > 5
 
 
@@ -89,7 +89,7 @@ def test_drafts_are_verified_where_they_are_expected_to_save_time():
     acceptance = jnp.array([[0.0, 0.5, 1.0]] * 2)
 
     def decide(suffix: tuple[int, int], num: tuple[int, int], cost: float) -> bool:
-        drafts = Drafts(jnp.zeros((2, 4), jnp.int32), jnp.array(num), jnp.array(suffix))
+        drafts = Drafts(jnp.zeros((2, 4), jnp.int32), jnp.array(num), jnp.array(suffix), jnp.zeros(2, bool))
         return bool(pays(drafts, acceptance, jnp.array([True, True]), jnp.float32(cost)))
 
     # Four sure tokens beside one row without any: six for two in a step.

@@ -16,7 +16,7 @@ from jaxllama import EngineOptions, Llama, SamplingParams
 from jaxllama.engine.calls import SavePages
 from jaxllama.engine.device import Device
 from jaxllama.engine.options import StepReport
-from jaxllama.errors import ConfigError
+from jaxllama.errors import ConfigError, RequestError
 
 pytestmark = pytest.mark.optimized
 
@@ -111,7 +111,7 @@ def test_speculation_changes_no_bit(name, dtype, kv_dtype, quantize, monkeypatch
 def cycle() -> Iterator[Llama]:
     """Says 1 2 3 4 1 2 3 4 … and after 10 a different token each time."""
     chain = {1: 2, 2: 3, 3: 4, 4: 1} | {token_id: token_id + 1 for token_id in range(10, 90)}
-    options = dataclasses.replace(SMALL, speculation="lookup")
+    options = dataclasses.replace(SMALL, speculation="auto")
     weights = tiny.scripted_weights("divisible", chain)
     with tiny.make_llama("divisible", options=options, weights=weights) as llama:
         yield llama
@@ -162,6 +162,21 @@ def test_the_whole_context_is_used_and_no_more(cycle: Llama):
     assert done.tokens == ([1, 2, 3, 4] * 10)[: len(done.tokens)]
 
 
+def test_a_prediction_is_followed_and_found_again_after_a_change(cycle: Llama):
+    """The model counts on from 20; the prediction begins so, differs at one place, and goes on."""
+    prediction = [*range(21, 30), 200, *range(31, 50)]
+    plain = run(cycle.engine, [20], dataclasses.replace(GREEDY, max_tokens=28))
+    done = Collector(cycle.engine, [20], dataclasses.replace(GREEDY, max_tokens=28), prediction=prediction).wait()
+    assert done.tokens == plain.tokens == [*range(21, 49)]
+    assert plain.request.num_accepted == plain.request.num_predicted == 0
+    assert 18 <= done.request.num_predicted == done.request.num_accepted < 28
+
+
+def test_a_prediction_outside_the_vocabulary_is_refused(cycle: Llama):
+    with pytest.raises(RequestError, match="the prediction has token ids outside 0 to 279"):
+        Collector(cycle.engine, [20], GREEDY, prediction=[3, 280])
+
+
 def test_only_what_is_built_can_be_asked_for():
-    with pytest.raises(ConfigError, match="speculation must be one of off, lookup"):
+    with pytest.raises(ConfigError, match="speculation must be one of off, lookup, auto, got 'draft'"):
         EngineOptions(speculation="draft")  # type: ignore[arg-type]
