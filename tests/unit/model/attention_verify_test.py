@@ -111,7 +111,7 @@ def test_the_reference_verifies_in_a_window(window):
     x.assert_same(x.verify(Windowed()), x.decode(Windowed()), 2e-6)
 
 
-@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", pytest.param("int8", marks=pytest.mark.slow)])
 def test_the_tpu_s_kernels_verify_as_the_reference(kv_dtype):
     pytest.importorskip("flywheel_tpu")
     x = Inputs(kv_dtype, past=0.5)
