@@ -20,11 +20,13 @@ _WEIGHT = 1 / 8
 
 
 class Drafting(NamedTuple):
-    """What a dispatch with drafts is told: the most tokens for a row, and what a step that verifies drafts takes, in
-    plain steps. NumPy's numbers on the host."""
+    """What a dispatch with drafts is told: the most tokens for a row, and what steps cost (`best_depth`).
+
+    Where plain steps cost infinity, steps verify even where no drafts are found. NumPy's arrays on the host.
+    """
 
     max_tokens: Int[Any, ""]
-    cost: Float[Any, ""]
+    costs: Float[Any, " depths"]
 
 
 class Drafts(NamedTuple):
@@ -66,18 +68,26 @@ def look_up(
     return Drafts(tokens, jnp.where(length > 0, num_drafts, 0), jnp.maximum(length - min(SUFFIXES), 0), place < start)
 
 
-def pays(
-    drafts: Drafts, acceptance: Float[Array, "rows suffixes"], active: Bool[Array, " rows"], cost: Float[Array, ""]
-) -> Bool[Array, ""]:
-    """Whether verifying the drafts gives more tokens in a time than plain steps.
+def best_depth(
+    drafts: Drafts,
+    acceptance: Float[Array, "rows suffixes"],
+    active: Bool[Array, " rows"],
+    costs: Float[Array, " depths"],
+    max_tokens: int,
+) -> Int[Array, ""]:
+    """How many drafts a row to verify at most, so that most tokens are expected in a time; 0 is a plain step.
 
-    `cost` is what verifying takes, in plain steps. Of d drafts that are each accepted with probability a,
-    a + a² + … + a^d are expected to be.
+    `costs[d]` is what a step takes that verifies up to d drafts a row, whatever the unit. Of d drafts that are each
+    accepted with probability a, a + a² + … + a^d are expected to be. All rows together verify at most `max_tokens`,
+    their last ones included.
     """
     each = jnp.take_along_axis(acceptance, drafts.suffix[:, None], axis=1)
-    places = jnp.arange(drafts.tokens.shape[1])
-    expected = jnp.sum(jnp.where(places < drafts.num[:, None], each ** (places + 1), 0), axis=1)
-    return jnp.sum(jnp.where(active, expected, 0)) > (cost - 1) * jnp.sum(active)
+    depths = jnp.arange(costs.shape[0])
+    is_there = active[:, None] & (depths <= drafts.num[:, None])
+    # At depth 0 it is 1: the token that every step gives.
+    expected = jnp.cumsum(jnp.sum(jnp.where(is_there, each**depths, 0), axis=0))
+    fits = jnp.cumsum(jnp.sum(is_there, axis=0)) <= max_tokens
+    return jnp.argmax(jnp.where(fits | (depths == 0), expected / costs, -1))
 
 
 def learned(

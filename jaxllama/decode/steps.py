@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxllama.decode.drafts import Drafting, Drafts, learned, look_up, pays
+from jaxllama.decode.drafts import Drafting, Drafts, best_depth, learned, look_up
 from jaxllama.decode.params import MAX_TOP_LOGPROBS
 from jaxllama.decode.sampling import sample, top_logprobs
 from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, Chunk, DecodeState, Place, RowState, StepOutput
@@ -134,9 +134,11 @@ def decode_steps(
         rows = carry.state.rows.active[:num_rows]
         return unfinished(carry[:2]) & jnp.all(~rows | (carry.num_tokens < limits.max_tokens))
 
-    logits = jnp.zeros((num_rows, num_drafts + 1, config.vocab_size))
-    carry = _Carry(state, out, none, logits)
-    carry = jax.lax.while_loop(has_room, lambda carry: step.with_drafts(carry, limits), carry)
+    num_tokens = num_rows * (num_drafts + 1)
+    if platform.programs_agree:
+        num_tokens = max(num_rows, min(num_tokens, platform.max_verified_tokens))
+    carry = _Carry(state, out, none, jnp.zeros((num_tokens, config.vocab_size)))
+    carry = jax.lax.while_loop(has_room, lambda carry: step.with_drafts(carry, num_drafts, limits), carry)
     return carry.state, carry.out
 
 
@@ -146,7 +148,7 @@ class _Carry(NamedTuple):
     state: DecodeState
     out: StepOutput
     num_tokens: Int[Array, " rows"]
-    logits: Float[Array, "rows tokens vocab"]
+    logits: Float[Array, "tokens vocab"]
 
 
 class _Step(NamedTuple):
@@ -163,19 +165,21 @@ class _Step(NamedTuple):
         rows, out, _ = self._emit(state.rows, out, logits, state.rows.active[: self.num_rows], out.num_steps)
         return state._replace(pool=pool, rows=rows), out._replace(num_steps=out.num_steps + 1)
 
-    def with_drafts(self, carry: _Carry, limits: Drafting) -> _Carry:
+    def with_drafts(self, carry: _Carry, num_drafts: int, limits: Drafting) -> _Carry:
         """One token of each active row, and one more for each draft that is right."""
-        state, rows = carry.state, self._own(carry.state.rows)
+        state, rows, logits = carry.state, self._own(carry.state.rows), carry.logits
         last = rows.history_start + rows.length
-        drafts = look_up(rows.history, rows.history_start, last, carry.logits.shape[1] - 1)
+        drafts = look_up(rows.history, rows.history_start, last, num_drafts)
         room = jnp.minimum(rows.remaining, limits.max_tokens - carry.num_tokens) - 1
-        drafts = drafts._replace(num=jnp.where(rows.active, jnp.minimum(drafts.num, room), 0))
+        wanted = jnp.where(jnp.isinf(limits.costs[0]), num_drafts, drafts.num)
+        drafts = drafts._replace(num=jnp.where(rows.active, jnp.minimum(wanted, room), 0))
         if self.platform.programs_agree:
-            verifies = pays(drafts, rows.acceptance, rows.active, limits.cost)
-            logits, pool = self._either(state, carry.logits, drafts, verifies)
-            num = jnp.where(verifies, drafts.num, 0)
+            depth = best_depth(drafts, rows.acceptance, rows.active, limits.costs, logits.shape[0])
+            num = jnp.minimum(drafts.num, depth)
+            logits, first, pool = self._either(state, logits, drafts, num, depth > 0)
         else:
-            (logits, pool), num = self._forward_drafts(state, state.pool, drafts), drafts.num
+            num = drafts.num
+            logits, first, pool = self._forward_drafts(state, state.pool, drafts, num, logits.shape[0])
         out = carry.out._replace(num_drafted=carry.out.num_drafted + num, num_steps=carry.out.num_steps + 1)
 
         def draw(
@@ -183,7 +187,7 @@ class _Step(NamedTuple):
         ) -> tuple[RowState, StepOutput, Array, Array, Array]:
             all_rows, out, num_tokens, going, index = carry
             # Apart from what made it, so that it is read as a plain step reads its own.
-            own = jax.lax.optimization_barrier(jax.lax.dynamic_index_in_dim(logits, index, 1, keepdims=False))
+            own = jax.lax.optimization_barrier(logits[first + jnp.minimum(index, num)])
             all_rows, out, tokens = self._emit(all_rows, out, own, going, num_tokens)
             is_hit = tokens == jnp.take(drafts.tokens, index, axis=1, mode="clip")
             acceptance = all_rows.acceptance[: self.num_rows]
@@ -201,24 +205,30 @@ class _Step(NamedTuple):
         return _Carry(state._replace(pool=pool, rows=all_rows), out, num_tokens, logits)
 
     def _either(
-        self, state: DecodeState, logits: Float[Array, "rows tokens vocab"], drafts: Drafts, verifies: Bool[Array, ""]
-    ) -> tuple[Float[Array, "rows tokens vocab"], KVPool]:
-        """The logits after each row's last token, and after its drafts too if it `verifies`."""
+        self,
+        state: DecodeState,
+        logits: Float[Array, "tokens vocab"],
+        drafts: Drafts,
+        num: Int[Array, " rows"],
+        verifies: Bool[Array, ""],
+    ) -> tuple[Float[Array, "tokens vocab"], Int[Array, " rows"], KVPool]:
+        """`_forward_drafts` if it `verifies`, else the same of a plain step."""
+        size = logits.shape[0]
 
-        def plain(carry: tuple[Array, Array, KVPool]) -> tuple[Array, Array, KVPool]:
-            done, logits, pool = carry
-            first, pool = self._forward(state, pool)
-            return done + 1, jax.lax.dynamic_update_slice_in_dim(logits, first[:, None], 0, axis=1), pool
+        def plain(carry: tuple[Array, Array, Array, KVPool]) -> tuple[Array, Array, Array, KVPool]:
+            done, logits, _, pool = carry
+            own, pool = self._forward(state, pool)
+            logits = jax.lax.dynamic_update_slice_in_dim(logits, own, 0, axis=0)
+            return done + 1, logits, jnp.arange(self.num_rows), pool
 
-        def verify(carry: tuple[Array, Array, KVPool]) -> tuple[Array, Array, KVPool]:
-            done, _, pool = carry
-            return done + 1, *self._forward_drafts(state, pool, drafts)
+        def verify(carry: tuple[Array, Array, Array, KVPool]) -> tuple[Array, Array, Array, KVPool]:
+            return carry[0] + 1, *self._forward_drafts(state, carry[3], drafts, num, size)
 
         # One of two loops of one round, and not a branch: what passes through a branch is copied there, the pool too.
-        done = verifies.astype(jnp.int32)
-        _, logits, pool = jax.lax.while_loop(lambda carry: carry[0] < self.once, plain, (done, logits, state.pool))
-        _, logits, pool = jax.lax.while_loop(lambda carry: carry[0] < self.once, verify, (1 - done, logits, pool))
-        return logits, pool
+        done, first = verifies.astype(jnp.int32), jnp.zeros(self.num_rows, jnp.int32)
+        carry = jax.lax.while_loop(lambda carry: carry[0] < self.once, plain, (done, logits, first, state.pool))
+        _, *rest = jax.lax.while_loop(lambda carry: carry[0] < self.once, verify, (1 - done, *carry[1:]))
+        return rest[0], rest[1], rest[2]
 
     def _forward(self, state: DecodeState, pool: KVPool) -> tuple[Float[Array, "rows vocab"], KVPool]:
         rows = self._own(state.rows)
@@ -235,19 +245,26 @@ class _Step(NamedTuple):
         return self.model.logits(hidden[:, 0], last), pool
 
     def _forward_drafts(
-        self, state: DecodeState, pool: KVPool, drafts: Drafts
-    ) -> tuple[Float[Array, "rows tokens vocab"], KVPool]:
+        self, state: DecodeState, pool: KVPool, drafts: Drafts, num: Int[Array, " rows"], size: int
+    ) -> tuple[Float[Array, "tokens vocab"], Int[Array, " rows"], KVPool]:
+        """Logits after each active row's last token and `num` drafts, `size` in all, row by row, and where each row's
+        begin."""
         rows = self._own(state.rows)
-        num_tokens = jnp.where(rows.active, 1 + drafts.num, 0)
+        num_tokens = jnp.where(rows.active, 1 + num, 0)
 
         def attend(q: Array, kv: Array, pool: KVPool, pages: Array, window: int | None) -> tuple[Array, KVPool]:
             return self.platform.attention.verify(q, kv, pool, pages, rows.length, num_tokens, window)
 
         tokens = jnp.concatenate((rows.last_token[:, None], drafts.tokens), axis=1)
-        positions = rows.length[:, None] + jnp.minimum(jnp.arange(tokens.shape[1]), drafts.num[:, None])
+        places = jnp.arange(tokens.shape[1])
+        positions = rows.length[:, None] + jnp.minimum(places, num[:, None])
         page_table = state.page_table[: self.num_rows]
         hidden, pool = self.model(tokens, positions, pool, page_table, attend, self.once, num_tokens)
-        return self.model.logits(hidden), pool
+        # The head is a fifth of a small model: it reads what is drawn from alone.
+        is_real = (places < num_tokens[:, None]).ravel()
+        (chosen,) = jnp.nonzero(is_real, size=size, fill_value=0)
+        logits = self.model.logits(hidden.reshape(-1, hidden.shape[-1])[chosen])
+        return logits, jnp.cumsum(num_tokens) - num_tokens, pool
 
     def _emit(
         self,

@@ -43,7 +43,7 @@ class Decode(NamedTuple):
     keep: Bool[np.ndarray, " rows"]
     num_rows: np.int32
     num_drafts: np.int32 = np.int32(0)
-    drafting: Drafting = Drafting(np.int32(0), np.float32(0))
+    drafting: Drafting = Drafting(np.int32(0), np.zeros(1, np.float32))
 
 
 class SetPageTable(NamedTuple):

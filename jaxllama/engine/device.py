@@ -182,7 +182,8 @@ class Device:
         keep = np.zeros(num_rows, np.bool_)
 
         def lower_decode(bucket: int) -> Any:
-            options = self._decode_options(bucket, decoding[bucket], Drafting(zero, np.float32(0)))
+            num_drafts = decoding[bucket]
+            options = self._decode_options(bucket, num_drafts, Drafting(zero, np.zeros(1 + num_drafts, np.float32)))
             return decode_steps.lower(config, params, state, zero, keep, **options)
 
         def lower_prefill(size: int) -> Any:

@@ -166,14 +166,15 @@ class Dispatches:
         """Runs the program for `num_rows` rows, of which none is active."""
         self._programs.run(self._decode(1, 1, np.zeros(len(self._page_table), np.bool_), num_rows))
 
-    def time_step(self, num_rows: int, cost: float) -> float:
-        """Seconds a step of the program for `num_rows` rows, which are all active and have few tokens, where verifying
-        drafts is said to cost `cost`."""
-        keep = np.arange(len(self._page_table)) < num_rows
-        drafts = (np.int32(self._speculation.drafts(num_rows)), Drafting(np.int32(MAX_STEPS), np.float32(cost)))
+    def time_step(self, num_rows: int, num_active: int, depth: int) -> float:
+        """Seconds a step of the program for `num_rows` rows, of which the first `num_active` are active and have few
+        tokens, when it verifies `depth` drafts of each."""
+        keep = np.arange(len(self._page_table)) < num_active
+        costs = np.full(1 + self._speculation.drafts(num_rows), np.inf, np.float32)
+        costs[depth] = 1
+        call = self._decode(3, MAX_STEPS, keep, num_rows)._replace(drafting=Drafting(np.int32(MAX_STEPS), costs))
         started = time.perf_counter()
-        output = self._programs.run(Decode(np.int32(4), keep, np.int32(num_rows), *drafts))
-        num_steps = int(output.num_steps)
+        num_steps = int(self._programs.run(call).num_steps)
         return (time.perf_counter() - started) / num_steps
 
     def _bucket(self, running: Sequence[EngineRequest]) -> int:
@@ -183,7 +184,7 @@ class Dispatches:
 
     def _decode(self, max_steps: int, max_tokens: int, keep: Bool[np.ndarray, " rows"], num_rows: int) -> Decode:
         speculation = self._speculation
-        drafting = Drafting(np.int32(max_tokens), np.float32(speculation.cost(num_rows)))
+        drafting = Drafting(np.int32(max_tokens), speculation.costs(num_rows, int(keep.sum())))
         return Decode(np.int32(max_steps), keep, np.int32(num_rows), np.int32(speculation.drafts(num_rows)), drafting)
 
     def learn(self, step_s: float) -> None:

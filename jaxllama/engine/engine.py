@@ -38,7 +38,7 @@ from jaxllama.engine.scheduling.chunks import ChunkPlan, Span
 from jaxllama.engine.scheduling.constraint import Constraint
 from jaxllama.engine.scheduling.request import EngineRequest, FinishReason, TokenOutput, check_ids, checked_prompt
 from jaxllama.engine.scheduling.scheduler import Scheduler
-from jaxllama.engine.scheduling.speculation import Speculation
+from jaxllama.engine.scheduling.speculation import Speculation, StepTimes
 from jaxllama.engine.sizes import size_engine
 from jaxllama.errors import (
     EngineStoppedError,
@@ -231,17 +231,23 @@ class Engine:
             history_size=speculation.history_size,
         )
         for num_rows in self._row_buckets:
-            if not speculation.drafts(num_rows) or not self.platform.programs_agree:
+            most = speculation.drafts(num_rows)
+            if not most or not self.platform.programs_agree:
                 continue
-            seconds: dict[float, list[float]] = {math.inf: [], -math.inf: []}
-            begun = time.monotonic()
-            while len(seconds[math.inf]) < 3 and time.monotonic() - begun < 2:
-                for cost, times in seconds.items():
-                    for index in range(num_rows):
+            deepest = min(most, self.platform.max_verified_tokens // num_rows - 1)
+            points = {(1, 0), (num_rows, 0), (1, 1), (1, most)}
+            points |= {(num_rows, depth) for depth in (1, deepest) if 0 < depth <= deepest}
+            times: dict[tuple[int, int], float] = {}
+            for _ in range(2):
+                for active, depth in sorted(points):
+                    for index in range(active):
                         self._programs.run(Insert(np.int32(index), row))
                     self._programs.wait()
-                    times.append(self._dispatches.time_step(num_rows, cost))
-            speculation.costs[num_rows] = min(seconds[-math.inf]) / min(seconds[math.inf])
+                    seconds = self._dispatches.time_step(num_rows, active, depth)
+                    times[active, depth] = min(seconds, times.get((active, depth), math.inf))
+            plain = {active: seconds for (active, depth), seconds in times.items() if not depth}
+            verifying = {active * (1 + depth): seconds for (active, depth), seconds in times.items() if depth}
+            speculation.times[num_rows] = StepTimes(plain, dict(sorted(verifying.items())))
         self._programs.wait()
 
     def stats(self) -> EngineStats:

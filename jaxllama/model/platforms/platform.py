@@ -50,9 +50,8 @@ class Platform:
     `has_row_buckets`: decode programs are made for fewer rows too, which presumes that a row's bits are the same in
     each. `min_rows` of a decode program: XLA multiplies one row by another path, with other bits, than two, and a row
     must not notice its batch. `programs_agree`: all programs write the same bits for a token, `prefill` of any size
-    from any page and `decode_steps` alike. `max_drafts`: a step of few rows verifies so many drafts a row;
-    `max_verified_tokens`: and of many rows fewer, so that it has no more tokens, because then its products no longer
-    wait for the memory.
+    from any page and `decode_steps` alike. `max_drafts`: a step verifies so many drafts a row, and
+    in all `max_verified_tokens` tokens: with more its products no longer wait for the memory.
     """
 
     name: str
@@ -84,8 +83,10 @@ class Platform:
 
     def num_drafts(self, num_rows: int) -> int:
         """Drafts a row for a decode program of `num_rows`; 0 where verifying would not pay."""
-        num_drafts = min(self.max_drafts, self.max_verified_tokens // num_rows - 1)
-        return num_drafts if num_drafts > 1 else 0
+        if not self.programs_agree:  # All rows run that program, whatever they have.
+            num_drafts = min(self.max_drafts, self.max_verified_tokens // num_rows - 1)
+            return num_drafts if num_drafts > 1 else 0
+        return self.max_drafts if num_rows <= self.max_verified_tokens else 0
 
     def row_buckets(self, num_rows: int) -> tuple[int, ...]:
         """Numbers of rows to make decode programs for, ascending: few rows should not pay for many.

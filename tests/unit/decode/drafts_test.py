@@ -8,8 +8,9 @@ import pytest
 from tiny import config_of
 
 from jaxllama import SamplingParams
-from jaxllama.decode.drafts import FIRST_ACCEPTANCE, SUFFIXES, Drafts, learned, look_up, pays
+from jaxllama.decode.drafts import FIRST_ACCEPTANCE, SUFFIXES, Drafts, best_depth, learned, look_up
 from jaxllama.decode.state import row_state
+from jaxllama.engine.scheduling.speculation import StepTimes
 
 NUM_DRAFTS = 5
 
@@ -85,20 +86,35 @@ def test_a_prediction_takes_no_room_from_the_row():
     assert row.history[row.history_start :][: len(prompt)].tolist() == prompt
 
 
-def test_drafts_are_verified_where_they_are_expected_to_save_time():
+def depth_of(suffix: tuple[int, int], num: tuple[int, int], costs: list[float], max_tokens: int = 99) -> int:
+    """Of two rows that accept none, half, or all, by their suffix."""
+    drafts = Drafts(jnp.zeros((2, 4), jnp.int32), jnp.array(num), jnp.array(suffix), jnp.zeros(2, bool))
     acceptance = jnp.array([[0.0, 0.5, 1.0]] * 2)
+    return int(best_depth(drafts, acceptance, jnp.array([True, True]), jnp.array(costs), max_tokens))
 
-    def decide(suffix: tuple[int, int], num: tuple[int, int], cost: float) -> bool:
-        drafts = Drafts(jnp.zeros((2, 4), jnp.int32), jnp.array(num), jnp.array(suffix), jnp.zeros(2, bool))
-        return bool(pays(drafts, acceptance, jnp.array([True, True]), jnp.float32(cost)))
 
-    # Four sure tokens beside one row without any: six for two in a step.
-    assert decide((2, 0), (4, 0), 2.9)
-    assert not decide((2, 0), (4, 0), 3.1)
-    # 0.5 + 0.25 + 0.125 of three, for each of two rows.
-    assert decide((1, 1), (3, 3), 1.86)
-    assert not decide((1, 1), (3, 3), 1.89)
-    assert not decide((0, 0), (4, 4), 1.001)
+def test_as_many_drafts_are_verified_as_are_expected_to_save_time():
+    # Four sure tokens beside a row without any: six for two.
+    assert depth_of((2, 0), (4, 0), [1, 2.9, 2.9, 2.9, 2.9]) == 4
+    assert depth_of((2, 0), (4, 0), [1, 3.1, 3.1, 3.1, 3.1]) == 0
+    assert depth_of((2, 0), (4, 0), [1, 1.1, 1.2, 2.4, 3.1]) == 2
+    # 2 + 0.5 + 0.25 + 0.125 each.
+    assert depth_of((1, 1), (3, 3), [1, 1.86, 1.86, 1.86, 1.86]) == 3
+    assert depth_of((1, 1), (3, 3), [1, 1.89, 1.89, 1.89, 1.89]) == 0
+    assert depth_of((0, 0), (4, 4), [1, 1.001, 1.001, 1.001, 1.001]) == 0
+    # A text without matches, however little it costs.
+    assert depth_of((2, 2), (0, 0), [1, 1, 1, 1, 1]) == 0
+
+
+def test_no_more_tokens_are_verified_than_there_is_room_for():
+    free = [1.0] * 5
+    assert [depth_of((2, 2), (4, 2), free, room) for room in (2, 3, 4, 6, 7, 8)] == [0, 0, 1, 2, 3, 4]
+
+
+def test_costs_lie_between_those_that_were_measured():
+    times = StepTimes({1: 1.0, 4: 1.6}, {2: 1.2, 8: 2.0, 32: 8.0})
+    np.testing.assert_allclose(times.costs(1, 2), [1, 1.2, 1.2 + 0.8 / 6], rtol=1e-6)
+    np.testing.assert_allclose(times.costs(4, 3), [1, 2 / 1.6, 3 / 1.6, 4 / 1.6], rtol=1e-6)
 
 
 def test_acceptance_follows_the_last_tokens_of_that_suffix_alone():

@@ -16,6 +16,7 @@ from jaxllama import EngineOptions, Llama, SamplingParams
 from jaxllama.engine.calls import SavePages
 from jaxllama.engine.device import Device
 from jaxllama.engine.options import StepReport
+from jaxllama.engine.scheduling.speculation import StepTimes
 from jaxllama.errors import ConfigError, RequestError
 
 pytestmark = pytest.mark.optimized
@@ -51,8 +52,9 @@ def repeating_requests(vocab_size: int) -> list[Request]:
 
 def make_model(name: str, dtype: str, options: EngineOptions, quantize: str | None = None) -> Llama:
     llama = tiny.make_llama(name, dtype=jnp.dtype(dtype), quantize=quantize, options=options)
-    # Drafts always pay: every one is verified.
-    llama.engine._speculation.costs = dict.fromkeys(llama.engine._row_buckets, 0.0)
+    # Drafts always pay.
+    free = StepTimes({1: 1.0, 4: 1.0}, {1: 0.1, 32: 0.05})
+    llama.engine._speculation.times = dict.fromkeys(llama.engine._row_buckets, free)
     return llama
 
 
