@@ -18,6 +18,7 @@ from jaxllama.engine.device import Device
 from jaxllama.engine.options import StepReport
 from jaxllama.engine.scheduling.speculation import StepTimes
 from jaxllama.errors import ConfigError, RequestError
+from jaxllama.model import native
 
 pytestmark = pytest.mark.optimized
 
@@ -107,6 +108,20 @@ def test_speculation_changes_no_bit(name, dtype, kv_dtype, quantize, monkeypatch
         assert outcomes(model, requests, "", at_once=True) == want
         assert_idle(model.engine)
     assert saved
+
+
+@pytest.mark.slow
+def test_where_programs_differ_in_bits_an_answer_depends_on_its_request_alone(monkeypatch):
+    """All rows always run the program that verifies, whoever runs beside them."""
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    requests = repeating_requests(tiny.config_of("smollm2_like").vocab_size)
+    with make_model("smollm2_like", "float32", dataclasses.replace(SMALL, speculation="lookup")) as model:
+        assert not model.engine.platform.programs_agree
+        reports: list[StepReport] = []
+        model.engine.on_steps = reports.append
+        want = outcomes(model, requests, "alone", at_once=False)
+        assert outcomes(model, requests, "", at_once=True) == want
+    assert sum(report.num_accepted for report in reports) > 100
 
 
 @pytest.fixture(scope="module")
