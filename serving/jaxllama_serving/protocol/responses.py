@@ -38,9 +38,11 @@ class PromptTokensDetails(_Response):
 
 
 class CompletionTokensDetails(_Response):
-    """Tokens of the completion that were reasoning; of a prediction those that saved a step, and the others."""
+    """Tokens of the completion that were reasoning, and that speculation saved a step for; of a prediction those that
+    saved a step, and the others."""
 
     reasoning_tokens: int
+    accepted_draft_tokens: int = 0
     accepted_prediction_tokens: int = 0
     rejected_prediction_tokens: int = 0
 

@@ -202,6 +202,11 @@ class Choices:
         return sum((choice.row.num_cached_tokens or 0) for choice in first.values() if choice.row is not None)
 
     @property
+    def num_accepted_tokens(self) -> int:
+        """Those that came without a step of their own."""
+        return sum(choice.row.num_accepted for choice in self.all if choice.row is not None)
+
+    @property
     def num_predicted_tokens(self) -> tuple[int, int]:
         """Of the prediction's tokens, once for each choice: how many saved a step, and the others."""
         rows = [choice.row for choice in self.all if choice.row is not None and choice.row.prediction]

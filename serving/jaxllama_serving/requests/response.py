@@ -96,6 +96,8 @@ class Response(ABC):
             "prompt_tokens_details": {"cached_tokens": choices.num_cached_tokens},
             "completion_tokens_details": {"reasoning_tokens": choices.num_reasoning_tokens},
         }
+        if choices.num_accepted_tokens:
+            usage["completion_tokens_details"]["accepted_draft_tokens"] = choices.num_accepted_tokens
         if self.prediction:
             accepted, rejected = choices.num_predicted_tokens
             usage["completion_tokens_details"] |= {

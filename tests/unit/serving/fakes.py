@@ -137,6 +137,7 @@ class FakeRequest:
         prediction: list[int],
     ) -> None:
         self.prediction, self.num_predicted = prediction, len(prediction) // 2
+        self.num_accepted = self.num_predicted
         self.id, self.seed, self.index = f"row-{index}", params.seed, index
         self.params, self._engine, self._on_output = params, engine, on_output
         self.cancelled = threading.Event()

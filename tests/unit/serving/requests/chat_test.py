@@ -81,6 +81,7 @@ def test_a_prediction_reaches_every_choice_and_the_usage_tells_what_it_saved():
     predicted = llama.tokenizer.encode("The capital is Rome.")
     assert llama.engine.predictions == [predicted, predicted]
     details = answer["usage"]["completion_tokens_details"]
+    assert details["accepted_draft_tokens"] == details["accepted_prediction_tokens"]
     assert details["accepted_prediction_tokens"] == 2 * (len(predicted) // 2)
     assert details["rejected_prediction_tokens"] == 2 * len(predicted) - details["accepted_prediction_tokens"]
 
