@@ -260,10 +260,10 @@ class _Step(NamedTuple):
         positions = rows.length[:, None] + jnp.minimum(places, num[:, None])
         page_table = state.page_table[: self.num_rows]
         hidden, pool = self.model(tokens, positions, pool, page_table, attend, self.once, num_tokens)
-        # The head is a fifth of a small model: it reads what is drawn from alone.
+        # The head is a fifth of a small model: it takes what is drawn from alone.
         is_real = (places < num_tokens[:, None]).ravel()
         (chosen,) = jnp.nonzero(is_real, size=size, fill_value=0)
-        logits = self.model.logits(hidden.reshape(-1, hidden.shape[-1])[chosen])
+        logits = self.model.logits(hidden.reshape(-1, hidden.shape[-1])[chosen], jnp.sum(num_tokens))
         return logits, jnp.cumsum(num_tokens) - num_tokens, pool
 
     def _emit(

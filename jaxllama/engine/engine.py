@@ -234,9 +234,8 @@ class Engine:
             most = speculation.drafts(num_rows)
             if not most or not self.platform.programs_agree:
                 continue
-            deepest = min(most, self.platform.max_verified_tokens // num_rows - 1)
-            points = {(1, 0), (num_rows, 0), (1, 1), (1, most)}
-            points |= {(num_rows, depth) for depth in (1, deepest) if 0 < depth <= deepest}
+            few = min(num_rows, max(1, self.platform.max_verified_tokens // (1 + most)))
+            points = {(1, 0), (few, 0), (num_rows, 0), (1, 1), (1, most), (few, most)}
             times: dict[tuple[int, int], float] = {}
             for _ in range(2):
                 for active, depth in sorted(points):

@@ -86,7 +86,8 @@ class Platform:
         if not self.programs_agree:  # All rows run that program, whatever they have.
             num_drafts = min(self.max_drafts, self.max_verified_tokens // num_rows - 1)
             return num_drafts if num_drafts > 1 else 0
-        return self.max_drafts if num_rows <= self.max_verified_tokens else 0
+        # A layer's kernel takes the time of the tokens that there are, however many rows there could be.
+        return self.max_drafts if self.has_layer_kernel or num_rows <= self.max_verified_tokens else 0
 
     def row_buckets(self, num_rows: int) -> tuple[int, ...]:
         """Numbers of rows to make decode programs for, ascending: few rows should not pay for many.
