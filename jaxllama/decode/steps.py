@@ -227,8 +227,9 @@ class _Step(NamedTuple):
         # One of two loops of one round, and not a branch: what passes through a branch is copied there, the pool too.
         done, first = verifies.astype(jnp.int32), jnp.zeros(self.num_rows, jnp.int32)
         carry = jax.lax.while_loop(lambda carry: carry[0] < self.once, plain, (done, logits, first, state.pool))
-        _, *rest = jax.lax.while_loop(lambda carry: carry[0] < self.once, verify, (1 - done, *carry[1:]))
-        return rest[0], rest[1], rest[2]
+        carry = (1 - done, *carry[1:])
+        _, logits, first, pool = jax.lax.while_loop(lambda carry: carry[0] < self.once, verify, carry)
+        return logits, first, pool
 
     def _forward(self, state: DecodeState, pool: KVPool) -> tuple[Float[Array, "rows vocab"], KVPool]:
         rows = self._own(state.rows)
