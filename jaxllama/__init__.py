@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxllama.decode.params import SamplingParams
-    from jaxllama.decode.scoring import PromptLogprob
     from jaxllama.engine.engine import Engine
     from jaxllama.engine.options import EngineOptions, EngineStats
-    from jaxllama.engine.scheduling.request import EngineRequest, TokenLogprob, TokenOutput
-    from jaxllama.llama import Completion, CompletionDelta, Llama, load
+    from jaxllama.engine.scheduling.request import EngineRequest, PromptLogprob, TokenLogprob, TokenOutput
+    from jaxllama.llama import Completion, CompletionDelta, Llama, Score, load
     from jaxllama.model.config import LlamaConfig, RopeScaling
     from jaxllama.model.mesh import make_mesh
     from jaxllama.text.chat import ChatTemplate
@@ -40,6 +39,7 @@ __all__ = [
     "PromptLogprob",
     "RopeScaling",
     "SamplingParams",
+    "Score",
     "Structured",
     "TokenLogprob",
     "TokenOutput",
@@ -49,11 +49,10 @@ __all__ = [
 ]
 _MODULES = {
     "decode.params": ("SamplingParams",),
-    "decode.scoring": ("PromptLogprob",),
     "engine.engine": ("Engine",),
     "engine.options": ("EngineOptions", "EngineStats"),
-    "engine.scheduling.request": ("EngineRequest", "TokenLogprob", "TokenOutput"),
-    "llama": ("Completion", "CompletionDelta", "Llama", "load"),
+    "engine.scheduling.request": ("EngineRequest", "PromptLogprob", "TokenLogprob", "TokenOutput"),
+    "llama": ("Completion", "CompletionDelta", "Llama", "Score", "load"),
     "model.config": ("LlamaConfig", "RopeScaling"),
     "model.mesh": ("make_mesh",),
     "text.chat": ("ChatTemplate",),

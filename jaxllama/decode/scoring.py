@@ -1,10 +1,9 @@
-"""Scores of given tokens: one pass over a prompt, chunk by chunk, beside the engine and without its cache."""
+"""Scores of given tokens: a prefill that also says how likely each token was, and logits beside the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,29 +11,94 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jaxllama.decode.sampling import top_logprobs
+from jaxllama.decode.params import MAX_TOP_LOGPROBS
+from jaxllama.decode.sampling import argmax, top_logprobs
 from jaxllama.decode.state import Chunk, Place, make_pool
-from jaxllama.decode.steps import prefill_logits
-from jaxllama.errors import NonFiniteLogitsError
+from jaxllama.decode.steps import forward_chunk, prefill_logits
+from jaxllama.model.cache import KVPool
 from jaxllama.model.config import LlamaConfig
+from jaxllama.model.forward import Transformer
 from jaxllama.model.params import Params
+from jaxllama.model.platforms.cpu import PLAIN
 from jaxllama.model.platforms.platform import Platform
+from jaxllama.model.platforms.program import program
 
 _CHUNK = 128
 _LEAST_CHUNKS = 8
+_HEAD_BLOCK = 128
+"""Positions whose logits are held at a time: 64 MB of a vocabulary of 128,000."""
 
 
-@dataclass(frozen=True)
-class PromptLogprob:
-    """A prompt token's log-probability given those before it, and how many tokens are likelier, plus one (`rank`).
+class Targets(NamedTuple):
+    """What to score of a chunk: `tokens[i]` follows the chunk's token i. Of places before `first` nothing is said.
 
-    `top` are the likeliest tokens at its place (id, log-probability), best first.
+    `num_top` of the likeliest tokens are wanted at each place; NumPy's arrays on the host, as in `Chunk`.
     """
 
-    token_id: int
-    logprob: float
-    rank: int
-    top: tuple[tuple[int, float], ...] = ()
+    tokens: Int[Any, " chunk"]
+    first: Int[Any, ""]
+    num_top: Int[Any, ""]
+
+
+class Scores(NamedTuple):
+    """Of each place of a chunk: its target's log-probability and rank (1: none is likelier), and the likeliest tokens.
+
+    The first of `top_ids` is always the likeliest; the others are there where more than one was wanted. Places before
+    `Targets.first` and past the chunk's tokens mean nothing.
+    """
+
+    logprobs: Float[Array, " chunk"]
+    ranks: Int[Array, " chunk"]
+    top_ids: Int[Array, "chunk 20"]
+    top_logprobs: Float[Array, "chunk 20"]
+
+
+@program(donate_argnames="pool", static_argnames=("config",))
+def prefill_scores(
+    config: LlamaConfig,
+    params: Params,
+    pool: KVPool,
+    place: Place,
+    chunk: Chunk,
+    targets: Targets,
+    *,
+    platform: Platform = PLAIN,
+) -> tuple[KVPool, Scores]:
+    """`prefill` that also scores `targets`. The head runs for the places that are asked for, a block at a time."""
+    hidden, pool = forward_chunk(config, params, pool, place, chunk, platform)
+    model = Transformer(config, params, platform)
+    size = hidden.shape[0]
+    block, width = min(_HEAD_BLOCK, size), min(MAX_TOP_LOGPROBS, config.vocab_size)
+    scores = Scores(
+        jnp.zeros(size), jnp.zeros(size, jnp.int32), jnp.zeros((size, width), jnp.int32), jnp.zeros((size, width))
+    )
+
+    def score(index: Int[Array, ""], scores: Scores) -> Scores:
+        # The last block of a chunk that is no multiple of them overlaps the one before it.
+        start = jnp.minimum(index * block, size - block)
+        part, tokens = (jax.lax.dynamic_slice_in_dim(x, start, block) for x in (hidden, targets.tokens))
+        found = _score(model.logits(part), tokens, targets.num_top)
+        scores = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, 0), scores, found)
+        return scores
+
+    end = jnp.where(targets.first < chunk.num_tokens, -(-chunk.num_tokens // block), 0)
+    return pool, jax.lax.fori_loop(targets.first // block, end, score, scores)
+
+
+def _score(logits: Float[Array, "rows vocab"], tokens: Int[Array, " rows"], num_top: Int[Array, ""]) -> Scores:
+    own = jnp.take_along_axis(logits, tokens[:, None], axis=1)
+    normaliser = jax.nn.logsumexp(logits, axis=1, keepdims=True)
+    best = argmax(logits)[:, None]
+    best_logprob = jnp.take_along_axis(logits, best, axis=1) - normaliser
+    # A sort of the vocabulary, which most callers do not need.
+    top = top_logprobs(logits, tokens, num_top > 1)
+    is_first = jnp.arange(top.ids.shape[1]) == 0
+    return Scores(
+        (own - normaliser)[:, 0],
+        1 + jnp.sum(logits > own, axis=1),
+        jnp.where(is_first, best, top.ids),
+        jnp.where(is_first, best_logprob, top.values),
+    )
 
 
 def logits_of(
@@ -63,33 +127,3 @@ def logits_of(
         given = Chunk(padded, np.int32(start), np.int32(len(part)))
         scores, pool = prefill_logits(config, params, pool, place, given, platform=platform)
         yield scores
-
-
-def prompt_logprobs(
-    chunks: Iterator[Float[Array, "chunk vocab"]], tokens: Int[np.ndarray, " num_tokens"], num_top: int
-) -> Iterator[PromptLogprob]:
-    """What `logits_of` says of every token but the first. Only a few numbers a token leave the device.
-
-    Raises: NonFiniteLogitsError.
-    """
-    start = 1
-    for scores in chunks:
-        size = min(scores.shape[0], len(tokens) - start)
-        following = np.zeros(scores.shape[0], np.int32)
-        following[:size] = tokens[start : start + size]
-        chosen, rank, ids, values = (np.asarray(part) for part in _summarise(scores, following))
-        if not np.isfinite(chosen[:size]).all():
-            raise NonFiniteLogitsError("the model produced NaN or infinity for this prompt")
-        for i in range(size):
-            top = zip(ids[i, :num_top].tolist(), values[i, :num_top].tolist(), strict=True)
-            yield PromptLogprob(int(following[i]), float(chosen[i]), int(rank[i]), tuple(top))
-        start += size
-
-
-@jax.jit
-def _summarise(
-    scores: Float[Array, "chunk vocab"], tokens: Int[Array, " chunk"]
-) -> tuple[Float[Array, " chunk"], Int[Array, " chunk"], Int[Array, "chunk 20"], Float[Array, "chunk 20"]]:
-    found = top_logprobs(scores, tokens, jnp.bool_(True))
-    own = jnp.take_along_axis(scores, tokens[:, None], axis=1)
-    return found.chosen, 1 + jnp.sum(scores > own, axis=1), found.ids, found.values

@@ -10,16 +10,15 @@ from typing import NamedTuple, Protocol, overload
 import numpy as np
 from jaxtyping import Bool, Int, UInt32
 
-from jaxllama.decode.drafts import Drafting
+from jaxllama.decode.scoring import Scores, Targets
 from jaxllama.decode.state import Chunk, Place, RowState, StepOutput
 
 
 class Compile(NamedTuple):
-    """Compile what the other calls run, for these sizes of chunks and numbers of rows, each with its drafts."""
+    """Compile what the other calls run, for these sizes of chunks and numbers of rows."""
 
     chunk_sizes: Int[np.ndarray, " sizes"]
     row_buckets: Int[np.ndarray, " buckets"]
-    num_drafts: Int[np.ndarray, " buckets"]
 
 
 class Prefill(NamedTuple):
@@ -27,6 +26,14 @@ class Prefill(NamedTuple):
 
     place: Place
     chunk: Chunk
+
+
+class Score(NamedTuple):
+    """As `decode.scoring.prefill_scores`."""
+
+    place: Place
+    chunk: Chunk
+    targets: Targets
 
 
 class Insert(NamedTuple):
@@ -42,8 +49,6 @@ class Decode(NamedTuple):
     max_steps: np.int32
     keep: Bool[np.ndarray, " rows"]
     num_rows: np.int32
-    num_drafts: np.int32 = np.int32(0)
-    drafting: Drafting = Drafting(np.int32(0), np.zeros(1, np.float32))
 
 
 class SetPageTable(NamedTuple):
@@ -90,11 +95,22 @@ class ForgetPages(NamedTuple):
 
 
 type Call = (
-    Compile | Prefill | Insert | Decode | SetPageTable | SetMasks | ClearPages | SavePages | RestorePages | ForgetPages
+    Compile
+    | Prefill
+    | Score
+    | Insert
+    | Decode
+    | SetPageTable
+    | SetMasks
+    | ClearPages
+    | SavePages
+    | RestorePages
+    | ForgetPages
 )
 CALLS = (
     Compile,
     Prefill,
+    Score,
     Insert,
     Decode,
     SetPageTable,
@@ -112,8 +128,10 @@ class Programs(Protocol):
     @overload
     def run(self, call: Decode) -> StepOutput: ...
     @overload
-    def run(self, call: Call) -> StepOutput | None: ...
-    def run(self, call: Call) -> StepOutput | None:
+    def run(self, call: Score) -> Scores: ...
+    @overload
+    def run(self, call: Call) -> StepOutput | Scores | None: ...
+    def run(self, call: Call) -> StepOutput | Scores | None:
         """Makes `call`, and returns before the devices are done. This process can read the whole output."""
 
     def wait(self) -> None:

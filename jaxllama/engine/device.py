@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Int
 
-from jaxllama.decode.drafts import Drafting
+from jaxllama.decode.scoring import Scores, Targets, prefill_scores
 from jaxllama.decode.state import (
     Chunk,
     DecodeState,
@@ -34,6 +34,7 @@ from jaxllama.engine.calls import (
     Prefill,
     RestorePages,
     SavePages,
+    Score,
     SetMasks,
     SetPageTable,
 )
@@ -109,8 +110,10 @@ class Device:
     @overload
     def run(self, call: Decode) -> StepOutput: ...
     @overload
-    def run(self, call: Call) -> StepOutput | None: ...
-    def run(self, call: Call) -> StepOutput | None:
+    def run(self, call: Score) -> Scores: ...
+    @overload
+    def run(self, call: Call) -> StepOutput | Scores | None: ...
+    def run(self, call: Call) -> StepOutput | Scores | None:
         """Makes `call`. All but `Compile` and `SavePages` return before the device is done."""
         program = self._program_of(call) if self.shows_compilation else None
         if program is None or program in self._called:
@@ -126,27 +129,31 @@ class Device:
                 return "all programs" if self.on_progress is None else None
             case Prefill(_, chunk):
                 return _prefill_name(len(chunk.tokens))
+            case Score(_, chunk):
+                return _score_name(len(chunk.tokens))
             case Decode(num_rows=num_rows):
                 return _decode_name(int(num_rows))
         return None
 
-    def _run(self, call: Call) -> StepOutput | None:
-        state, output = self._get_state(), None
+    def _run(self, call: Call) -> StepOutput | Scores | None:
+        state = self._get_state()
+        output: StepOutput | Scores | None = None
         match call:
-            case Compile(chunk_sizes, row_buckets, num_drafts):
-                decoding = dict(zip(row_buckets.tolist(), num_drafts.tolist(), strict=True))
-                self._compile(state, chunk_sizes.tolist(), decoding)
+            case Compile(chunk_sizes, row_buckets):
+                self._compile(state, chunk_sizes.tolist(), row_buckets.tolist())
             case Prefill(place, chunk):
                 pool = prefill(self._config, self._params, state.pool, place, chunk, platform=self._platform)
                 state = state._replace(pool=pool)
+            case Score(place, chunk, targets):
+                at = (place, chunk, targets)
+                pool, scores = prefill_scores(self._config, self._params, state.pool, *at, platform=self._platform)
+                state, output = state._replace(pool=pool), self._readable(scores)
             case Insert(row, new):
                 state = insert(state, row, new)
-            case Decode(max_steps, keep, num_rows, num_drafts, drafting):
+            case Decode(max_steps, keep, num_rows):
                 args = (self._config, self._params, state, max_steps, keep)
-                options = self._decode_options(int(num_rows), int(num_drafts), drafting)
-                state, output = decode_steps(*args, **options)
-                if not all(array.is_fully_addressable or array.is_fully_replicated for array in output):
-                    output = self._replicate(output)
+                state, steps = decode_steps(*args, num_rows=int(num_rows), platform=self._platform)
+                output = self._readable(steps)
             case SetPageTable(table):
                 state = state._replace(page_table=_put(table, self._shardings.page_table))
             case SetMasks():
@@ -166,15 +173,18 @@ class Device:
         self._state = state
         return output
 
+    def _readable[T: (StepOutput, Scores)](self, output: T) -> T:
+        """`output` where this process can read all of it."""
+        if all(array.is_fully_addressable or array.is_fully_replicated for array in output):
+            return output
+        whole: T = self._replicate(output)
+        return whole
+
     def wait(self) -> None:
         """Returns when the devices have done all that was asked."""
         jax.block_until_ready(self._state)
 
-    def _decode_options(self, num_rows: int, num_drafts: int, drafting: Drafting) -> dict[str, Any]:
-        options = {"num_rows": num_rows, "platform": self._platform}
-        return options | {"num_drafts": num_drafts, "drafting": drafting} if num_drafts else options
-
-    def _compile(self, state: DecodeState, chunk_sizes: list[int], decoding: dict[int, int]) -> None:
+    def _compile(self, state: DecodeState, chunk_sizes: list[int], row_buckets: list[int]) -> None:
         """Several programs at a time, those that take longest first."""
         config, params, platform = self._config, self._params, self._platform
         num_rows, table_width = self._shapes.page_table.shape
@@ -182,19 +192,23 @@ class Device:
         keep = np.zeros(num_rows, np.bool_)
 
         def lower_decode(bucket: int) -> Any:
-            num_drafts = decoding[bucket]
-            options = self._decode_options(bucket, num_drafts, Drafting(zero, np.zeros(1 + num_drafts, np.float32)))
-            return decode_steps.lower(config, params, state, zero, keep, **options)
+            return decode_steps.lower(config, params, state, zero, keep, num_rows=bucket, platform=platform)
 
         def lower_prefill(size: int) -> Any:
             at = (Place(pages, zero), Chunk(np.zeros(size, np.int32), zero, zero))
             return prefill.lower(config, params, state.pool, *at, platform=platform)
 
+        def lower_score(size: int) -> Any:
+            nothing = np.zeros(size, np.int32)
+            at = (Place(pages, zero), Chunk(nothing, zero, zero), Targets(nothing, zero, zero))
+            return prefill_scores.lower(config, params, state.pool, *at, platform=platform)
+
         programs: dict[str, Callable[[], Any]] = {
-            _decode_name(n): partial(lower_decode, n) for n in sorted(decoding, reverse=True)
+            _decode_name(n): partial(lower_decode, n) for n in sorted(row_buckets, reverse=True)
         }
         programs |= {_prefill_name(n): partial(lower_prefill, n) for n in sorted(chunk_sizes, reverse=True)}
-        programs["insert"] = lambda: insert.lower(state, zero, any_row(config, state.rows.history.shape[1]))
+        programs |= {_score_name(n): partial(lower_score, n) for n in sorted(chunk_sizes, reverse=True)}
+        programs["insert"] = lambda: insert.lower(state, zero, any_row(config))
         if platform.needs_clean_pages:
             layers = {"num_layers": config.num_layers, "mesh": platform.attention.mesh}
             programs["clear pages"] = lambda: clear_pages.lower(state.pool, pages, zero, zero, **layers)
@@ -219,6 +233,10 @@ def _decode_name(num_rows: int) -> str:
 
 def _prefill_name(num_tokens: int) -> str:
     return f"prefill of {num_tokens} tokens"
+
+
+def _score_name(num_tokens: int) -> str:
+    return f"scores of {num_tokens} tokens"
 
 
 def _put(array: np.ndarray, sharding: Any) -> jax.Array:

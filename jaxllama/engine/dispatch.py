@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
-from jaxllama.decode.drafts import Drafting
 from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, StepOutput
 from jaxllama.engine.calls import Decode, Programs, SetPageTable
 from jaxllama.engine.constraints import Constraints, advance
@@ -19,28 +18,24 @@ from jaxllama.engine.options import StepReport
 from jaxllama.engine.placement import Placement
 from jaxllama.engine.scheduling.request import EngineRequest, TokenLogprob, TokenOutput
 from jaxllama.engine.scheduling.scheduler import Scheduler
-from jaxllama.engine.scheduling.speculation import Speculation
 from jaxllama.errors import NonFiniteLogitsError, RequestError
 
 
 @dataclass(frozen=True)
 class Dispatch:
-    """A launched `decode_steps`. `rows` is who held which row when it was launched, at `launched`, and no row gets more
-    than `max_tokens`.
+    """A launched `decode_steps`. `rows` is who held which row when it was launched, at `launched`.
 
     Reading the output waits for the device.
     """
 
     output: StepOutput
     rows: dict[int, EngineRequest]
-    max_tokens: int
+    max_steps: int
     launched: float
 
     def take(self, request: EngineRequest, row: int) -> TokenOutput:
         """Adds what the row has come to to its request. Returns what there is to tell; a finish_reason if it ends."""
         new: list[int] = []
-        request.num_accepted += int(self._num_accepted[row])
-        request.num_predicted += int(self._num_predicted[row])
         logprobs: list[TokenLogprob] = []
 
         def output(**end: object) -> TokenOutput:
@@ -66,35 +61,20 @@ class Dispatch:
 
     @cached_property
     def tokens(self) -> Int[np.ndarray, "steps rows"]:
-        """A row's new ones, up to the first -1."""
-        return np.asarray(self.output.tokens)
-
-    @cached_property
-    def num_steps(self) -> int:
-        """How many steps ran."""
-        return int(self.output.num_steps)
+        """Those of the steps that ran."""
+        return np.asarray(self.output.tokens)[: int(self.output.num_steps)]
 
     def report(self, step_s: float) -> StepReport:
         """What it did; the rows' lengths are those before its tokens are added to them."""
-        lengths = [len(r.prompt) + len(r.generated) for r in self.rows.values()]
-        num_tokens = int((self.tokens >= 0).sum())
-        kv_tokens = sum(lengths) + num_tokens / 2
-        drafts = (int(np.asarray(self.output.num_drafted).sum()), int(self._num_accepted.sum()))
-        return StepReport(self.num_steps, len(lengths), self.num_steps * step_s, kv_tokens, num_tokens, *drafts)
+        num_steps, lengths = len(self.tokens), [len(r.prompt) + len(r.generated) for r in self.rows.values()]
+        kv_tokens = sum(lengths) + len(lengths) * num_steps / 2
+        return StepReport(num_steps, len(lengths), num_steps * step_s, kv_tokens)
 
     def _token_logprob(self, token: int, count: int, step: int, row: int) -> TokenLogprob:
         """What `logprobs=count` asks for at one step of one row."""
         chosen, ids, values = self._logprobs
         top = zip(ids[step, row, :count].tolist(), values[step, row, :count].tolist(), strict=True)
         return TokenLogprob(token, float(chosen[step, row]), tuple(top))
-
-    @cached_property
-    def _num_accepted(self) -> Int[np.ndarray, " rows"]:
-        return np.asarray(self.output.num_accepted)
-
-    @cached_property
-    def _num_predicted(self) -> Int[np.ndarray, " rows"]:
-        return np.asarray(self.output.num_predicted)
 
     @cached_property
     def _logprobs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -113,11 +93,9 @@ class Dispatches:
         *,
         table_shape: tuple[int, int],
         row_buckets: Sequence[int],
-        speculation: Speculation,
     ) -> None:
         """`table_shape` is that of all rows' page tables; `row_buckets` are the numbers of rows there are programs for,
         ascending."""
-        self._speculation = speculation
         self.in_flight: deque[Dispatch] = deque()
         self._programs = programs
         self._scheduler = scheduler
@@ -131,14 +109,9 @@ class Dispatches:
         """Launches one that takes about `dispatch_s` seconds. False if there is none to launch before what is in flight
         is read. Requests whose constraint says that they cannot go on go to `fail`."""
         scheduler = self._scheduler
-        if not scheduler.running:
-            return False
         max_steps = self._choose_steps(dispatch_s)
-        tokens_a_step = 1 + self._speculation.drafts(self._bucket(scheduler.running))
-        max_tokens = min(MAX_STEPS, max_steps * tokens_a_step)
-        max_tokens = self._constraints.max_steps(scheduler.running, max_tokens, self._tokens_in_flight)
-        max_steps = min(max_steps, max_tokens)
-        if not max_steps or not self._make_room(max_tokens):
+        max_steps = self._constraints.max_steps(scheduler.running, max_steps, self._steps_in_flight)
+        if not max_steps or not self._make_room(max_steps):
             return False
         for request, error in self._constraints.send_masks(scheduler.running):
             fail(request, error)
@@ -156,36 +129,11 @@ class Dispatches:
         if not np.array_equal(table, self._page_table):
             self._page_table = table
             self._programs.run(SetPageTable(table))
-        output = self._programs.run(self._decode(max_steps, max_tokens, keep, self._bucket(running)))
-        for array in (output.tokens, output.num_steps, output.num_accepted, output.num_predicted):
-            array.copy_to_host_async()
-        self.in_flight.append(Dispatch(output, rows, max_tokens, time.monotonic()))
+        bucket = next(size for size in self._row_buckets if size > max(rows))
+        output = self._programs.run(Decode(np.int32(max_steps), keep, np.int32(bucket)))
+        output.tokens.copy_to_host_async()
+        self.in_flight.append(Dispatch(output, rows, max_steps, time.monotonic()))
         return True
-
-    def run_empty(self, num_rows: int) -> None:
-        """Runs the program for `num_rows` rows, of which none is active."""
-        self._programs.run(self._decode(1, 1, np.zeros(len(self._page_table), np.bool_), num_rows))
-
-    def time_step(self, num_rows: int, num_active: int, depth: int) -> float:
-        """Seconds a step of the program for `num_rows` rows, of which the first `num_active` are active and have few
-        tokens, when it verifies `depth` drafts of each."""
-        keep = np.arange(len(self._page_table)) < num_active
-        costs = np.full(1 + self._speculation.drafts(num_rows), np.inf, np.float32)
-        costs[depth] = 1
-        call = self._decode(3, MAX_STEPS, keep, num_rows)._replace(drafting=Drafting(np.int32(MAX_STEPS), costs))
-        started = time.perf_counter()
-        num_steps = int(self._programs.run(call).num_steps)
-        return (time.perf_counter() - started) / num_steps
-
-    def _bucket(self, running: Sequence[EngineRequest]) -> int:
-        """The rows of the smallest program that has all of theirs."""
-        last = max(request.row or 0 for request in running)
-        return next(size for size in self._row_buckets if size > last)
-
-    def _decode(self, max_steps: int, max_tokens: int, keep: Bool[np.ndarray, " rows"], num_rows: int) -> Decode:
-        speculation = self._speculation
-        drafting = Drafting(np.int32(max_tokens), speculation.costs(num_rows, int(keep.sum())))
-        return Decode(np.int32(max_steps), keep, np.int32(num_rows), np.int32(speculation.drafts(num_rows)), drafting)
 
     def learn(self, step_s: float) -> None:
         """Takes note of how long a step took."""
@@ -196,23 +144,23 @@ class Dispatches:
         running, waiting = self._scheduler.running, self._scheduler.waiting
         if self._scheduler.prefilling:
             return 1
-        left = [r.budget - len(r.generated) - self._tokens_in_flight(r) for r in running] if waiting else []
+        left = [r.budget - len(r.generated) - self._steps_in_flight(r) for r in running] if waiting else []
         return max(1, min([MAX_STEPS, round(dispatch_s / self._step_s), *left]))
 
-    def _tokens_in_flight(self, request: EngineRequest) -> int:
+    def _steps_in_flight(self, request: EngineRequest) -> int:
         return sum(
-            d.max_tokens for d in self.in_flight if request.row is not None and d.rows.get(request.row) is request
+            d.max_steps for d in self.in_flight if request.row is not None and d.rows.get(request.row) is request
         )
 
     def _is_spent(self, request: EngineRequest) -> bool:
         """Whether what is in flight uses up the request's budget, so that another dispatch would find it inactive."""
-        return len(request.generated) + self._tokens_in_flight(request) >= request.budget
+        return len(request.generated) + self._steps_in_flight(request) >= request.budget
 
-    def _make_room(self, max_tokens: int) -> bool:
-        """Takes the pages that `max_tokens` more tokens need. False if what is in flight must be read first."""
+    def _make_room(self, max_steps: int) -> bool:
+        """Takes the pages that `max_steps` more steps need. False if what is in flight must be read first."""
         for request in sorted(self._scheduler.running, key=lambda r: r.order):
             while request.is_running:
-                steps = min(self._tokens_in_flight(request) + max_tokens, request.budget - len(request.generated))
+                steps = min(self._steps_in_flight(request) + max_steps, request.budget - len(request.generated))
                 if self._scheduler.grow(request, len(request.prompt) + len(request.generated) + steps):
                     break
                 if self.in_flight:

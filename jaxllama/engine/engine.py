@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
-import math
 import secrets
 import threading
 import time
@@ -17,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxllama.decode.params import SamplingParams
-from jaxllama.decode.state import MAX_STEPS, any_row, row_state
+from jaxllama.decode.params import MAX_TOP_LOGPROBS, SamplingParams
+from jaxllama.decode.state import MAX_STEPS, any_row
 from jaxllama.engine.calls import (
     CALLS,
     ClearPages,
     Compile,
+    Decode,
     Insert,
     Programs,
     RestorePages,
@@ -36,14 +36,14 @@ from jaxllama.engine.options import EngineOptions, EngineStats, StepReport
 from jaxllama.engine.placement import Placement
 from jaxllama.engine.scheduling.chunks import ChunkPlan, Span
 from jaxllama.engine.scheduling.constraint import Constraint
-from jaxllama.engine.scheduling.request import EngineRequest, FinishReason, TokenOutput, check_ids, checked_prompt
+from jaxllama.engine.scheduling.request import EngineRequest, FinishReason, Scoring, TokenOutput, checked_prompt
 from jaxllama.engine.scheduling.scheduler import Scheduler
-from jaxllama.engine.scheduling.speculation import Speculation, StepTimes
 from jaxllama.engine.sizes import size_engine
 from jaxllama.errors import (
     EngineStoppedError,
     LockstepError,
     QueueFullError,
+    RequestError,
 )
 from jaxllama.hosts.group import Group
 from jaxllama.hosts.lockstep import Leading, check_processes, follow
@@ -81,14 +81,11 @@ class Engine:
             num_shards=platform.num_shards,
             num_pages=options.num_pages,
             min_rows=platform.min_rows,
-            speculates=options.speculation != "off",
         )
         platform.kernel.validate(
             page_size=sizes.page_size, num_rows=sizes.rows_per_shard, table_width=sizes.table_width
         )
         self._row_buckets = platform.row_buckets(sizes.num_rows)
-        num_drafts = {rows: platform.num_drafts(rows) if sizes.history_size else 0 for rows in self._row_buckets}
-        self._speculation = Speculation(sizes.history_size, num_drafts)
         self._shapes = sizes.state_shapes(config, self.kv_dtype)
         self._device = Device(config, params, mesh, self._shapes, platform)
         self._device.shows_compilation = options.show_compilation
@@ -108,7 +105,6 @@ class Engine:
             self._scheduler,
             table_width=sizes.table_width,
             needs_clean_pages=platform.needs_clean_pages,
-            history_size=sizes.history_size,
         )
         self._dispatches = Dispatches(
             self._programs,
@@ -117,7 +113,6 @@ class Engine:
             Constraints(self._programs, sizes.num_rows, config.vocab_size),
             table_shape=(sizes.num_rows, sizes.table_width),
             row_buckets=self._row_buckets,
-            speculation=self._speculation,
         )
         self._inbox: deque[EngineRequest] = deque()
         self._arrivals = itertools.count()
@@ -160,26 +155,50 @@ class Engine:
         priority: int = 0,
         constraint: Constraint | None = None,
         cache_scope: str | bytes = b"",
-        prediction: Sequence[int] = (),
     ) -> EngineRequest:
         """Queues a request. `on_output` runs on the engine's thread and must return at once.
 
         `max_tokens` None or past the context ends the output at the context. What earlier requests of the same
         `cache_scope` began with is not prefilled again (`EngineRequest.num_cached_tokens`); no other's is used.
         `constraint`, of this request alone, says what its tokens may be; `Llama` makes it of `params.structured` and
-        `params.thinking_budget`. `prediction` is what the output may resemble: with speculation "auto" drafts are found
-        in it too, and nothing else changes.
+        `params.thinking_budget`.
 
         Raises: RequestError or ContextLengthError for a prompt or parameters that cannot run, QueueFullError,
         EngineStoppedError.
         """
-        if self.group is not None and not self.group.is_leader:
-            raise EngineStoppedError("this process follows process 0, which alone takes requests")
         request = self._make_request(prompt_ids, params, on_output, priority, cache_scope)
         attach(request, constraint)
-        if self.options.speculation == "auto" and prediction:
-            check_ids(prediction, self.config.vocab_size, "prediction")
-            request.prediction = [int(token_id) for token_id in prediction]
+        return self._enqueue(request)
+
+    def submit_scoring(
+        self,
+        ids: Sequence[int],
+        on_output: Callable[[TokenOutput], None],
+        *,
+        first: int = 1,
+        num_top: int = 0,
+        priority: int = 0,
+        cache_scope: str | bytes = b"",
+    ) -> EngineRequest:
+        """Queues a request that generates nothing: `TokenOutput.scores` are of the tokens `ids[first:]`, in order.
+
+        Each has the `num_top` (0 to 20) likeliest tokens at its place. What comes before `first - 1` and is in the
+        cache, other scorings' included, is not computed again. All else is as for `submit`.
+
+        Raises: as `submit`; RequestError for `first` or `num_top`.
+        """
+        if not 1 <= first < len(ids):
+            raise RequestError(
+                f"first must be from 1 to {len(ids) - 1}, as there are {len(ids)} ids, got {first}", "first"
+            )
+        if not 0 <= num_top <= MAX_TOP_LOGPROBS:
+            raise RequestError(f"num_top must be from 0 to {MAX_TOP_LOGPROBS}, got {num_top}", "num_top")
+        scoring = Scoring(first, num_top)
+        return self._enqueue(self._make_request(ids, SamplingParams(), on_output, priority, cache_scope, scoring))
+
+    def _enqueue(self, request: EngineRequest) -> EngineRequest:
+        if self.group is not None and not self.group.is_leader:
+            raise EngineStoppedError("this process follows process 0, which alone takes requests")
         with self._changed:
             if self._failure is not None:
                 raise EngineStoppedError(f"the engine has failed: {self._failure}")
@@ -199,55 +218,22 @@ class Engine:
         Call it before the first `submit`.
         """
         programs, self._device.on_progress = self._programs, on_progress
-        num_drafts = [self._speculation.drafts(num_rows) for num_rows in self._row_buckets]
-        sizes = [np.array(part, np.int32) for part in (self.chunk_sizes, self._row_buckets, num_drafts)]
-        programs.run(Compile(*sizes))
+        programs.run(Compile(np.array(self.chunk_sizes, np.int32), np.array(self._row_buckets, np.int32)))
         nothing = self._make_request([0], SamplingParams(), lambda _: None, 0, b"")
-        self._placement.prefill(nothing, Span(0, 0, min(self.chunk_sizes)))
+        scored = self._make_request([0, 0], SamplingParams(), lambda _: None, 0, b"", Scoring(first=1, num_top=0))
+        for request in (nothing, scored):
+            self._placement.prefill(request, Span(0, 0, min(self.chunk_sizes)))
         zero, none = np.int32(0), np.zeros(1, np.int32)
-        programs.run(Insert(zero, any_row(self.config, self._speculation.history_size)))
+        programs.run(Insert(zero, any_row(self.config)))
         programs.run(SavePages(zero, none, zero))
         programs.run(RestorePages(zero, none, zero))
         if self.platform.needs_clean_pages:
             programs.run(ClearPages(np.zeros(self.sizes.table_width, np.int32), zero, zero))
         for num_rows in self._row_buckets:
-            self._dispatches.run_empty(num_rows)
+            programs.run(Decode(np.int32(1), np.zeros(self.sizes.num_rows, np.bool_), np.int32(num_rows)))
         programs.wait()
-        self._measure_drafts()
         give_back()
         self._is_warm = True
-
-    def _measure_drafts(self) -> None:
-        """Measures what steps that verify drafts cost in plain ones, on rows of no request, all in page 0."""
-        speculation, greedy = self._speculation, SamplingParams(temperature=0, ignore_eos=True)
-        remaining = min(MAX_STEPS, self.max_context - 1)
-        row = row_state(
-            self.config,
-            greedy,
-            prompt=[0],
-            generated=[],
-            remaining=remaining,
-            seed=0,
-            history_size=speculation.history_size,
-        )
-        for num_rows in self._row_buckets:
-            most = speculation.drafts(num_rows)
-            if not most or not self.platform.programs_agree:
-                continue
-            few = min(num_rows, max(1, self.platform.max_verified_tokens // (1 + most)))
-            points = {(1, 0), (few, 0), (num_rows, 0), (1, 1), (1, most), (few, most)}
-            times: dict[tuple[int, int], float] = {}
-            for _ in range(2):
-                for active, depth in sorted(points):
-                    for index in range(active):
-                        self._programs.run(Insert(np.int32(index), row))
-                    self._programs.wait()
-                    seconds = self._dispatches.time_step(num_rows, active, depth)
-                    times[active, depth] = min(seconds, times.get((active, depth), math.inf))
-            plain = {active: seconds for (active, depth), seconds in times.items() if not depth}
-            verifying = {active * (1 + depth): seconds for (active, depth), seconds in times.items() if depth}
-            speculation.times[num_rows] = StepTimes(plain, dict(sorted(verifying.items())))
-        self._programs.wait()
 
     def stats(self) -> EngineStats:
         """The load now."""
@@ -313,11 +299,16 @@ class Engine:
         on_output: Callable[[TokenOutput], None],
         priority: int,
         cache_scope: str | bytes,
+        scoring: Scoring | None = None,
     ) -> EngineRequest:
-        prompt = checked_prompt(prompt_ids, self.config.vocab_size, self.max_context)
+        prompt = checked_prompt(prompt_ids, self.config.vocab_size, self.max_context, generates=scoring is None)
         params.validate_vocab(self.config.vocab_size)
-        room = self.max_context - len(prompt)
+        # One that scores generates nothing, and is not done before it begins.
+        room = 1 if scoring is not None else self.max_context - len(prompt)
         scope = cache_scope.encode("utf-8", "surrogatepass") if isinstance(cache_scope, str) else cache_scope
+        if scoring is not None and not self.platform.programs_agree:
+            # Its programs write other bits than those that prefill for decoding.
+            scope = self._plan.root(scope) + b"scores"
         return EngineRequest(
             prompt=prompt,
             params=params,
@@ -328,6 +319,7 @@ class Engine:
             priority=priority,
             arrival=0,
             wake=self._wake,
+            scoring=scoring,
             scope=scope,
             page_keys=self._plan.page_keys(scope, prompt[:-1]),
             seed=secrets.randbits(63) if params.seed is None else params.seed,
@@ -390,9 +382,14 @@ class Engine:
             self._last_progress = time.monotonic()
         while len(in_flight) > (1 if launched else 0):
             self._read(in_flight.popleft())
+        while self._placement.scored:
+            scored = self._placement.scored.popleft()
+            if not scored.request.is_finished:
+                self._deliver(scored.request, scored.take())
+                self._last_progress = time.monotonic()
 
     def _read(self, dispatch: Dispatch) -> None:
-        num_steps = dispatch.num_steps
+        num_steps = len(dispatch.tokens)
         now = time.monotonic()
         if num_steps:
             step_s = (now - max(dispatch.launched, self._last_progress)) / num_steps
@@ -407,7 +404,7 @@ class Engine:
     def _deliver(self, request: EngineRequest, output: TokenOutput) -> None:
         if output.finish_reason is not None:
             self._end(request, output)
-        elif output.token_ids:
+        elif output.token_ids or output.scores:
             self._tell(request, output)
             if needs_new_row(request):
                 self._placement.activate(request)

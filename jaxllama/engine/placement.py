@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 
 import numpy as np
 from jaxtyping import Int
@@ -12,6 +13,7 @@ from jaxllama.engine.calls import ClearPages, ForgetPages, Insert, Prefill, Prog
 from jaxllama.engine.scheduling.chunks import Span
 from jaxllama.engine.scheduling.request import EngineRequest
 from jaxllama.engine.scheduling.scheduler import Scheduler
+from jaxllama.engine.scores import ScoredSpan
 from jaxllama.model.config import LlamaConfig
 
 
@@ -30,15 +32,15 @@ class Placement:
         *,
         table_width: int,
         needs_clean_pages: bool,
-        history_size: int = 0,
     ) -> None:
         self._config = config
         self._programs = programs
         self._scheduler = scheduler
         self._table_width = table_width
         self._needs_clean_pages = needs_clean_pages
-        self._history_size = history_size
         self._numbers = itertools.count()
+        self.scored: deque[ScoredSpan] = deque()
+        """What is launched and not read, oldest first."""
 
     def fill_rows(self) -> None:
         """Admits waiting requests, and prefills no more tokens than running streams may wait for."""
@@ -57,14 +59,19 @@ class Placement:
                 tokens_left -= span.size
                 self.prefill(request, span)
                 self._scheduler.advance(request, span)
-            self.activate(request)
+            if request.scoring is None:
+                self.activate(request)
 
     def prefill(self, request: EngineRequest, span: Span) -> None:
         """Writes `span` of a request's prompt into the cache."""
         tokens = np.zeros(span.size, np.int32)
         tokens[: span.num_tokens] = request.prompt[span.start : span.start + span.num_tokens]
         place = Place(self._table(request.pages), np.int32(request.shard))
-        self._programs.run(Prefill(place, Chunk(tokens, np.int32(span.start), np.int32(span.num_tokens))))
+        chunk = Chunk(tokens, np.int32(span.start), np.int32(span.num_tokens))
+        if request.scoring is None:
+            self._programs.run(Prefill(place, chunk))
+        elif (scored := ScoredSpan.launch(self._programs, request, span, place, chunk)) is not None:
+            self.scored.append(scored)
 
     def set_aside(self, request: EngineRequest) -> None:
         """Takes a request's row and pages. The hosts keep a copy of a running one's: prefill may give other bits."""
@@ -102,8 +109,6 @@ class Placement:
             remaining=request.budget - len(request.generated),
             seed=request.seed,
             halt_id=request.halt_id,
-            history_size=self._history_size,
-            prediction=request.prediction,
         )
         assert request.row is not None
         self._programs.run(Insert(np.int32(request.row), new))

@@ -67,10 +67,6 @@ class Transformer(nnx.Module):
         the first `written` tokens count: what is returned of the others means nothing.
         """
         x = _times(self.embed_tokens.rows(tokens), self.config.embedding_multiplier).astype(self.dtype)
-        if self.dtype == jnp.float32:
-            # An int8 row's scale would be multiplied where the first layer's output is added, in one operation with
-            # another rounding, in some programs and not in others.
-            x = jax.lax.optimization_barrier(x)
         angles = rotary_angles(self.config, positions)
         num_pages = pool.pages.shape[0] // (self.num_shards * self.config.num_layers)
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from jaxllama import Llama
 
 FAILURE_POLL_S = 0.5
+SCORERS = 32
+"""Prompts that are scored at a time."""
 
 
 class Service:
@@ -36,8 +38,8 @@ class Service:
         self.fingerprint: str | None = None
         self.started_at = int(time.time())
         self.metrics = Metrics(self._gauges)
-        # One at a time, and not among the workers: scoring a long prompt takes the devices for seconds.
-        self.scorer = ThreadPoolExecutor(1, thread_name_prefix="jaxllama-score")
+        # Not among the workers: these wait for the engine, which scores as many at a time as it has rows.
+        self.scorer = ThreadPoolExecutor(SCORERS, thread_name_prefix="jaxllama-score")
         self._llama: Llama | None = None
         self._peak_bytes_per_s: float | None = None
         self._running: set[Choices] = set()
@@ -57,12 +59,9 @@ class Service:
         traffic = llama.memory_traffic()
         given = self.config.peak_bandwidth
         self._peak_bytes_per_s = given * 1e9 if given is not None else traffic.bytes_per_s
-
-        def on_steps(report: Any) -> None:
-            self.metrics.count_steps(report.num_rows, report.seconds, traffic.read_bytes(report))
-            self.metrics.count_drafts(report.num_steps * report.num_rows, report.num_drafted, report.num_accepted)
-
-        llama.engine.on_steps = on_steps
+        llama.engine.on_steps = lambda report: self.metrics.count_steps(
+            report.num_rows, report.seconds, traffic.read_bytes(report)
+        )
 
     @property
     def max_context(self) -> int | None:

@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path)
 def _one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading takes every device; one of the eight fake ones compiles fastest."""
     make_mesh = jaxllama.make_mesh
-    monkeypatch.setattr("jaxllama.llama.make_mesh", lambda config, **_: make_mesh(config, tp=1))
+    monkeypatch.setattr("jaxllama.llama.llama.make_mesh", lambda config, **_: make_mesh(config, tp=1))
 
 
 def command(*args: Any) -> int:

@@ -25,11 +25,26 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class PromptLogprob:
+    """A prompt token's log-probability given those before it, and how many tokens are likelier, plus one (`rank`).
+
+    `top` are the likeliest tokens at its place (id, log-probability), best first. `is_greedy`: it is the likeliest
+    itself, of equals the first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+    is_greedy: bool = False
+
+
+@dataclass(frozen=True)
 class TokenOutput:
     """New tokens of one request. The last output of a request, and no other, has a `finish_reason`.
 
     `token_ids` include the stop token; `stop_token_id` is its id if one ended the request. `error` is set exactly when
-    `finish_reason` is "error".
+    `finish_reason` is "error". `scores` are what a request has instead that generates nothing (`Scoring`).
     """
 
     token_ids: tuple[int, ...] = ()
@@ -37,6 +52,22 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: Exception | None = None
+    scores: tuple[PromptLogprob, ...] = ()
+
+
+@dataclass
+class Scoring:
+    """What a request wants that scores its prompt: each token from index `first` on (1 or more), with `num_top` others.
+
+    `next` is the first token whose score is not told yet.
+    """
+
+    first: int
+    num_top: int
+    next: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.next = self.first
 
 
 @dataclass(eq=False)
@@ -45,10 +76,8 @@ class EngineRequest:
     rest belongs to the engine's thread.
 
     `num_cached_tokens` is how much of the prompt was found in the cache, None until the request is admitted.
-    `num_accepted` of the tokens were drafts that had been right (speculation), `num_predicted` of those were found in
-    `prediction`, what the output may resemble.
     `page_keys` name the full pages of the prompt less its last token. `saved_as` numbers the copy that the devices'
-    hosts keep of the pages of a request that was set aside.
+    hosts keep of the pages of a request that was set aside. With `scoring` it ends when its prompt is in the cache.
     """
 
     prompt: list[int]
@@ -61,6 +90,7 @@ class EngineRequest:
     wake: Callable[[], None]
     constraint: Constraint | None = None
     halt_id: int | None = None  # the constraint's, when the row was made
+    scoring: Scoring | None = None
     scope: bytes = b""
     page_keys: list[bytes] = field(default_factory=list)
     id: str = field(default_factory=lambda: f"req-{secrets.token_hex(8)}")
@@ -72,9 +102,6 @@ class EngineRequest:
     num_shared_pages: int = 0
     num_prefilled: int = 0
     num_cached_tokens: int | None = None
-    num_accepted: int = 0
-    num_predicted: int = 0
-    prediction: list[int] = field(default_factory=list)
     saved_as: int | None = None
     is_running: bool = False
     is_finished: bool = False
@@ -98,27 +125,37 @@ class EngineRequest:
         return len(self.prompt) + len(self.generated) - 1
 
     @property
+    def is_launched(self) -> bool:
+        """Whether all that it computes is on its way to the device, though not all of it is read."""
+        return self.scoring is not None and self.num_prefilled >= self.num_to_prefill
+
+    @property
+    def has_all_scores(self) -> bool:
+        """Whether its scores are told, all of them finite."""
+        return self.scoring is not None and self.scoring.next == len(self.prompt)
+
+    def findable_keys(self, page_size: int) -> list[bytes]:
+        """Names of the pages that it may take from others: what it scores it must compute."""
+        return self.page_keys if self.scoring is None else self.page_keys[: (self.scoring.first - 1) // page_size]
+
+    @property
     def order(self) -> tuple[int, int]:
         """Lower goes first: priority, then arrival."""
         return (self.priority, self.arrival)
 
 
-def check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
-    """Raises: RequestError for ids outside the vocabulary; there is at least one."""
-    if not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise RequestError(f"the {name} has token ids outside 0 to {vocab_size - 1}", name)
-
-
-def checked_prompt(prompt_ids: Sequence[int], vocab_size: int, max_context: int) -> list[int]:
-    """A prompt that can run. Raises: RequestError, ContextLengthError."""
+def checked_prompt(
+    prompt_ids: Sequence[int], vocab_size: int, max_context: int, *, generates: bool = True
+) -> list[int]:
+    """A prompt that can run; one that `generates` leaves room for a token. Raises: RequestError, ContextLengthError."""
     prompt = [int(token_id) for token_id in prompt_ids]
     if not prompt:
         raise RequestError("the prompt is empty; it needs at least one token", "prompt")
-    check_ids(prompt, vocab_size, "prompt")
-    if len(prompt) >= max_context:
+    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+        raise RequestError(f"the prompt has token ids outside 0 to {vocab_size - 1}", "prompt")
+    if len(prompt) + generates > max_context:
+        more = ", which must hold at least one more" if generates else ""
         raise ContextLengthError(
-            f"the prompt has {len(prompt)} tokens; this model's context is {max_context}, which must hold at "
-            "least one more",
-            "prompt",
+            f"the prompt has {len(prompt)} tokens; this model's context is {max_context}{more}", "prompt"
         )
     return prompt

@@ -38,7 +38,8 @@ class Scheduler:
     @property
     def prefilling(self) -> list[EngineRequest]:
         """Admitted requests whose prompt is not in the cache yet, first come first."""
-        return sorted((r for r in self.rows if r is not None and not r.is_running), key=lambda r: r.order)
+        left = (r for r in self.rows if r is not None and not r.is_running and not r.is_launched)
+        return sorted(left, key=lambda r: r.order)
 
     @property
     def has_work(self) -> bool:
@@ -67,7 +68,7 @@ class Scheduler:
         for row, holder in enumerate(self.rows):
             if holder is None:
                 rows.setdefault(row // self._rows_per_shard, row)
-        found = {shard: self.pools[shard].find(request.page_keys) for shard in rows}
+        found = {shard: self.pools[shard].find(request.findable_keys(self._page_size)) for shard in rows}
         if not request.is_saved:
             if any(self._is_being_prefilled(request, shard, len(pages)) for shard, pages in found.items()):
                 return False
@@ -100,7 +101,7 @@ class Scheduler:
 
         Waiting for it costs nothing, as rows are prefilled one after another.
         """
-        key = request.page_keys[num_found : num_found + 1]
+        key = request.findable_keys(self._page_size)[num_found : num_found + 1]
         return bool(key) and any(
             other.page_keys[num_found : num_found + 1] == key and other.num_prefilled <= num_found * self._page_size
             for other in self.prefilling
@@ -169,7 +170,7 @@ class Scheduler:
         pool = self.pools[request.shard]
         if has_failed:
             pool.distrust(request.pages)
-        elif request.is_running and request.generated:
+        elif (request.is_running and request.generated) or request.has_all_scores:
             # The last token attended to all of these, and its scores were finite. A dispatch that still runs writes
             # to later pages only.
             full = request.pages[: request.num_to_prefill // self._page_size]

@@ -83,13 +83,6 @@ def add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--quantize", choices=("int8",), help="round the weights on loading (default: as stored)")
     add_max_in_flight(group)
     group.add_argument("--kv-dtype", choices=("int8",), help="of the cache (default: as the weights)")
-    group.add_argument(
-        "--speculation",
-        choices=("off", "lookup", "auto"),
-        default="off",
-        help="several tokens a step, with the same bits, where a text repeats what came before (lookup) or what "
-        "requests predict (auto: both) (default: %(default)s)",
-    )
     group.add_argument("--max-rows", type=int, default=16, help="sequences decoded together (default: %(default)s)")
     group.add_argument("--max-context", type=int, help="longest prompt and completion together (default: the model's)")
     group.add_argument(
@@ -279,7 +272,6 @@ def load_model(args: argparse.Namespace, *, max_queue: int, group: Group | None 
         max_queue=max_queue,
         kv_dtype=args.kv_dtype,
         compilation_cache=args.compilation_cache,
-        speculation=args.speculation,
     )
     how = {"data": args.data, "dtype": args.dtype, "quantize": args.quantize}
     how["max_in_flight_bytes"] = args.max_in_flight_bytes
@@ -335,7 +327,6 @@ def _settings(args: argparse.Namespace) -> dict[str, object]:
         "--max-context": args.max_context,
         "--num-pages": args.num_pages,
         "--data": args.data,
-        "--speculation": args.speculation,
     }
 
 

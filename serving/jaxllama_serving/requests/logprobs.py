@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import threading
 from collections.abc import Iterable, Sequence
@@ -90,11 +91,18 @@ def prompt_logprobs(
 
 
 async def score_prompts(
-    service: Service, llama: Llama, prompts: Sequence[Sequence[int]], num_top: int, param: str
+    service: Service,
+    llama: Llama,
+    prompts: Sequence[Sequence[int]],
+    num_top: int,
+    param: str,
+    *,
+    priority: int = 0,
+    cache_scope: bytes = b"",
 ) -> list[list[PromptLogprob]]:
-    """Returns the log-probabilities of every prompt's tokens but the first. One request at a time is scored.
+    """Returns the log-probabilities of every prompt's tokens but the first. The engine scores them beside what it runs.
 
-    Raises: ApiError, status 400, for more than `MAX_PROMPT_ENTRIES`, and for a model spread over many hosts.
+    Raises: ApiError, status 400, for more than `MAX_PROMPT_ENTRIES`, and for a prompt that cannot be scored.
     """
     num_entries = sum(map(len, prompts)) * (num_top + 1)
     if num_entries > MAX_PROMPT_ENTRIES:
@@ -105,19 +113,20 @@ async def score_prompts(
         )
     stop = threading.Event()
 
-    def score() -> list[list[PromptLogprob]]:
-        scored = []
-        for prompt in prompts:
-            entries = []
-            for entry in llama.prompt_logprobs(prompt, num_top):
-                if stop.is_set():
-                    return []
-                entries.append(entry)
-            scored.append(entries)
-        return scored
+    def score(prompt: Sequence[int]) -> list[PromptLogprob]:
+        entries: list[PromptLogprob] = []
+        if not stop.is_set():
+            found = llama.prompt_logprobs(prompt, num_top, priority=priority, cache_scope=cache_scope)
+            with contextlib.closing(found):
+                for entry in found:
+                    if stop.is_set():
+                        return []
+                    entries.append(entry)
+        return entries
 
+    loop = asyncio.get_running_loop()
     try:
-        return await asyncio.get_running_loop().run_in_executor(service.scorer, score)
+        return await asyncio.gather(*(loop.run_in_executor(service.scorer, score, prompt) for prompt in prompts))
     except RequestError as error:
         raise invalid(str(error), param) from None
     finally:

@@ -62,16 +62,16 @@ async def _run(
             context.ignore(prepared.ignored)
             if prepared.request.stream:
                 events = EventStream(request, context.headers, config.write_timeout_s)
-            response = await _begin(service, llama, prepared, response_type, events)
+            # A digest has one length, so a key and a salt cannot be taken for another pair.
+            scope = (context.key or b"") + (prepared.request.cache_salt or "").encode()
+            response = await _begin(service, llama, prepared, response_type, events, scope)
             choices = Choices(
                 llama.engine,
                 response.choices(),
                 priority=prepared.request.priority,
-                # A digest has one length, so a key and a salt cannot be taken for another pair.
-                cache_scope=(context.key or b"") + (prepared.request.cache_salt or "").encode(),
+                cache_scope=scope,
                 max_tokens=config.max_stream_tokens if events is not None else None,
                 on_overflow=lambda: abort(request),
-                prediction=response.prediction,
             )
             with service.holding(choices, context):
                 if events is not None:
@@ -90,13 +90,19 @@ async def _run(
 
 
 async def _begin(
-    service: Service, llama: Llama, prepared: Prepared, response_type: type[Response], events: EventStream | None
+    service: Service,
+    llama: Llama,
+    prepared: Prepared,
+    response_type: type[Response],
+    events: EventStream | None,
+    cache_scope: bytes,
 ) -> Response:
     assert llama.tokenizer is not None  # the server does not start without one
     num_top, param = prepared.scored
     scores = None
     if num_top is not None:
-        scoring = asyncio.ensure_future(score_prompts(service, llama, prepared.prompts, num_top, param))
+        options: dict[str, Any] = {"priority": prepared.request.priority, "cache_scope": cache_scope}
+        scoring = asyncio.ensure_future(score_prompts(service, llama, prepared.prompts, num_top, param, **options))
         try:
             while not (await asyncio.wait([scoring], timeout=service.config.sse_keepalive_s))[0]:
                 if events is not None:

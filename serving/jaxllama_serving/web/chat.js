@@ -65,7 +65,6 @@ function take(turn, chunk, clock) {
   if (tokens) {
     turn.stats.tokens = tokens;
     turn.stats.promptTokens = chunk.usage.prompt_tokens;
-    turn.stats.accepted = chunk.usage.completion_tokens_details?.accepted_draft_tokens ?? 0;
   }
   if (clock.first !== undefined) {
     turn.stats.firstMs = clock.first - clock.sent;
@@ -207,12 +206,11 @@ function update(turn) {
   if (follows) toBottom();
 }
 
-function drawStats(node, { tokens, promptTokens, firstMs, perSecond, accepted, note }) {
+function drawStats(node, { tokens, promptTokens, firstMs, perSecond, note }) {
   const parts = [];
   if (perSecond > 0) parts.push(`${perSecond.toFixed(perSecond < 10 ? 1 : 0)} tokens/s`);
   if (firstMs !== undefined) parts.push(firstMs < 1000 ? `first after ${firstMs.toFixed(0)} ms` : `first after ${(firstMs / 1000).toFixed(1)} s`);
   if (tokens) parts.push(`${promptTokens} in, ${tokens} out`);
-  if (accepted > 0) parts.push(`${(tokens / (tokens - accepted)).toFixed(1)} tokens a step`);
   node.replaceChildren(...parts.map((text) => Object.assign(element("span"), { textContent: text })));
   if (note) node.append(Object.assign(element("span", "note"), { textContent: note }));
 }

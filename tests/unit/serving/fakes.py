@@ -129,15 +129,8 @@ class FakeRequest:
     """One row, played by a thread of its own."""
 
     def __init__(
-        self,
-        engine: FakeEngine,
-        params: SamplingParams,
-        on_output: Callable[[Any], None],
-        index: int,
-        prediction: list[int],
+        self, engine: FakeEngine, params: SamplingParams, on_output: Callable[[Any], None], index: int
     ) -> None:
-        self.prediction, self.num_predicted = prediction, len(prediction) // 2
-        self.num_accepted = self.num_predicted
         self.id, self.seed, self.index = f"row-{index}", params.seed, index
         self.params, self._engine, self._on_output = params, engine, on_output
         self.cancelled = threading.Event()
@@ -206,7 +199,6 @@ class FakeEngine:
     prompts: list[list[int]] = field(default_factory=list)
     priorities: list[int] = field(default_factory=list)
     scopes: list[bytes] = field(default_factory=list)
-    predictions: list[list[int]] = field(default_factory=list)
     logprobs: dict[int, float] = field(default_factory=dict)
     failed: bool = False
     on_steps: Any = None
@@ -220,7 +212,6 @@ class FakeEngine:
         priority: int = 0,
         constraint: Any = None,
         cache_scope: bytes = b"",
-        prediction: Sequence[int] = (),
     ) -> FakeRequest:
         if self.stopped:
             raise EngineStoppedError("the engine has stopped")
@@ -228,12 +219,11 @@ class FakeEngine:
             raise ContextLengthError(f"the prompt has {len(prompt_ids)} tokens", "prompt")
         if self.max_queue is not None and self.num_running >= self.max_queue:
             raise QueueFullError("256 requests wait already")
-        row = FakeRequest(self, params, on_output, len(self.rows), list(prediction))
+        row = FakeRequest(self, params, on_output, len(self.rows))
         self.rows.append(row)
         self.prompts.append(list(prompt_ids))
         self.priorities.append(priority)
         self.scopes.append(cache_scope)
-        self.predictions.append(list(prediction))
         threading.Thread(target=row.play, daemon=True).start()
         return row
 
@@ -308,7 +298,9 @@ class FakeLlama:
         """A device reads 1 GB a step, and has a bandwidth only if the server is told."""
         return SimpleNamespace(bytes_per_s=None, read_bytes=lambda report: report.num_steps * 1e9)
 
-    def prompt_logprobs(self, ids: Sequence[int], num_top: int = 0) -> Any:
+    def prompt_logprobs(
+        self, ids: Sequence[int], num_top: int = 0, *, priority: int = 0, cache_scope: bytes = b""
+    ) -> Any:
         """Place i has log-probability -i and rank i, and likeliest are the ids 20, 19, …"""
         for i, token_id in enumerate(ids[1:], 1):
             self.num_scored += 1

@@ -140,7 +140,7 @@ def test_prompt_logprobs_are_bounded():
 
 def test_a_model_that_cannot_score_says_so_by_the_field():
     class OverHosts(FakeLlama):
-        def prompt_logprobs(self, ids, num_top=0):
+        def prompt_logprobs(self, ids, num_top=0, **options):
             raise RequestError("logits are of one process; this model is spread over several")
 
     error = answer_of(OverHosts(), status=400, prompt_logprobs=0)["error"]

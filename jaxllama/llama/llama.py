@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
-import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Self, cast, overload
+from typing import Any, Self, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +15,23 @@ from jax.sharding import Mesh
 
 from jaxllama.decode.params import MAX_TOP_LOGPROBS, SamplingParams
 from jaxllama.decode.prompts import Prompt, read_params, read_prompt, read_prompts, token_ids
-from jaxllama.decode.scoring import PromptLogprob, logits_of, prompt_logprobs
+from jaxllama.decode.scoring import logits_of
 from jaxllama.engine.compilation import use_compilation_cache
 from jaxllama.engine.engine import Engine
 from jaxllama.engine.options import EngineOptions
-from jaxllama.engine.scheduling.request import EngineRequest, FinishReason, TokenLogprob, TokenOutput
+from jaxllama.engine.scheduling.request import PromptLogprob
 from jaxllama.engine.traffic import MemoryTraffic, memory_traffic
-from jaxllama.errors import ChatTemplateError, ConfigError, ContextLengthError, QueueFullError, RequestError
+from jaxllama.errors import ChatTemplateError, ConfigError, ContextLengthError, RequestError
 from jaxllama.hosts.group import Group
+from jaxllama.llama.outputs import Completion, CompletionDelta, Output, outputs_of, run_all
+from jaxllama.llama.scores import Score, ScoredText, encode_pair, read_pairs
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.mesh import make_mesh
 from jaxllama.model.params import Params, num_params
-from jaxllama.system.progress import Advance, show_progress
+from jaxllama.system.progress import show_progress
 from jaxllama.text.chat import ChatTemplate
-from jaxllama.text.constraint import ConstraintMaker, OutputConstraint
+from jaxllama.text.constraint import ConstraintMaker
 from jaxllama.text.encoding.tokenizer import Tokenizer
-from jaxllama.text.output import PROMPT_TAIL, GrowingOutput, OutputAssembler
-from jaxllama.text.structured import Grammar
 from jaxllama.weights.checkpoint import Checkpoint
 from jaxllama.weights.exporting.export import export_params
 from jaxllama.weights.exporting.shards import MAX_SHARD_BYTES
@@ -43,40 +39,6 @@ from jaxllama.weights.loading import MAX_IN_FLIGHT_BYTES, load_params
 from jaxllama.weights.opening import load_text, open_model
 from jaxllama.weights.places import PlaceLike
 from jaxllama.weights.saving import answer_saves, save_params
-
-_QUEUE_RETRY_S = 0.05
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished output.
-
-    `token_ids` include the stop token, `text` does not. `logprobs`, if asked for, are one a token.
-    `reasoning` is what a reasoning model thinks before its answer (`chat` alone separates it). `stop_reason` is the
-    string of `stop` or the id of `stop_token_ids` that ended it, None at the model's own end; `seed` repeats it.
-    `num_accepted` of the tokens came without a step of their own (speculation).
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] | None
-    finish_reason: FinishReason
-    prompt_token_ids: tuple[int, ...]
-    reasoning: str = ""
-    stop_reason: str | int | None = None
-    seed: int = 0
-    num_accepted: int = 0
-
-
-@dataclass(frozen=True)
-class CompletionDelta:
-    """The next piece of an output: all `text` joined is `Completion.text`. The last has a `finish_reason`."""
-
-    text: str
-    reasoning: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...]
-    finish_reason: FinishReason | None
 
 
 def load(
@@ -256,11 +218,12 @@ class Llama:
         given, is_one = read_prompts(prompts)
         each = read_params(params, len(given))
         ids = [self._encode(prompt) for prompt in given]
-        outputs = [_Output(self, prompt, one) for prompt, one in zip(ids, each, strict=True)]
+        outputs = [Output(self, prompt, one) for prompt, one in zip(ids, each, strict=True)]
         # One prompt is not worth a bar that nobody asked for.
         show = False if progress is None and len(outputs) == 1 else progress
         with show_progress("generate", len(outputs), show=show) as advance:
-            completions = self._run(outputs, advance)
+            run_all(self.engine, outputs, advance)
+        completions = [output.completion() for output in outputs]
         return completions[0] if is_one else completions
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[CompletionDelta]:
@@ -269,7 +232,7 @@ class Llama:
         Raises: as `generate`.
         """
         (one,) = read_params(params, 1)
-        return self._stream(_Output(self, self._encode(read_prompt(prompt)), one))
+        return _deltas(Output(self, self._encode(read_prompt(prompt)), one))
 
     def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> Completion:
         """Answers messages (`{"role": …, "content": …}`) through the model's chat template.
@@ -280,14 +243,14 @@ class Llama:
         if self.chat_template is None or self.tokenizer is None:
             raise ChatTemplateError("this checkpoint has no chat template; use generate with a prompt of your own")
         rendered = self.chat_template.render(messages)
-        output = _Output(
+        output = Output(
             self,
             self.tokenizer.encode_rendered(rendered),
             one,
             is_chat=True,
             starts_in_reasoning=rendered.starts_in_reasoning,
         )
-        for _ in self._stream(output):
+        for _ in _deltas(output):
             pass
         return output.completion()
 
@@ -297,33 +260,77 @@ class Llama:
         Not over many processes. Raises: RequestError there and for ids outside the vocabulary, ContextLengthError for
         more than the context.
         """
-        tokens = self._checked_ids(ids)
-        return np.concatenate([np.asarray(chunk) for chunk in self._score(tokens)])[: len(tokens)]
+        if self.engine.group is not None:
+            raise RequestError("logits are of one process; this model is spread over several")
+        tokens = self._checked_ids(ids, self.config.max_position_embeddings)
+        return np.concatenate([np.asarray(chunk) for chunk in self._logits(tokens)])[: len(tokens)]
 
-    def prompt_logprobs(self, ids: Sequence[int], num_top: int = 0) -> Iterator[PromptLogprob]:
+    def prompt_logprobs(
+        self, ids: Sequence[int], num_top: int = 0, *, priority: int = 0, cache_scope: str | bytes = b""
+    ) -> Generator[PromptLogprob]:
         """The log-probability of every token but the first, with the `num_top` (at most 20) likeliest at its place.
 
-        The work is done as the iterator is read, in an own small cache beside the engine's. Not over many processes.
+        The engine finds them chunk by chunk, beside other requests, once the iterator is read; closing it cancels the
+        rest. `priority` and `cache_scope` are as for `Engine.submit`.
 
-        Raises: as `logits`; RequestError for `num_top`.
+        Raises: RequestError for ids outside the vocabulary and for `num_top`, ContextLengthError for more than the
+            context; NonFiniteLogitsError.
         """
         if not 0 <= num_top <= MAX_TOP_LOGPROBS:
             raise RequestError(f"num_top must be from 0 to {MAX_TOP_LOGPROBS}, got {num_top}", "num_top")
-        tokens = self._checked_ids(ids)
-        return prompt_logprobs(self._score(tokens), tokens, num_top)
+        tokens = self._checked_ids(ids, self.max_context).tolist()
+        text = ScoredText(self.engine, tokens, 1, num_top=num_top, priority=priority, cache_scope=cache_scope)
+        return _entries(text)
 
-    def _checked_ids(self, ids: Sequence[int]) -> np.ndarray:
-        if self.engine.group is not None:
-            raise RequestError("logits are of one process; this model is spread over several")
+    @overload
+    def score(self, prompts: str, continuations: str, *, per_token: bool = False) -> Score: ...
+    @overload
+    def score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        continuations: Prompt | Sequence[Prompt],
+        *,
+        per_token: bool = False,
+        progress: bool | None = None,
+    ) -> Score | list[Score]: ...
+    def score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        continuations: Prompt | Sequence[Prompt],
+        *,
+        per_token: bool = False,
+        progress: bool | None = None,
+    ) -> Score | list[Score]:
+        """How likely each continuation is after its prompt, or all of several after one prompt.
+
+        Both are texts or token ids; a text prompt and its continuation are encoded together. What several begin with
+        is computed once. `per_token` adds each token's log-probability and rank. `progress` is as for `generate`.
+        Nothing is sampled, so the values do not depend on what else runs.
+
+        Raises: RequestError for what cannot be scored, ContextLengthError for a pair of more than the context;
+            NonFiniteLogitsError.
+        """
+        pairs, is_one = read_pairs(prompts, continuations)
+        encoded = [encode_pair(self.tokenizer, *pair) for pair in pairs]
+        texts = [ScoredText(self.engine, self._checked_ids(ids, self.max_context).tolist(), n) for ids, n in encoded]
+        show = False if progress is None and len(texts) == 1 else progress
+        # Neighbours share most of what they begin with, while it is in the cache.
+        ordered = sorted(texts, key=lambda text: text.ids)
+        with show_progress("score", len(texts), show=show) as advance:
+            run_all(self.engine, ordered, advance)
+        scores = [text.score(per_token=per_token) for text in texts]
+        return scores[0] if is_one else scores
+
+    def _checked_ids(self, ids: Sequence[int], context: int) -> np.ndarray:
         tokens = token_ids(ids, "ids")
-        vocab, context = self.config.vocab_size, self.config.max_position_embeddings
+        vocab = self.config.vocab_size
         if not tokens or min(tokens) < 0 or max(tokens) >= vocab:
             raise RequestError(f"ids must be a non-empty list of token ids from 0 to {vocab - 1}", "ids")
         if len(tokens) > context:
             raise ContextLengthError(f"{len(tokens)} ids exceed the context of {context}", "ids")
         return np.asarray(tokens, np.int32)
 
-    def _score(self, tokens: np.ndarray) -> Iterator[jax.Array]:
+    def _logits(self, tokens: np.ndarray) -> Iterator[jax.Array]:
         engine = self.engine
         return logits_of(
             self.config,
@@ -342,150 +349,20 @@ class Llama:
             raise RequestError("this checkpoint has no tokenizer: give the prompt as token ids", "prompt")
         return self.tokenizer.encode(prompt)
 
-    def _run(self, outputs: list[_Output], advance: Advance) -> list[Completion]:
-        """Keeps twice as many in the engine as it has rows: enough to fill every row that becomes free."""
-        inbox: queue.SimpleQueue[tuple[_Output, TokenOutput]] = queue.SimpleQueue()
-        not_started, num_running = deque(outputs), 0
-        most = 2 * self.engine.options.max_rows
-        try:
-            while not_started or num_running:
-                with contextlib.suppress(QueueFullError):
-                    while not_started and num_running < most:
-                        not_started[0].start(inbox)
-                        not_started.popleft()
-                        num_running += 1
-                has_ended = False
-                while num_running and not has_ended:
-                    output, tokens = inbox.get()
-                    output.add(tokens)
-                    has_ended = tokens.finish_reason is not None
-                    advance(items=has_ended, tokens=len(tokens.token_ids))
-                num_running -= has_ended
-                if not num_running and not_started:
-                    # Others may have filled the queue; then no output of ours tells when there is room again.
-                    time.sleep(_QUEUE_RETRY_S)
-        finally:
-            for output in outputs:
-                output.cancel()
-        return [output.completion() for output in outputs]
 
-    def _stream(self, output: _Output) -> Iterator[CompletionDelta]:
-        inbox: queue.SimpleQueue[tuple[_Output, TokenOutput]] = queue.SimpleQueue()
-        output.start(inbox)
-        try:
-            while not output.is_finished:
-                _, tokens = inbox.get()
-                delta = output.add(tokens)
-                if delta.token_ids or delta.text or delta.reasoning or delta.finish_reason:
-                    yield delta
-        finally:
-            output.cancel()
+def _deltas(output: Output) -> Iterator[CompletionDelta]:
+    with contextlib.closing(outputs_of(output)) as outputs:
+        for tokens in outputs:
+            delta = output.add(tokens)
+            if delta.token_ids or delta.text or delta.reasoning or delta.finish_reason:
+                yield delta
+            if output.is_finished:
+                return
 
 
-class _Output:
-    """One output: its request, what constrains it, and how it grows."""
-
-    def __init__(
-        self,
-        llama: Llama,
-        prompt: list[int],
-        params: SamplingParams,
-        *,
-        is_chat: bool = False,
-        starts_in_reasoning: bool | None = None,
-    ) -> None:
-        self._llama = llama
-        self._prompt = prompt
-        self._params = params
-        self._request: EngineRequest | None = None
-        assembler = None
-        if llama.tokenizer is not None:
-            assembler = OutputAssembler(
-                llama.tokenizer,
-                stop=params.stop,
-                include_stop=params.include_stop_str_in_output,
-                starts_in_reasoning=starts_in_reasoning,
-                prompt_tail=() if is_chat else prompt[-PROMPT_TAIL:],
-            )
-        elif params.stop:
-            raise RequestError("this checkpoint has no tokenizer: stop strings cannot be found", "stop")
-        self._starts_in_reasoning = starts_in_reasoning
-        self._grammar = self._compile()
-        self._grown = GrowingOutput(assembler, has_stops=bool(params.stop), stop_token_ids=params.stop_token_ids)
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether nothing more will come."""
-        return self._grown.finish_reason is not None
-
-    def start(self, inbox: queue.SimpleQueue[tuple[_Output, TokenOutput]]) -> None:
-        """Submits the request, whose outputs then arrive in `inbox`."""
-        self._request = self._llama.engine.submit(
-            self._prompt, self._params, lambda tokens: inbox.put((self, tokens)), constraint=self._make_constraint()
-        )
-
-    def _compile(self) -> Grammar | None:
-        params, starts = self._params, self._starts_in_reasoning
-        if params.thinking_budget is not None and starts is None:
-            raise RequestError(
-                "thinking_budget bounds the reasoning in `chat` with a model that reasons; here there is none to bound",
-                "thinking_budget",
-            )
-        if params.structured is None:
-            return None
-        return self._llama.constraints.compile(params.structured.source(), params.structured.kind, starts)
-
-    def _make_constraint(self) -> OutputConstraint | None:
-        params = self._params
-        if self._grammar is None and params.thinking_budget is None:
-            return None
-        return self._llama.constraints.make(
-            self._grammar,
-            starts_in_reasoning=self._starts_in_reasoning,
-            thinking_budget=params.thinking_budget,
-            min_tokens=params.min_tokens,
-        )
-
-    def cancel(self) -> None:
-        """Ends the request if it still runs."""
-        if self._request is not None:
-            self._request.cancel()
-
-    def add(self, output: TokenOutput) -> CompletionDelta:
-        """Takes in what the engine produced. Tokens after a stop string are dropped.
-
-        Raises: the engine's error, if that is how the request ended.
-        """
-        if output.error is not None:
-            raise output.error
-        grown = self._grown
-        if self.is_finished:
-            return CompletionDelta("", "", (), (), None)
-        num_ids, num_logprobs = len(grown.token_ids), len(grown.logprobs)
-        delta = grown.add(output.token_ids, output.logprobs, output.finish_reason, output.stop_token_id)
-        if delta.matched_stop is not None:
-            self.cancel()
-        ids, logprobs = tuple(grown.token_ids[num_ids:]), tuple(grown.logprobs[num_logprobs:])
-        return CompletionDelta(delta.content, delta.reasoning, ids, logprobs, self._finish_reason)
-
-    @property
-    def _finish_reason(self) -> FinishReason | None:
-        # The engine's own, or "stop".
-        return cast("FinishReason | None", self._grown.finish_reason)
-
-    def completion(self) -> Completion:
-        """The whole output, once finished."""
-        assert self._finish_reason is not None
-        assert self._request is not None
-        grown = self._grown
-        return Completion(
-            text="".join(grown.content),
-            token_ids=tuple(grown.token_ids),
-            logprobs=tuple(grown.logprobs) if self._params.logprobs is not None else None,
-            finish_reason=self._finish_reason,
-            prompt_token_ids=tuple(self._prompt),
-            reasoning="".join(grown.reasoning),
-            stop_reason=grown.stop_reason,
-            seed=self._request.seed,
-            num_accepted=self._request.num_accepted,
-        )
+def _entries(text: ScoredText) -> Generator[PromptLogprob]:
+    if len(text.ids) == 1:
+        return
+    with contextlib.closing(outputs_of(text)) as outputs:
+        for output in outputs:
+            yield from text.add(output)

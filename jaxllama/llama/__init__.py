@@ -1,0 +1,7 @@
+"""The front: a loaded model that generates, scores and saves, and what its calls return."""
+
+from jaxllama.llama.llama import Llama, load
+from jaxllama.llama.outputs import Completion, CompletionDelta
+from jaxllama.llama.scores import Score
+
+__all__ = ["Completion", "CompletionDelta", "Llama", "Score", "load"]
