@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_application(commands, "bench", "measure any server with OpenAI's API under load")
     generate = commands.add_parser("generate", help="complete a prompt", description="Completes a prompt.")
     _add_generate(generate)
+    _add_eval(commands)
     plan = commands.add_parser(
         "plan",
         help="say whether a model fits a TPU slice, and how fast it is; needs no TPU",
@@ -106,6 +107,21 @@ def _add_application(commands: argparse._SubParsersAction[_Parser], name: str, t
     cli.add_arguments(parser)
     parser.set_defaults(run=cli.run)
     return parser
+
+
+def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
+    # All that follows is lm-eval's: with such a prefix nothing is an option of ours.
+    parser = commands.add_parser(
+        "eval", help="run lm-eval's tasks in process, with lm-eval's own arguments", prefix_chars="\0", add_help=False
+    )
+    parser.add_argument("arguments", nargs="*")
+    parser.set_defaults(run=_eval)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from jaxllama.llama.evaluation import evaluate
+
+    return evaluate(args.arguments)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:

@@ -86,6 +86,7 @@ CORNERS = {
     "jinja2": ("jaxllama.text",),
     "matplotlib": ("jaxllama.plan.plot", "jaxllama_serving.client.report"),
     "blake3": ("jaxllama.system.hashing",),
+    "lm_eval": (),
     "flax": ("jaxllama.model.forward", "jaxllama.model.linear"),
 }
 WITHOUT_JAX = (

@@ -96,7 +96,7 @@ class Device:
         self._called: set[str] = set()
         self._config = config
         self._platform = platform
-        self._params = params
+        self.params = params
         self._shapes = shapes
         self._shardings = state_shardings(config, mesh, shapes)
         self._state: DecodeState | None = None
@@ -142,16 +142,16 @@ class Device:
             case Compile(chunk_sizes, row_buckets):
                 self._compile(state, chunk_sizes.tolist(), row_buckets.tolist())
             case Prefill(place, chunk):
-                pool = prefill(self._config, self._params, state.pool, place, chunk, platform=self._platform)
+                pool = prefill(self._config, self.params, state.pool, place, chunk, platform=self._platform)
                 state = state._replace(pool=pool)
             case Score(place, chunk, targets):
                 at = (place, chunk, targets)
-                pool, scores = prefill_scores(self._config, self._params, state.pool, *at, platform=self._platform)
+                pool, scores = prefill_scores(self._config, self.params, state.pool, *at, platform=self._platform)
                 state, output = state._replace(pool=pool), self._readable(scores)
             case Insert(row, new):
                 state = insert(state, row, new)
             case Decode(max_steps, keep, num_rows):
-                args = (self._config, self._params, state, max_steps, keep)
+                args = (self._config, self.params, state, max_steps, keep)
                 state, steps = decode_steps(*args, num_rows=int(num_rows), platform=self._platform)
                 output = self._readable(steps)
             case SetPageTable(table):
@@ -186,7 +186,7 @@ class Device:
 
     def _compile(self, state: DecodeState, chunk_sizes: list[int], row_buckets: list[int]) -> None:
         """Several programs at a time, those that take longest first."""
-        config, params, platform = self._config, self._params, self._platform
+        config, params, platform = self._config, self.params, self._platform
         num_rows, table_width = self._shapes.page_table.shape
         zero, pages = np.int32(0), np.zeros(table_width, np.int32)
         keep = np.zeros(num_rows, np.bool_)

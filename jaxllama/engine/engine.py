@@ -235,6 +235,20 @@ class Engine:
         give_back()
         self._is_warm = True
 
+    def update_params(self, params: Params) -> None:
+        """Runs with other weights of the same shapes from now on, and finds nothing again that the old ones wrote.
+
+        Raises: RequestError while requests run or wait, and over many processes.
+        """
+        if self.group is not None:
+            raise RequestError("weights of a model that is spread over several processes cannot be changed", "params")
+        with self._changed:
+            if self._inbox or self._scheduler.has_work or self._dispatches.in_flight:
+                raise RequestError("weights cannot be changed while requests run or wait", "params")
+            self._device.params = params
+            for pool in self._scheduler.pools:
+                pool.forget()
+
     def stats(self) -> EngineStats:
         """The load now."""
         scheduler = self._scheduler

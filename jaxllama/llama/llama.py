@@ -23,6 +23,7 @@ from jaxllama.engine.scheduling.request import PromptLogprob
 from jaxllama.engine.traffic import MemoryTraffic, memory_traffic
 from jaxllama.errors import ChatTemplateError, ConfigError, ContextLengthError, RequestError
 from jaxllama.hosts.group import Group
+from jaxllama.llama.laboratory import Laboratory
 from jaxllama.llama.outputs import Completion, CompletionDelta, Output, outputs_of, run_all
 from jaxllama.llama.scores import Score, ScoredText, encode_pair, read_pairs
 from jaxllama.model.config import LlamaConfig
@@ -94,7 +95,7 @@ def load(
     )
 
 
-class Llama:
+class Llama(Laboratory):
     """A model that generates. Threads may share it; its engine runs their requests together.
 
     `tokenizer` and `chat_template` are None where the checkpoint has none: prompts must then be token ids.
@@ -278,7 +279,7 @@ class Llama:
         """
         if not 0 <= num_top <= MAX_TOP_LOGPROBS:
             raise RequestError(f"num_top must be from 0 to {MAX_TOP_LOGPROBS}, got {num_top}", "num_top")
-        tokens = self._checked_ids(ids, self.max_context).tolist()
+        tokens = self._checked_ids(ids, self.max_context + 1).tolist()
         text = ScoredText(self.engine, tokens, 1, num_top=num_top, priority=priority, cache_scope=cache_scope)
         return _entries(text)
 
@@ -312,7 +313,9 @@ class Llama:
         """
         pairs, is_one = read_pairs(prompts, continuations)
         encoded = [encode_pair(self.tokenizer, *pair) for pair in pairs]
-        texts = [ScoredText(self.engine, self._checked_ids(ids, self.max_context).tolist(), n) for ids, n in encoded]
+        texts = [
+            ScoredText(self.engine, self._checked_ids(ids, self.max_context + 1).tolist(), n) for ids, n in encoded
+        ]
         show = False if progress is None and len(texts) == 1 else progress
         # Neighbours share most of what they begin with, while it is in the cache.
         ordered = sorted(texts, key=lambda text: text.ids)
@@ -327,7 +330,7 @@ class Llama:
         if not tokens or min(tokens) < 0 or max(tokens) >= vocab:
             raise RequestError(f"ids must be a non-empty list of token ids from 0 to {vocab - 1}", "ids")
         if len(tokens) > context:
-            raise ContextLengthError(f"{len(tokens)} ids exceed the context of {context}", "ids")
+            raise ContextLengthError(f"{len(tokens)} ids are more than the {context} that the context allows", "ids")
         return np.asarray(tokens, np.int32)
 
     def _logits(self, tokens: np.ndarray) -> Iterator[jax.Array]:

@@ -36,6 +36,15 @@ type Attend = Callable[[Array, Array, KVPool, Array, int | None], tuple[Array, K
 `out` is as `q`. A query sees the last `window` tokens, itself included; None: all before it."""
 
 
+type Tap = Callable[[str, Array], Array]
+"""Sees a value within a layer by its name, as in `dense.POINTS`, and returns what goes on in its place."""
+
+
+def untapped(name: str, value: Array) -> Array:
+    """The tap of a forward pass that nobody looks into."""
+    return value
+
+
 class Transformer(nnx.Module):
     """A decoder-only Transformer around the weights of a `Params` tree, run as `platform` wants."""
 
@@ -66,7 +75,7 @@ class Transformer(nnx.Module):
         `once` is 1 whenever this runs, and the compiler must not know it: see `Platform.layers_per_loop`. Of each row
         the first `written` tokens count: what is returned of the others means nothing.
         """
-        x = _times(self.embed_tokens.rows(tokens), self.config.embedding_multiplier).astype(self.dtype)
+        x = self.embed(tokens)
         angles = rotary_angles(self.config, positions)
         num_pages = pool.pages.shape[0] // (self.num_shards * self.config.num_layers)
 
@@ -121,6 +130,10 @@ class Transformer(nnx.Module):
         """Float32 scores of every token of the vocabulary. What those of rows from `count` on are is not said."""
         return _times(self.lm_head(hidden, count), 1 / self.config.logits_divisor)
 
+    def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
+        """What enters the first layer."""
+        return _times(self.embed_tokens.rows(tokens), self.config.embedding_multiplier).astype(self.dtype)
+
 
 class DecoderLayer(nnx.Module):
     """One Transformer layer: each of its two blocks normalises what it takes in, or else what it puts out."""
@@ -144,17 +157,20 @@ class DecoderLayer(nnx.Module):
         pool: KVPool,
         page_table: Int[Array, "rows max_pages"],
         attend: Callable[[Array, Array, KVPool, Array], tuple[Array, KVPool]],
+        tap: Tap = untapped,
     ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
-        out, pool = self.self_attn(self._taken(x, self.attention_norm), angles, pool, page_table, attend)
-        x = self._add(x, out, self.attention_norm)
+        x = tap("resid_pre", x)
+        out, pool = self.self_attn(self._taken(x, self.attention_norm), angles, pool, page_table, attend, tap)
+        x = tap("resid_mid", x + tap("attn_out", self._addend(out, self.attention_norm)))
         taken = self._taken(x, self.mlp_norm)
-        return self._add(x, sum(part(taken) for part in self.mlp_parts), self.mlp_norm), pool
+        out = sum(part(taken) for part in self.mlp_parts)
+        return tap("resid_post", x + tap("mlp_out", self._addend(out, self.mlp_norm))), pool
 
     def _taken(self, x: Array, norm: RMSNorm) -> Array:
         return x.astype(self.entry_dtype) if self.config.norms_outputs else norm(x)
 
-    def _add(self, x: Array, out: Array, norm: RMSNorm) -> Array:
-        return x + _times(norm(out) if self.config.norms_outputs else out, self.config.residual_multiplier)
+    def _addend(self, out: Array, norm: RMSNorm) -> Array:
+        return _times(norm(out) if self.config.norms_outputs else out, self.config.residual_multiplier)
 
 
 class SelfAttention(nnx.Module):
@@ -177,6 +193,7 @@ class SelfAttention(nnx.Module):
         pool: KVPool,
         page_table: Int[Array, "rows max_pages"],
         attend: Callable[[Array, Array, KVPool, Array], tuple[Array, KVPool]],
+        tap: Tap = untapped,
     ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
         config = self.config
         # The barrier keeps XLA from slicing or transposing the weights in every step (v5p: 41 to 30.6 ms).
@@ -186,6 +203,7 @@ class SelfAttention(nnx.Module):
         q, k, v = (y.reshape(*x.shape[:2], -1, config.head_dim) for y in (q, k, v))
         if config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = tap("q", q), tap("k", k), tap("v", v)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         if config.attention_multiplier is not None:

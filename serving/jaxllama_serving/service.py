@@ -35,7 +35,7 @@ class Service:
     def __init__(self, llama: Llama | None, config: ServerConfig) -> None:
         self.config = config
         self.draining = False
-        self.fingerprint: str | None = None
+        self._fingerprint: tuple[int, str] | None = None
         self.started_at = int(time.time())
         self.metrics = Metrics(self._gauges)
         # Not among the workers: these wait for the engine, which scores as many at a time as it has rows.
@@ -55,13 +55,22 @@ class Service:
     def set_llama(self, llama: Llama) -> None:
         """Makes the server ready."""
         self._llama = llama
-        self.fingerprint = fingerprint(llama)
         traffic = llama.memory_traffic()
         given = self.config.peak_bandwidth
         self._peak_bytes_per_s = given * 1e9 if given is not None else traffic.bytes_per_s
         llama.engine.on_steps = lambda report: self.metrics.count_steps(
             report.num_rows, report.seconds, traffic.read_bytes(report)
         )
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The model's as it is now, None while it loads."""
+        if self._llama is None:
+            return None
+        # Of thousands of files, so not at every answer.
+        if self._fingerprint is None or self._fingerprint[0] != params_version(self._llama):
+            self._fingerprint = (params_version(self._llama), fingerprint(self._llama))
+        return self._fingerprint[1]
 
     @property
     def max_context(self) -> int | None:
@@ -174,7 +183,13 @@ SERVICE = web.AppKey("service", Service)
 def fingerprint(llama: Llama) -> str:
     """Returns a short name for what decides the bits of an answer: this build, the checkpoint and the devices."""
     parts = [version(), repr(llama.checkpoint and llama.checkpoint.manifest), repr(getattr(llama, "mesh", None))]
+    parts += [f"params {params_version(llama)}"] if params_version(llama) else []
     return "fp_" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def params_version(llama: Llama) -> int:
+    """Returns how often the weights were changed since they were loaded."""
+    return getattr(llama, "params_version", 0)
 
 
 def version() -> str:

@@ -107,6 +107,13 @@ class PagePool:
                 unclean.append(page)
         return unclean
 
+    def forget(self) -> None:
+        """Nothing is found any more of what was written so far."""
+        for page in range(self.num_pages):
+            self._unpublish(page)
+        self._free += self._idle
+        self._idle.clear()
+
     def _unpublish(self, page: int) -> None:
         key = self._keys[page]
         if key is not None:

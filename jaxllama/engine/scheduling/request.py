@@ -147,14 +147,17 @@ class EngineRequest:
 def checked_prompt(
     prompt_ids: Sequence[int], vocab_size: int, max_context: int, *, generates: bool = True
 ) -> list[int]:
-    """A prompt that can run; one that `generates` leaves room for a token. Raises: RequestError, ContextLengthError."""
+    """A prompt that can run: with room for one more token, or with a last token of which nothing has to follow.
+
+    Raises: RequestError, ContextLengthError.
+    """
     prompt = [int(token_id) for token_id in prompt_ids]
     if not prompt:
         raise RequestError("the prompt is empty; it needs at least one token", "prompt")
     if not 0 <= min(prompt) <= max(prompt) < vocab_size:
         raise RequestError(f"the prompt has token ids outside 0 to {vocab_size - 1}", "prompt")
-    if len(prompt) + generates > max_context:
-        more = ", which must hold at least one more" if generates else ""
+    if len(prompt) + (1 if generates else -1) > max_context:
+        more = ", which must hold at least one more" if generates else " and one more"
         raise ContextLengthError(
             f"the prompt has {len(prompt)} tokens; this model's context is {max_context}{more}", "prompt"
         )

@@ -94,6 +94,8 @@ class Scheduler:
 
         A whole dispatch's for a request that was set aside, so that it is not set aside again at once.
         """
+        if request.scoring is not None:
+            return 0
         return min(self._max_steps, request.budget - len(request.generated)) if request.is_saved else 1
 
     def _is_being_prefilled(self, request: EngineRequest, shard: int, num_found: int) -> bool:

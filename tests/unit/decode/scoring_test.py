@@ -97,16 +97,17 @@ def test_scores_do_not_depend_on_what_else_runs():
 
 def test_texts_are_encoded_as_one_and_spaces_belong_to_what_follows(tokenizer_folder):
     with tiny.make_llama(tokenizer_folder=tokenizer_folder) as llama:
-        ids = list(b"What is this? A cat")
+        encode = llama.tokenizer.encode
+        ids = encode("What is this? A cat")
         assert llama.score("What is this?", " A cat") == llama.score(ids[:13], ids[13:])
         assert llama.score("What is this? ", "A cat") == llama.score("What is this?", " A cat")
-        assert llama.score("What", [" A", list(b" A")]) == [llama.score("What", " A")] * 2
+        assert llama.score("What", [" A", encode(" A")]) == [llama.score("What", " A")] * 2
         for prompts, continuations, message in (
             ("", "a", "no tokens"),
             ("a", "", "no tokens"),
             (["a", "b"], ["c"], "2 prompts and 1"),
             ("a", [[280]], "from 0 to 279"),
-            ("a" * 90, "b" * 10, "context of 96"),
+            ("a" * 90, "b" * 10, "than the 97"),
         ):
             with pytest.raises(RequestError, match=message):
                 llama.score(prompts, continuations)
@@ -117,7 +118,7 @@ def test_a_warm_engine_scores_without_compiling():
     with tiny.make_llama(options=SIZES) as llama:
         llama.engine.warm_up()
         before = llama.engine.stats().num_compilations
-        for length in (2, 9, 33, 200, 384):
+        for length in (2, 9, 33, 200, 385):
             assert len(list(llama.prompt_logprobs(tiny.prompt_of(NAME, length), length % 21))) == length - 1
         assert llama.engine.stats().num_compilations == before
 
@@ -136,8 +137,8 @@ def test_scoring_stops_when_nobody_reads_on(llama: Llama):
     entries.close()
     with pytest.raises(RequestError, match="num_top"):
         llama.prompt_logprobs([1, 2], 21)
-    with pytest.raises(ContextLengthError, match="context of 384"):
-        llama.prompt_logprobs([1] * 385)
+    with pytest.raises(ContextLengthError, match="than the 385"):
+        llama.prompt_logprobs([1] * 386)
     with pytest.raises(RequestError, match="from 0 to 279"):
         llama.prompt_logprobs([1, 280])
 
