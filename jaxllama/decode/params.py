@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxllama.decode.controls import Boolean, Integer, Number, Strings, TokenIds, TokenNumbers, control, controls_of
+from jaxllama.decode.steering import Steering
 from jaxllama.errors import GrammarError, RequestError
 from jaxllama.text.structured import Structured
 
@@ -30,6 +31,7 @@ class SamplingParams:
     before `min_tokens` tokens. `logprobs` k asks for the log-probability of each token and of the k likeliest.
     `structured` says what the text must look like, after any reasoning; `thinking_budget` how many tokens of reasoning
     may come before its end is forced. Both need the model's tokenizer, so `Llama` and the server look after them.
+    `steering` is a vector that is added to the residual stream of a layer.
 
     Raises: RequestError naming the field, its range and the value.
     """
@@ -90,6 +92,7 @@ class SamplingParams:
         unset="none",
     )
     structured: Structured | None = None
+    steering: Steering | None = None
     thinking_budget: int | None = control(Integer(0, MAX_TOKENS), None)
 
     def __post_init__(self) -> None:
@@ -97,6 +100,8 @@ class SamplingParams:
             object.__setattr__(self, name, each.check(name, getattr(self, name)))
         if self.structured is not None and not isinstance(self.structured, Structured):
             raise GrammarError(f"structured must be a Structured, got {type(self.structured).__name__}", "structured")
+        if self.steering is not None and not isinstance(self.steering, Steering):
+            raise RequestError(f"steering must be a Steering, got {type(self.steering).__name__}", "steering")
         if self.structured is not None and self.ignore_eos:
             raise RequestError(
                 "ignore_eos cannot be combined with structured output, which ends by itself", "ignore_eos"

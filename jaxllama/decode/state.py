@@ -24,6 +24,13 @@ NOT_FINITE = -2
 """Stands in `StepOutput.tokens` for a row whose logits were not finite."""
 
 
+class SteeringArrays(NamedTuple):
+    """What is added to the residual stream that layer `layer` puts out, -1 for nothing, as `decode.steering` says."""
+
+    vector: Float[Array, "*rows embed"]
+    layer: Int[Array, "*rows"]
+
+
 class RowState(NamedTuple):
     """What decoding changes of every row, `[rows, …]`; or one row as the host makes it: NumPy, without that dimension.
 
@@ -39,6 +46,7 @@ class RowState(NamedTuple):
     generated_counts: Int[Array, "*rows vocab"]
     prompt_mask: Bool[Array, "*rows vocab"]
     sampling: SamplingArrays
+    steering: SteeringArrays
 
 
 class DecodeState(NamedTuple):
@@ -92,6 +100,7 @@ class _Leaf:
 _row_of: Any = RowState
 _sampling_of: Any = SamplingArrays
 _controls_of: Any = ControlArrays
+_steering_of: Any = SteeringArrays
 
 _ROW: RowState = _row_of(
     length=_Leaf("int32"),
@@ -111,6 +120,7 @@ _ROW: RowState = _row_of(
         is_masked=_Leaf("bool"),
         token_mask=_Leaf("uint32", ("mask_words",)),
     ),
+    steering=_steering_of(vector=_Leaf("float32", ("embed",)), layer=_Leaf("int32")),
 )
 _SPLIT = ("vocab",)
 """The dimensions that a mesh may split."""
@@ -119,6 +129,7 @@ _SPLIT = ("vocab",)
 def _dimensions(config: LlamaConfig) -> dict[str, int]:
     return {
         "vocab": config.vocab_size,
+        "embed": config.hidden_size,
         "seed_words": 2,
         "stop_ids": MAX_STOP_TOKEN_IDS + len(config.eos_token_ids) + 1,
         "mask_words": num_mask_words(config.vocab_size),
@@ -224,6 +235,10 @@ def row_state(
             num_logprobs=-1 if params.logprobs is None else params.logprobs,
             is_masked=False,
             token_mask=np.full(sizes["mask_words"], 0xFFFFFFFF, np.uint32),
+        ),
+        steering=_steering_of(
+            vector=np.zeros(sizes["embed"]) if params.steering is None else params.steering.vector,
+            layer=-1 if params.steering is None else params.steering.layer,
         ),
     )
     new: RowState = jax.tree.map(lambda leaf, value: np.asarray(value, leaf.dtype), _ROW, row)

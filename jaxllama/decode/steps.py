@@ -6,13 +6,15 @@ place and a prefill never needs the head.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllama.decode.params import MAX_TOP_LOGPROBS
 from jaxllama.decode.sampling import sample, top_logprobs
-from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, Chunk, DecodeState, Place, StepOutput
+from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, Chunk, DecodeState, Place, SteeringArrays, StepOutput
 from jaxllama.model.attention.reference import chunk_positions
 from jaxllama.model.cache import KVPool
 from jaxllama.model.config import LlamaConfig
@@ -74,7 +76,7 @@ def forward_chunk(
     return hidden[0], pool
 
 
-@program(donate_argnames="state", static_argnames=("config", "num_rows"))
+@program(donate_argnames="state", static_argnames=("config", "num_rows", "steers"))
 def decode_steps(
     config: LlamaConfig,
     params: Params,
@@ -83,12 +85,14 @@ def decode_steps(
     keep: Bool[Array, " rows"],
     *,
     num_rows: int,
+    steers: bool = False,
     platform: Platform = PLAIN,
 ) -> tuple[DecodeState, StepOutput]:
     """Decodes up to `max_steps` (≤ `MAX_STEPS`) tokens for the first `num_rows` rows, sampling included.
 
     Stops early when no row is active. Rows that `keep` denies become inactive first. Rows end on the device, by stop id
-    or budget. Pages for `max_steps` more tokens must be in the page table.
+    or budget. Pages for `max_steps` more tokens must be in the page table. Without `steers` the rows' steering is not
+    looked at.
     """
     state = state._replace(rows=state.rows._replace(active=state.rows.active & keep))
     model = Transformer(config, params, platform)
@@ -107,9 +111,19 @@ def decode_steps(
         return (out.num_steps < max_steps) & jnp.any(state.rows.active[:num_rows])
 
     def step(carry: tuple[DecodeState, StepOutput]) -> tuple[DecodeState, StepOutput]:
-        return _decode_step(config, model, *carry, once, num_rows=num_rows, platform=platform)
+        return _decode_step(config, model, *carry, once, num_rows=num_rows, steers=steers, platform=platform)
 
     return jax.lax.while_loop(unfinished, step, (state, out))
+
+
+def steered(
+    steering: SteeringArrays, layer: int, x: Float[Array, "rows tokens embed"]
+) -> Float[Array, "rows tokens embed"]:
+    """The residual stream that leaves `layer`, with the vectors of the rows that want it there."""
+    vector = steering.vector[:, None]
+    # Where nothing is added no bit changes: -0 + 0 would be 0.
+    is_changed = (steering.layer == layer)[:, None, None] & (vector != 0)
+    return jnp.where(is_changed, x + vector.astype(x.dtype), x)
 
 
 def _decode_step(
@@ -120,6 +134,7 @@ def _decode_step(
     once: Array,
     *,
     num_rows: int,
+    steers: bool,
     platform: Platform,
 ) -> tuple[DecodeState, StepOutput]:
     some = slice(0, num_rows)
@@ -131,7 +146,9 @@ def _decode_step(
         return out[:, None], pool
 
     tokens, page_table = rows.last_token[:, None], state.page_table[some]
-    hidden, pool = model(tokens, positions[:, None], state.pool, page_table, attend, once, active.astype(jnp.int32))
+    steer = partial(steered, rows.steering) if steers else None
+    written = active.astype(jnp.int32)
+    hidden, pool = model(tokens, positions[:, None], state.pool, page_table, attend, once, written, steer)
     logits = model.logits(hidden[:, 0], jnp.max(jnp.where(active, 1 + jnp.arange(num_rows), 0)))
     tokens, is_finite = sample(
         logits,

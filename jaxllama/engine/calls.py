@@ -49,6 +49,7 @@ class Decode(NamedTuple):
     max_steps: np.int32
     keep: Bool[np.ndarray, " rows"]
     num_rows: np.int32
+    steers: np.bool_ = np.bool_(False)
 
 
 class SetPageTable(NamedTuple):

@@ -131,8 +131,8 @@ class Device:
                 return _prefill_name(len(chunk.tokens))
             case Score(_, chunk):
                 return _score_name(len(chunk.tokens))
-            case Decode(num_rows=num_rows):
-                return _decode_name(int(num_rows))
+            case Decode(num_rows=num_rows, steers=steers):
+                return _decode_name(int(num_rows)) + (", steered" if steers else "")
         return None
 
     def _run(self, call: Call) -> StepOutput | Scores | None:
@@ -150,9 +150,10 @@ class Device:
                 state, output = state._replace(pool=pool), self._readable(scores)
             case Insert(row, new):
                 state = insert(state, row, new)
-            case Decode(max_steps, keep, num_rows):
+            case Decode(max_steps, keep, num_rows, steers):
                 args = (self._config, self.params, state, max_steps, keep)
-                state, steps = decode_steps(*args, num_rows=int(num_rows), platform=self._platform)
+                static = {"num_rows": int(num_rows), "steers": bool(steers), "platform": self._platform}
+                state, steps = decode_steps(*args, **static)
                 output = self._readable(steps)
             case SetPageTable(table):
                 state = state._replace(page_table=_put(table, self._shardings.page_table))

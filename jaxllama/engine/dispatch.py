@@ -130,7 +130,9 @@ class Dispatches:
             self._page_table = table
             self._programs.run(SetPageTable(table))
         bucket = next(size for size in self._row_buckets if size > max(rows))
-        output = self._programs.run(Decode(np.int32(max_steps), keep, np.int32(bucket)))
+        # A program of its own, so that it costs nothing where nobody asks for it.
+        steers = any(request.params.steering is not None for request in running)
+        output = self._programs.run(Decode(np.int32(max_steps), keep, np.int32(bucket), np.bool_(steers)))
         output.tokens.copy_to_host_async()
         self.in_flight.append(Dispatch(output, rows, max_steps, time.monotonic()))
         return True

@@ -317,6 +317,8 @@ class Engine:
     ) -> EngineRequest:
         prompt = checked_prompt(prompt_ids, self.config.vocab_size, self.max_context, generates=scoring is None)
         params.validate_vocab(self.config.vocab_size)
+        if params.steering is not None:
+            params.steering.check_model(self.config.num_layers, self.config.hidden_size)
         # One that scores generates nothing, and is not done before it begins.
         room = 1 if scoring is not None else self.max_context - len(prompt)
         scope = cache_scope.encode("utf-8", "surrogatepass") if isinstance(cache_scope, str) else cache_scope

@@ -68,12 +68,14 @@ class Transformer(nnx.Module):
         attend: Attend,
         once: Int[Array, ""],
         written: Int[Array, " rows"],
+        steer: Callable[[int, Array], Array] | None = None,
     ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
         """Runs the layers, which reach the cache by `attend` alone unless each is a kernel; returns normalised hidden
         states and the pool.
 
         `once` is 1 whenever this runs, and the compiler must not know it: see `Platform.layers_per_loop`. Of each row
-        the first `written` tokens count: what is returned of the others means nothing.
+        the first `written` tokens count: what is returned of the others means nothing. `steer` is given what each layer
+        puts out, and returns what goes on.
         """
         x = self.embed(tokens)
         angles = rotary_angles(self.config, positions)
@@ -99,7 +101,10 @@ class Transformer(nnx.Module):
 
         def layer(index: int, x: Array, pool: KVPool) -> tuple[Array, KVPool]:
             pages, config = page_table + index * num_pages, self.config
-            return run(self.layers[index], x, pool, pages, has_rope=config.has_rope(index), window=config.window(index))
+            x, pool = run(
+                self.layers[index], x, pool, pages, has_rope=config.has_rope(index), window=config.window(index)
+            )
+            return x if steer is None else steer(index, x), pool
 
         x, pool = _through_layers(layer, len(self.layers), x, pool, per_loop=self.layers_per_loop, once=once)
         return self.norm(x), pool

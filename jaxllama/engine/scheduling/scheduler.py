@@ -185,7 +185,7 @@ class Scheduler:
     def _publish(self, request: EngineRequest, full: list[int]) -> None:
         """Lets others find a request's full pages; those of generated tokens only if prefill gives the same bits."""
         keys = request.page_keys[: len(full)]
-        if self._plan.programs_agree:
+        if self._plan.programs_agree and request.params.steering is None:
             ids = (request.prompt + request.generated)[len(keys) * self._page_size : request.num_to_prefill]
             keys = keys + self._plan.more_keys(keys[-1] if keys else self._plan.root(request.scope), ids)
         self.pools[request.shard].publish(full[: len(keys)], keys)

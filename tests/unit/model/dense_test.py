@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def test_what_is_within_is_transformers(name):
     np.testing.assert_allclose(saliency[0], GOLDEN[f"{name}/gradient"], atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"data": 2, "tp": 2}], ids=str)
+@pytest.mark.parametrize("options", [{"quantize": "int8"}, {"data": 2, "tp": 2}], ids=str)
 def test_it_has_the_logits_of_the_paged_pass_wherever_padding_is(options):
     tokens, mask = np.zeros((2, 24), np.int32), np.zeros((2, 24), np.bool_)
     tokens[0, 4:], mask[0, 4:] = IDS, True
@@ -90,16 +91,11 @@ def test_a_patch_changes_what_comes_after_it_and_nothing_before(llama: Llama):
     np.testing.assert_array_equal(patched["resid_mid"][0], plain["resid_mid"][0])
     np.testing.assert_array_equal(patched.logits[:7], plain.logits[:7])
     assert float(jnp.abs(patched.logits[7:] - plain.logits[7:]).max(axis=1).min()) > 1e-4
-    # What is put where it already is changes no bit, of every kind of value, one head of it too.
-    for what in POINTS:
-        same = [Patch(what, 1, plain[what][1])]
-        if what in ("q", "k", "v", "attention"):
-            own = plain[what][1, 0] if what == "attention" else plain[what][1, :, 0]
-            same.append(Patch(what, 1, own, head=0))
-        for patch in same:
-            np.testing.assert_array_equal(
-                llama.trace(IDS, patches=[patch]).logits, plain.logits, err_msg=str(patch.what)
-            )
+    # What is put where it already is changes no bit, of every kind of value, of one head of it too.
+    same = [Patch(what, 1, plain[what][1]) for what in POINTS]
+    same += [Patch(what, 1, plain[what][1, :, 2], head=2) for what in ("q", "k", "v")]
+    same.append(Patch("attention", 1, plain["attention"][1, 3], head=3))
+    np.testing.assert_array_equal(llama.trace(IDS, tuple(POINTS), patches=same).logits, plain.logits)
 
 
 def test_new_values_of_a_patch_compile_nothing(llama: Llama):
@@ -132,7 +128,7 @@ def test_what_cannot_be_is_refused_by_name(llama: Llama):
         llama.forward(np.zeros((1, llama.config.max_position_embeddings + 1), np.int32))
 
 
-@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize("options", [{"quantize": "int8"}, {"tp": 2}], ids=str)
 def test_other_weights_take_the_place_of_the_model_s(options):
     params, prompt = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), tiny.prompt_of(NAME, 33)
     with tiny.make_llama(**options) as llama:
@@ -150,11 +146,13 @@ def test_other_weights_take_the_place_of_the_model_s(options):
         assert llama.engine.stats().num_prompt_tokens_cached == 0
         llama.update_params(plain)
         assert llama.generate(prompt, params).token_ids == before.token_ids
-        stream = llama.stream(prompt, SamplingParams(max_tokens=60, ignore_eos=True))
-        next(stream)
+        reached, release = threading.Event(), threading.Event()
+        request = llama.engine.submit(prompt, params, lambda _: (reached.set(), release.wait(60)))
+        assert reached.wait(60)
         with pytest.raises(RequestError, match="while requests run"):
             llama.update_params(plain)
-        stream.close()
+        release.set()
+        request.cancel()
         with pytest.raises(CheckpointError, match=r"norm is missing; lm_head has shape \(1,\), expected \(280, 52\)"):
             llama.update_params({**{k: v for k, v in plain.items() if k != "norm"}, "lm_head": np.zeros(1)})
     assert compiled > 0
