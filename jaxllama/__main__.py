@@ -53,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_application(commands, "convert", "turn a Hugging Face or GGUF checkpoint into a jaxllama checkpoint")
     _add_application(commands, "export", "write a checkpoint as Hugging Face safetensors, for transformers and others")
+    _add_application(commands, "inspect", "say what a model is and can do, without its weights")
+    _add_application(commands, "verify", "check a checkpoint's files by their hashes, and against its source")
     _add_application(commands, "serve", "serve a checkpoint over OpenAI's chat API, with a chat page")
     _add_application(commands, "batch", "answer a file of requests, one JSON object a line")
     _add_application(commands, "chat", "chat in the terminal, with a checkpoint or with a server")
@@ -87,6 +89,8 @@ def _add_application(commands: argparse._SubParsersAction[_Parser], name: str, t
     module = {
         "convert": "jaxllama_convert.cli",
         "export": "jaxllama_convert.export_cli",
+        "inspect": "jaxllama_convert.checks.inspect_cli",
+        "verify": "jaxllama_convert.checks.verify_cli",
         "serve": "jaxllama_serving.process.cli",
         "batch": "jaxllama_serving.batch.cli",
         "chat": "jaxllama_serving.client.chat_cli",
@@ -99,7 +103,9 @@ def _add_application(commands: argparse._SubParsersAction[_Parser], name: str, t
         missing = error.name or module
 
         def refuse(_: argparse.Namespace) -> int:
-            raise MissingExtraError("convert" if name in ("convert", "export") else "serve", missing)
+            raise MissingExtraError(
+                "convert" if name in ("convert", "export", "inspect", "verify") else "serve", missing
+            )
 
         parser.add_argument("arguments", nargs="*")
         parser.set_defaults(run=refuse)

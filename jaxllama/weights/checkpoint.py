@@ -127,14 +127,9 @@ class Checkpoint:
         Raises: CheckpointError when it is missing, incomplete, truncated or of another version; ConfigError;
             PlaceError.
         """
-        if not is_remote(path):
-            folder = Path(path).expanduser().absolute() if not isinstance(path, Place) else Path(path.where)
-            _check_is_checkpoint(folder)
-            place, scratch = open_place(folder, confined=False), None
-            manifest = Manifest.load(folder)
-        else:
-            place = open_place(path)
-            manifest = Manifest.parse(_read_remote_manifest(place), place / MANIFEST)
+        place, manifest = open_manifest(path)
+        folder, scratch = Path(place.where), None
+        if is_remote(place):
             scratch = TemporaryDirectory(prefix="jaxllama-", ignore_cleanup_errors=True)
             folder = Path(scratch.name)
         with contextlib.closing(place):
@@ -162,24 +157,43 @@ class Checkpoint:
 
         Raises: CheckpointError listing every file that is missing, changed or not in the manifest.
         """
-        if self.place is None:
-            return
-        place, problems = self.place, list(_size_problems(self.place, self.manifest))
-        damaged = {problem.split(":", 1)[0] for problem in problems}
-        names = [name for name in self.manifest.files if name not in damaged]
-        done, total = 0, sum(self.manifest.files[name].size for name in names)
-        with contextlib.closing(place), ThreadPoolExecutor(place.num_readers) as pool:
-            expected = [self.manifest.files[name].hash for name in names]
-            hashes = pool.map(functools.partial(_hash_at, place), names, expected)
-            for name, want, got in zip(names, expected, hashes, strict=True):
-                done += self.manifest.files[name].size
-                on_bytes(done, total, f"verifying {name}")
-                if got != want:
-                    kind, _, digits = got.partition(":")
-                    problems.append(f"{name}: {kind} is {digits[:12]}…, expected {want.partition(':')[2][:12]}…")
-        there = {name for name in place.all_names() if name.startswith(f"{PARAMS}/")}
-        problems += [f"{name}: not in the manifest" for name in sorted(there - set(self.manifest.files))]
-        _raise_damaged(place.where, problems)
+        if self.place is not None:
+            _raise_damaged(self.place.where, find_damage(self.place, self.manifest, on_bytes))
+
+
+def open_manifest(path: PlaceLike) -> tuple[Place, Manifest]:
+    """A checkpoint's place, and what should be there. Raises: CheckpointError when it is none; PlaceError."""
+    if is_remote(path):
+        place = open_place(path)
+        return place, Manifest.parse(_read_remote_manifest(place), place / MANIFEST)
+    folder = Path(path).expanduser().absolute() if not isinstance(path, Place) else Path(path.where)
+    _check_is_checkpoint(folder)
+    return open_place(folder, confined=False), Manifest.load(folder)
+
+
+def find_damage(place: Place, manifest: Manifest, on_bytes: OnBytes = lambda done, total, at_work: None) -> list[str]:
+    """Each file that is missing, changed or not in the manifest, with what was expected and what is there.
+
+    Hashes every file that has its size. `on_bytes` is told how far it is.
+
+    Raises: StoreError.
+    """
+    problems = list(_size_problems(place, manifest))
+    damaged = {problem.split(":", 1)[0] for problem in problems}
+    names = [name for name in manifest.files if name not in damaged]
+    done, total = 0, sum(manifest.files[name].size for name in names)
+    with contextlib.closing(place), ThreadPoolExecutor(place.num_readers) as pool:
+        expected = [manifest.files[name].hash for name in names]
+        hashes = pool.map(functools.partial(_hash_at, place), names, expected)
+        for name, want, got in zip(names, expected, hashes, strict=True):
+            done += manifest.files[name].size
+            on_bytes(done, total, f"verifying {name}")
+            if got != want:
+                kind, _, digits = got.partition(":")
+                problems.append(f"{name}: {kind} is {digits[:12]}…, expected {want.partition(':')[2][:12]}…")
+    there = {name for name in place.all_names() if name.startswith(f"{PARAMS}/")}
+    problems += [f"{name}: not in the manifest" for name in sorted(there - set(manifest.files))]
+    return problems
 
 
 def read_configs(folder: Path) -> tuple[LlamaConfig, Mapping[str, Any]]:

@@ -18,11 +18,12 @@ _COMPARED_BYTES = 16 * 2**20
 
 
 def match_tensors(
-    config: LlamaConfig, tensors: Mapping[str, SourceTensor], where: str
+    config: LlamaConfig, tensors: Mapping[str, SourceTensor], where: str, *, reads: bool = True
 ) -> tuple[tuple[ParamSpec, SourceTensor], ...]:
     """Pairs every parameter with its source tensor, in the order of the bytes in the source.
 
-    Rotary buffers are ignored. A tied model may ship an lm_head.weight if it equals the embedding.
+    Rotary buffers are ignored. A tied model may ship an lm_head.weight if it equals the embedding; unless `reads`,
+    which looks at the values, that is assumed.
 
     Raises: ConversionError listing every missing, unexpected, misshapen or unreadable tensor.
     """
@@ -39,7 +40,7 @@ def match_tensors(
         if name in specs:
             problems += _problems(specs[name], tensor)
         elif name == LM_HEAD and config.tie_word_embeddings:
-            problems += _tied_head_problems(tensor, tensors.get(EMBED))
+            problems += _tied_head_problems(tensor, tensors.get(EMBED)) if reads else []
         elif not _IGNORED.fullmatch(name):
             problems.append(f"unexpected {one_line(name, 80)}")
     if problems:
