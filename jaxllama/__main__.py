@@ -19,7 +19,7 @@ from jaxllama.plan import cli as plan_cli
 from jaxllama.system import doctor
 from jaxllama.system.explain import page_of, with_page
 from jaxllama.system.flags import add_max_in_flight
-from jaxllama.weights.places import MODEL_HELP
+from jaxllama.weights.places import ADAPTER_HELP, MODEL_HELP
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,6 +137,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="compute dtype (default: the checkpoint's)")
     parser.add_argument("--quantize", choices=("int8",), help="round the weights on loading (default: as stored)")
     add_max_in_flight(parser)
+    parser.add_argument("--adapter", action="append", default=[], metavar="PEFT", help=ADAPTER_HELP)
     parser.add_argument("--kv-dtype", choices=("int8",), help="of the KV cache (default: the compute dtype)")
     parser.add_argument(
         "--compilation-cache",
@@ -170,7 +171,8 @@ def _generate(args: argparse.Namespace) -> int:
     if not prompt:
         raise RequestError("the prompt is empty", "prompt")
     options = jaxllama.EngineOptions(max_rows=1, kv_dtype=args.kv_dtype, compilation_cache=args.compilation_cache)
-    how = {"dtype": args.dtype, "quantize": args.quantize, "max_in_flight_bytes": args.max_in_flight_bytes}
+    how = {"dtype": args.dtype, "quantize": args.quantize, "adapters": args.adapter}
+    how["max_in_flight_bytes"] = args.max_in_flight_bytes
     how["progress"] = False if args.quiet else None
     with jaxllama.load(args.checkpoint, **how, options=options) as llama:
         if args.json:

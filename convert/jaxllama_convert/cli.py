@@ -9,7 +9,7 @@ from jaxllama.errors import JaxLlamaError, StoreError, one_line
 from jaxllama.system.explain import with_page
 from jaxllama.system.flags import add_max_in_flight
 from jaxllama.system.progress import show_bytes
-from jaxllama.weights.places import PLACE_HELP
+from jaxllama.weights.places import ADAPTER_HELP, PLACE_HELP
 
 _GB = 1e9
 # Lists of everything that is wrong are long; what each entry quotes is short already.
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("int8",),
         help="round the matrices, with a scale an output channel; those of SRC that are such int8 stay (default: no)",
     )
+    parser.add_argument("--adapter", action="append", default=[], metavar="PEFT", help=ADAPTER_HELP)
     parser.add_argument("--force", action="store_true", help="replace DST if it is a jaxllama checkpoint")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add_max_in_flight(parser)
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
                 force=args.force,
                 verify=args.verify,
                 max_in_flight_bytes=args.max_in_flight_bytes,
+                adapters=args.adapter,
                 progress=progress,
             )
     except KeyboardInterrupt:

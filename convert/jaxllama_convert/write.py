@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,10 +23,11 @@ from jaxllama.weights.checkpoint import (
     versions,
 )
 from jaxllama.weights.places import LocalPlace, PlaceLike, open_place
+from jaxllama.weights.sources.adapters.merging import Merged, merge_adapters
 from jaxllama.weights.sources.detect import open_source
 from jaxllama.weights.sources.names import match_tensors
 from jaxllama.weights.sources.quantized.interface import Int8Tensor
-from jaxllama.weights.sources.source import FLOATS, Source
+from jaxllama.weights.sources.source import FLOATS
 from jaxllama.weights.sources.stored import Pairs, Storage, default_dtype
 from jaxllama_convert.bucket_staging import BucketStaging, open_bucket_staging
 from jaxllama_convert.copying import Copier
@@ -71,13 +72,15 @@ def convert(
     force: bool = False,
     verify: bool = False,
     max_in_flight_bytes: int = MAX_IN_FLIGHT_BYTES,
+    adapters: Sequence[PlaceLike] = (),
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Converts a folder of safetensors or a GGUF file to a checkpoint that `jaxllama.load` reads.
 
     `src` is a path, `org/name[@revision][:file.gguf]` on the hub, or in a bucket (`gs://…`, `s3://…`).
     `dtype` None keeps float32 if every matrix of the source is float32 and means bfloat16 otherwise. `quantize` "int8"
-    rounds the matrices, once they have that dtype, as `jaxllama.load` with `quantize` does: the same bits.
+    rounds the matrices, once they have that dtype, as `jaxllama.load` with `quantize` does: the same bits. `adapters`
+    of PEFT, at places as `src`, are merged into the weights, in order: in float32, rounded once to what is stored.
 
     `dst` is a folder of this machine or of a bucket. It is no checkpoint before it is complete; a killed conversion
     resumes when it is started again. `force` replaces an existing checkpoint: in a folder that one stays until the new
@@ -111,6 +114,8 @@ def convert(
         config = LlamaConfig.from_hf(source.config)
         pairs = match_tensors(config, source.tensors, source.name)
         dtype = dtype or default_dtype(pairs)
+        merged = merge_adapters(source, pairs, adapters)
+        config = LlamaConfig.from_hf(merged.source.config)
         with contextlib.ExitStack() as stack:
             staging: Staging | BucketStaging
             if isinstance(destination, Path):
@@ -120,7 +125,7 @@ def convert(
             if not is_bucket and isinstance(place, LocalPlace):
                 # No latency to hide: more only takes memory.
                 max_in_flight_bytes = min(max_in_flight_bytes, _LOCAL_IN_FLIGHT_BYTES)
-            job = _Job(source, config, pairs, Storage(dtype, quantize), staging, progress, max_in_flight_bytes)
+            job = _Job(merged, config, Storage(dtype, quantize), staging, progress, max_in_flight_bytes)
             warnings = job.run()
     except OSError as error:
         raise OutputError(
@@ -136,7 +141,7 @@ def convert(
         dtype,
         quantize,
         num_params(config),
-        job.storage.num_bytes(pairs),
+        job.storage.num_bytes(merged.pairs),
         job.num_resumed,
         time.monotonic() - started,
         peak_ram_bytes(),
@@ -155,17 +160,17 @@ def _verify(path: Path | str, progress: Progress | None) -> None:
 class _Job:
     def __init__(
         self,
-        source: Source,
+        merged: Merged,
         config: LlamaConfig,
-        pairs: Pairs,
         storage: Storage,
         staging: Staging | BucketStaging,
         progress: Progress | None,
         max_in_flight_bytes: int,
     ) -> None:
-        self.source = source
+        self.source = merged.source
         self.config = config
-        self.pairs = pairs
+        self.pairs = merged.pairs
+        self.adapters = merged.records
         self.storage = storage
         self.staging = staging
         self.progress = progress or (lambda done, total, name: None)
@@ -231,13 +236,20 @@ class _Job:
             "kind": self.source.kind,
             "name": self.source.name,
             "files": {name: asdict(record) for name, record in source_hashes.items()},
+            **({"adapters": list(self.adapters)} if self.adapters else {}),
         }
         self.staging.write_manifest(self.storage.dtype, self.storage.quantize, source, files)
 
     def _identity(self) -> dict[str, object]:
         files = [[file.name, file.size, file.tag] for file in self.source.files]
         sidecars = {name: hashlib.sha256(data).hexdigest() for name, data in self.source.sidecars.items()}
-        return {**asdict(self.storage), "files": files, "sidecars": sidecars, "versions": versions()}
+        return {
+            **asdict(self.storage),
+            "files": files,
+            "sidecars": sidecars,
+            "adapters": self.adapters,
+            "versions": versions(),
+        }
 
 
 def _precision_warnings(pairs: Pairs, storage: Storage) -> list[str]:

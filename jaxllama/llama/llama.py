@@ -49,6 +49,7 @@ def load(
     data: int = 1,
     dtype: Any = None,
     quantize: str | None = None,
+    adapters: Sequence[PlaceLike] = (),
     options: EngineOptions | None = None,
     group: Group | None = None,
     max_in_flight_bytes: int = MAX_IN_FLIGHT_BYTES,
@@ -62,6 +63,9 @@ def load(
     `data` groups of them, each with the whole model and its share of the rows. `quantize` "int8" rounds the matrices,
     which those of an int8 checkpoint are anyway. Norms and all computation have `dtype`.
 
+    `adapters` are LoRA adapters of PEFT, at places as the model's, merged into the weights in order while those are
+    read: float32, rounded once to what is stored.
+
     `group` is that of many processes (`jaxllama.hosts.group.join`), each of which calls this alike and reads its own
     shards. Process 0 then uses the model, and the others call `llama.engine.follow()`. `progress` None shows what takes
     longer than two seconds (a bar on a terminal and in a notebook, lines for more than a gigabyte elsewhere).
@@ -72,7 +76,7 @@ def load(
     """
     options = options or EngineOptions()
     use_compilation_cache(options.compilation_cache)
-    checkpoint = open_model(place)
+    checkpoint = open_model(place, adapters)
     config = checkpoint.config
     if mesh is not None and data != 1:
         raise ConfigError(f"give data={data} or a mesh (make_mesh takes data), not both")

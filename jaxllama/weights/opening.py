@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from jaxllama.errors import ConfigError
 from jaxllama.model.config import LlamaConfig
+from jaxllama.model.params import param_specs, stored_specs
 from jaxllama.system.strict_json import parse_object
 from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_template
 from jaxllama.text.encoding.tokenizer import Tokenizer, load_tokenizer
 from jaxllama.weights.arrays.files import PARAMS, FileRecord
 from jaxllama.weights.checkpoint import MANIFEST, Checkpoint, Manifest, read_configs, versions
 from jaxllama.weights.places import Place, PlaceLike, is_remote, open_place
-from jaxllama.weights.reading import SourceReader
+from jaxllama.weights.reading import CheckpointReader, SourceReader, array_tensor
+from jaxllama.weights.sources.adapters.merging import Merged, merge_adapters
 from jaxllama.weights.sources.detect import open_source
 from jaxllama.weights.sources.names import match_tensors
 from jaxllama.weights.sources.source import Source
@@ -25,17 +30,19 @@ from jaxllama.weights.sources.stored import Storage, default_dtype
 logger = logging.getLogger("jaxllama")
 
 
-def open_model(place: PlaceLike) -> Checkpoint:
+def open_model(place: PlaceLike, adapters: Sequence[PlaceLike] = ()) -> Checkpoint:
     """Opens a model and checks everything but its weights, of which only the headers are read.
 
-    A source that is not converted is what `convert` would make of it, its weights stay where they are.
+    A source that is not converted is what `convert` would make of it, its weights stay where they are. `adapters` of
+    PEFT are merged into the weights, in order, while those are read.
 
     Raises: CheckpointError, ConversionError or ConfigError saying what is wrong with which file; PlaceError.
     """
     with contextlib.closing(open_place(place)) as opened:
-        if not _is_source(opened):
-            return Checkpoint.open(place)
-        return _as_checkpoint(open_source(opened), opened)
+        if _is_source(opened):
+            return _as_checkpoint(open_source(opened), opened, adapters)
+        checkpoint = Checkpoint.open(place)
+        return _with_adapters(checkpoint, adapters) if adapters else checkpoint
 
 
 def load_text(checkpoint: Checkpoint) -> tuple[Tokenizer | None, ChatTemplate | None]:
@@ -67,10 +74,48 @@ def _is_source(place: Place) -> bool:
     return PARAMS not in names and any(name.endswith((".safetensors", ".gguf")) for name in names)
 
 
-def _as_checkpoint(source: Source, place: Place) -> Checkpoint:
-    config = LlamaConfig.from_hf(source.config)
-    pairs = match_tensors(config, source.tensors, source.name)
+def _as_checkpoint(source: Source, place: Place, adapters: Sequence[PlaceLike]) -> Checkpoint:
+    pairs = match_tensors(LlamaConfig.from_hf(source.config), source.tensors, source.name)
+    # The hashes of the weights are not known, and tags of local files differ between hosts.
+    remote = is_remote(place)
+    stored: dict[str, Any] = {
+        file.name: {"size": file.size, **({"tag": file.tag} if remote else {})} for file in source.files
+    }
+    provenance = {"kind": source.kind, "name": source.name, "files": stored}
     storage = Storage(default_dtype(pairs), None)
+    return _read_through(merge_adapters(source, pairs, adapters), storage, provenance, place.num_readers)
+
+
+def _with_adapters(checkpoint: Checkpoint, adapters: Sequence[PlaceLike]) -> Checkpoint:
+    """A checkpoint as a source whose tensors are its arrays, with adapters."""
+    arrays, path, place = checkpoint.reader, checkpoint.path, checkpoint.place
+    assert isinstance(arrays, CheckpointReader)
+    assert place is not None
+    specs = param_specs(checkpoint.config)
+    with ThreadPoolExecutor(arrays.num_readers) as pool:
+        arrays.prepare([part for spec in specs for part in stored_specs(spec, arrays.quantize)], pool)
+    sidecars = {
+        name: (path / name).read_bytes() for name in checkpoint.manifest.files if not name.startswith(f"{PARAMS}/")
+    }
+    source = Source(
+        kind="jaxllama",
+        name=place.name,
+        config=parse_object(sidecars["config.json"], path / "config.json", ConfigError),
+        tensors={},
+        files=(),
+        sidecars=sidecars,
+    )
+    pairs = tuple((spec, array_tensor(place, arrays, spec, checkpoint.dtype)) for spec in specs)
+    storage = Storage(checkpoint.dtype, checkpoint.manifest.quantize)
+    # The manifest's hash names all the rest.
+    stored = {MANIFEST: asdict(FileRecord.of(checkpoint.manifest_bytes()))}
+    provenance = {"kind": source.kind, "name": source.name, "files": stored}
+    return _read_through(merge_adapters(source, pairs, adapters), storage, provenance, arrays.num_readers)
+
+
+def _read_through(merged: Merged, storage: Storage, provenance: Mapping[str, Any], num_readers: int) -> Checkpoint:
+    """A checkpoint that is not there: its text in a folder that goes with it, its weights read from the source."""
+    source = merged.source
     for warning in source.warnings:
         logger.warning("%s", warning)
     scratch = tempfile.TemporaryDirectory(prefix="jaxllama-", ignore_cleanup_errors=True)
@@ -79,20 +124,14 @@ def _as_checkpoint(source: Source, place: Place) -> Checkpoint:
         (folder / name).write_bytes(data)
         files[name] = FileRecord.of(data)
     config, generation_config = read_configs(folder)
-    # The hashes of the weights are not known, and tags of local files differ between hosts.
-    remote = is_remote(place)
-    stored: dict[str, Any] = {
-        file.name: {"size": file.size, **({"tag": file.tag} if remote else {})} for file in source.files
-    }
-    provenance = {"kind": source.kind, "name": source.name, "files": stored}
-    manifest = Manifest(storage.dtype, provenance, files, versions())
-    tensors = {spec.hf_key: tensor for spec, tensor in pairs}
+    if merged.records:
+        provenance = {**provenance, "adapters": list(merged.records)}
     return Checkpoint(
         folder,
         config,
         storage.dtype,
         generation_config,
-        manifest,
-        SourceReader(tensors, storage, place.num_readers),
+        Manifest(storage.dtype, provenance, files, versions(), storage.quantize),
+        SourceReader({spec.hf_key: tensor for spec, tensor in merged.pairs}, storage, num_readers),
         scratch=scratch,
     )

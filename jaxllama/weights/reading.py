@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllama.errors import CheckpointError, PlaceError, StoreError
-from jaxllama.model.params import ParamSpec, QuantizedWeight
+from jaxllama.model.params import ParamSpec, QuantizedWeight, stored_specs
 from jaxllama.weights.arrays.files import PARAMS
 from jaxllama.weights.places import Place
-from jaxllama.weights.sources.source import SourceTensor
+from jaxllama.weights.sources.quantized.interface import Int8Tensor
+from jaxllama.weights.sources.source import SourceFile, SourceTensor
 from jaxllama.weights.sources.stored import Storage, num_non_finite, read_rounded, read_stored, round_rows
 
 
@@ -161,6 +162,61 @@ class CheckpointReader:
         if not is_plain or len(stored.chunk) != len(part.shape) or any(stored.chunk[2:]):
             raise CheckpointError(f"{where}: not an array as jaxllama writes them. Convert the model again")
         return stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayTensor(SourceTensor):
+    """An array of a checkpoint as a tensor of a source, for what is merged into it. `arrays` must be prepared."""
+
+    arrays: CheckpointReader
+    array: ParamSpec
+
+    def read_rows(self, start: int, stop: int, *, hashed: bool = True) -> np.ndarray:
+        """As stored; there is no file to hash."""
+        width = self.shape[1] if len(self.shape) > 1 else 1
+        rows: np.ndarray = self.arrays.read(self.array, slice(start, stop), slice(0, width), None)
+        return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8ArrayTensor(Int8Tensor):
+    """An int8 matrix of a checkpoint: its values and scales."""
+
+    arrays: CheckpointReader
+    values: ParamSpec
+    scale: ParamSpec
+
+    def read_int8_rows(self, start: int, stop: int, *, hashed: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """As stored; there is no file to hash."""
+        rows = slice(start, stop)
+        values = self.arrays.read(self.values, rows, slice(0, self.shape[1]), None)
+        return values, self.arrays.read(self.scale, rows, slice(0, 1), None)
+
+    def read_rows(self, start: int, stop: int, *, hashed: bool = True) -> np.ndarray:
+        """Float32: the values times their scales."""
+        values, scale = self.read_int8_rows(start, stop)
+        rows: np.ndarray = values.astype(np.float32) * scale[:, None]
+        return rows
+
+
+def array_tensor(place: Place, arrays: CheckpointReader, spec: ParamSpec, dtype: str) -> SourceTensor:
+    """The tensor that `spec` describes, of a checkpoint of `dtype` at `place`."""
+    parts = stored_specs(spec, arrays.quantize)
+    file = SourceFile(place, f"{PARAMS}/{parts[0].name}/.zarray")
+    name = {"bfloat16": "BF16", "float32": "F32"}[dtype]
+    if len(parts) == 1:
+        return ArrayTensor(spec.hf_name, file, 0, 0, spec.shape, name, arrays=arrays, array=spec)
+    return Int8ArrayTensor(
+        name=spec.hf_name,
+        file=file,
+        offset=0,
+        num_bytes=0,
+        shape=spec.shape,
+        dtype="int8",
+        arrays=arrays,
+        values=parts[0],
+        scale=parts[1],
+    )
 
 
 class SourceReader:

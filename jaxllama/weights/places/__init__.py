@@ -21,8 +21,13 @@ type PlaceLike = str | os.PathLike[str] | Place
 
 PLACE_HELP = "a path, org/name[@revision][:file.gguf] on the Hugging Face hub, gs://bucket/path or s3://bucket/path"
 MODEL_HELP = f"a checkpoint, a Hugging Face folder or a GGUF file: {PLACE_HELP}"
+ADAPTER_HELP = (
+    "a LoRA adapter of PEFT to merge into the weights: a folder, org/name on the hub, gs:// or s3://; repeat it for "
+    "more, merged in order (default: none)"
+)
 
 __all__ = [
+    "ADAPTER_HELP",
     "MODEL_HELP",
     "PLACE_HELP",
     "LocalPlace",

@@ -69,12 +69,13 @@ def _problems(held: list[ParamSpec], tensor: SourceTensor) -> list[str]:
 def _tied_head_problems(head: SourceTensor, embed: SourceTensor | None) -> list[str]:
     if embed is None:
         return []
-    if (head.shape, head.dtype) != (embed.shape, embed.dtype) or not _same_bytes(head, embed):
+    if (head.shape, head.dtype) != (embed.shape, embed.dtype) or not same_bytes(head, embed):
         return [f"{LM_HEAD} differs from {EMBED} although tie_word_embeddings is true"]
     return []
 
 
-def _same_bytes(a: SourceTensor, b: SourceTensor) -> bool:
+def same_bytes(a: SourceTensor, b: SourceTensor) -> bool:
+    """Whether two tensors of the same size have the same bytes."""
     for start in range(0, a.num_bytes, _COMPARED_BYTES):
         num_bytes = min(_COMPARED_BYTES, a.num_bytes - start)
         if a.file.read(a.offset + start, num_bytes).tobytes() != b.file.read(b.offset + start, num_bytes).tobytes():

@@ -24,7 +24,7 @@ from jaxllama.errors import (
 )
 from jaxllama.system.explain import with_page
 from jaxllama.system.flags import add_max_in_flight
-from jaxllama.weights.places import MODEL_HELP, short_name
+from jaxllama.weights.places import ADAPTER_HELP, MODEL_HELP, short_name
 from jaxllama_serving.config import REASONING_FIELDS, TOOL_PARSERS, ServerConfig, ServerConfigError
 from jaxllama_serving.process import hosts
 from jaxllama_serving.process.logs import LOG_FORMATS, set_up_logging
@@ -81,6 +81,7 @@ def add_model(group: argparse._ArgumentGroup) -> None:
         "--dtype", choices=("bfloat16", "float32"), help="of weights and cache (default: the checkpoint's)"
     )
     group.add_argument("--quantize", choices=("int8",), help="round the weights on loading (default: as stored)")
+    group.add_argument("--adapter", action="append", default=[], metavar="PEFT", help=ADAPTER_HELP)
     add_max_in_flight(group)
     group.add_argument("--kv-dtype", choices=("int8",), help="of the cache (default: as the weights)")
     group.add_argument("--max-rows", type=int, default=16, help="sequences decoded together (default: %(default)s)")
@@ -273,7 +274,7 @@ def load_model(args: argparse.Namespace, *, max_queue: int, group: Group | None 
         kv_dtype=args.kv_dtype,
         compilation_cache=args.compilation_cache,
     )
-    how = {"data": args.data, "dtype": args.dtype, "quantize": args.quantize}
+    how = {"data": args.data, "dtype": args.dtype, "quantize": args.quantize, "adapters": args.adapter}
     how["max_in_flight_bytes"] = args.max_in_flight_bytes
     how["progress"] = False if args.quiet else None
     return jaxllama.load(args.checkpoint, **how, options=options, group=group)
@@ -316,7 +317,7 @@ def _settings(args: argparse.Namespace) -> dict[str, object]:
     import jaxllama
     from jaxllama.weights.opening import open_model
 
-    manifest = open_model(args.checkpoint).manifest
+    manifest = open_model(args.checkpoint, args.adapter).manifest
     return {
         "jaxllama": jaxllama.__version__,
         "the checkpoint": hashlib.sha256(manifest.to_json().encode()).hexdigest()[:12],
