@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from jaxllama.system.progress import show_bytes
-from jaxllama.weights.places import MODEL_HELP
+from jaxllama.weights.places import ADAPTER_HELP, MODEL_HELP
 
 # jax and orbax are imported in `run`, so that `jaxllama --help` does not wait for them.
 
@@ -14,7 +14,9 @@ from jaxllama.weights.places import MODEL_HELP
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `jaxllama export` to a (sub)parser."""
     parser.add_argument("checkpoint", metavar="CKPT", help=MODEL_HELP)
-    parser.add_argument("dst", metavar="DST", help="the folder to make")
+    parser.add_argument(
+        "dst", metavar="DST", help="the folder to make, here or in a bucket: gs://bucket/path, s3://bucket/path"
+    )
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
@@ -23,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", metavar="SIZE", default="5GB", help="of a file, as 5GB or 2GiB (default: %(default)s)"
     )
-    parser.add_argument("--force", action="store_true", help="replace DST if jaxllama export wrote it")
+    parser.add_argument("--adapter", action="append", default=[], metavar="PEFT", help=ADAPTER_HELP)
+    parser.add_argument(
+        "--force", action="store_true", help="replace DST if jaxllama export wrote it; in a bucket, any model"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             max_shard_size=args.max_shard_size,
             force=args.force,
+            adapters=args.adapter,
             progress=progress,
         )
     kind = f"{report.quantize} (W8A16) and {report.dtype}" if report.quantize else report.dtype

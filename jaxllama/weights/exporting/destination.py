@@ -1,4 +1,4 @@
-"""Where an export is written: a folder that is there whole or not.
+"""Where an export is written: a folder that is there whole or not, or one of a bucket, complete with config.json.
 
 .NAME.exporting/     beside the destination, for as long as the export takes; what a killed one leaves, the next removes
     lock             held by the process that writes
@@ -11,17 +11,22 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from jaxllama.errors import ConversionError, StoreError
 from jaxllama.system.staging import is_ours, locked_folder, put_in_place
 from jaxllama.system.strict_json import parse_object
-from jaxllama.weights.exporting.shards import WRITER
+from jaxllama.weights.exporting.shards import INDEX, WRITER
+from jaxllama.weights.places.upload import Upload, open_upload
+from jaxllama.weights.sources.safetensors import SIDECARS
 
+LAST = "config.json"
+"""What makes a model of the files."""
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -30,6 +35,22 @@ class Destination(Protocol):
 
     def write(self, name: str, num_bytes: int, parts: Iterable[bytes | np.ndarray]) -> None:
         """A file of `num_bytes` bytes, in parts. Raises: StoreError; OSError when the disk is full or unwritable."""
+
+
+class _Bucket:
+    """A folder of a bucket; a file that a former run has written is passed over."""
+
+    def __init__(self, upload: Upload, done: Collection[str]) -> None:
+        self.last = b""
+        self._upload = upload
+        self._done = done
+
+    def write(self, name: str, num_bytes: int, parts: Iterable[bytes | np.ndarray]) -> None:
+        if name == LAST:
+            self.last = b"".join(map(bytes, parts))
+        elif name not in self._done:
+            self._upload.write_parts(name, (memoryview(part) for part in parts))
+            self._upload.record(name, [name])
 
 
 class _Folder:
@@ -51,12 +72,31 @@ class _Folder:
             raise
 
 
-@contextlib.contextmanager
-def open_folder(destination: Path, *, force: bool) -> Iterator[Destination]:
-    """A folder beside `destination`, which takes its place when the body ends, and goes when it fails.
+def open_destination(
+    destination: Path | str, identity: Mapping[str, Any], *, force: bool
+) -> AbstractContextManager[Destination]:
+    """A folder of this machine, or of a bucket if it is an address; `identity` says what is written, for a bucket's
+    unfinished export to be resumed.
 
-    Raises: ConversionError when the destination exists and may not be replaced; StoreError when it is in use.
+    Raises: ConversionError or PlaceError when the destination exists and may not be replaced; StoreError when it is in
+        use.
     """
+    if isinstance(destination, Path):
+        return _open_folder(destination, force=force)
+    return _open_bucket(destination, identity, force=force)
+
+
+@contextlib.contextmanager
+def _open_bucket(url: str, identity: Mapping[str, Any], *, force: bool) -> Iterator[Destination]:
+    with open_upload(url, LAST, force=force) as upload:
+        bucket = _Bucket(upload, upload.begin(identity))
+        yield bucket
+        upload.finish(bucket.last, owns=lambda name: name.endswith(".safetensors") or name in (INDEX, *SIDECARS))
+
+
+@contextlib.contextmanager
+def _open_folder(destination: Path, *, force: bool) -> Iterator[Destination]:
+    """A folder beside `destination`, which takes its place when the body ends, and goes when it fails."""
     _check_destination(destination, force)
     root = destination.parent / f".{destination.name}.exporting"
     if not is_ours(root):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
+import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +24,15 @@ from jaxllama.system.staging import check_apart, resolve_destination
 from jaxllama.system.strict_json import parse_object
 from jaxllama.weights.arrays.files import PARAMS
 from jaxllama.weights.checkpoint import Checkpoint
-from jaxllama.weights.exporting.destination import Destination, open_folder
+from jaxllama.weights.exporting.destination import LAST, Destination, open_destination
 from jaxllama.weights.exporting.rows import DeviceRows, Rows, StoredRows
 from jaxllama.weights.exporting.shards import INDEX, MAX_SHARD_BYTES, Shard, index_of, make_shards, num_bytes_of
 from jaxllama.weights.exporting.tensors import DTYPES, Block, blocks, export_tensors, quantization_config, read_block
 from jaxllama.weights.opening import open_model
-from jaxllama.weights.places import LocalPlace, PlaceLike, open_place
+from jaxllama.weights.places import LocalPlace, Place, PlaceLike, open_place
 
 type _OnWritten = Callable[[int, str], None]
 
-_CONFIG = "config.json"
 # Blocks of 8 MiB that are being read or wait to be written.
 _MAX_BLOCKS_AHEAD = 16
 
@@ -55,6 +57,7 @@ def export(
     dtype: str | None = None,
     max_shard_size: str | int = MAX_SHARD_BYTES,
     force: bool = False,
+    adapters: Sequence[PlaceLike] = (),
     progress: OnBytes | None = None,
 ) -> ExportReport:
     """Writes a checkpoint as a Hugging Face folder: safetensors, index, config.json and the tokenizer's files.
@@ -62,14 +65,15 @@ def export(
     `src` may be anywhere, and a source that is not converted. `dtype` None keeps every value as it is stored: bfloat16
     that was converted comes out as the same bytes, int8 as compressed-tensors' W8A16. With "bfloat16", "float16" or
     "float32" all of it is that, int8 matrices too. `max_shard_size` ("5GB", "2GiB", or bytes) bounds the files.
-    Nothing is at `dst` before all is complete; `force` replaces an earlier export, which stays until then.
+    `adapters` of PEFT are merged into the weights, in order; into int8 ones once they are dense, in the dtype of the
+    rest. Nothing is at `dst` before all is complete; `force` replaces an earlier export, which stays until then.
 
     Raises: ConversionError for `dst` or a value that the dtype cannot hold; CheckpointError, ConfigError or PlaceError
         for `src`; StoreError or OSError when reading or writing fails.
     """
     place = open_place(src)
     destination = _resolve(dst, place)
-    checkpoint = open_model(place)
+    checkpoint = open_model(place, adapters)
     return _export(checkpoint, StoredRows(checkpoint), destination, dtype, max_shard_size, force, progress)
 
 
@@ -93,9 +97,13 @@ def export_params(
     return _export(checkpoint, DeviceRows(params), destination, dtype, max_shard_size, force, progress)
 
 
-def _resolve(dst: str | os.PathLike[str], source: object) -> Path:
-    if "://" in os.fspath(dst):
-        raise ConversionError(f"{dst}: exports are written to folders of this machine; copy the folder from there")
+def _resolve(dst: str | os.PathLike[str], source: Place | None) -> Path | str:
+    """A path, or the address of a bucket's folder. Raises: ConversionError for one in the source, or around it."""
+    if "://" in (url := os.fspath(dst)):
+        here, there = f"{url.rstrip('/')}/", f"{source}/"
+        if here.startswith(there) or there.startswith(here):
+            raise ConversionError(f"{url}: is inside the source {source}, or around it; choose another folder")
+        return url
     destination = resolve_destination(dst, ConversionError)
     if isinstance(source, LocalPlace):
         check_apart(Path(source / source.file if source.file else source.where), destination, ConversionError)
@@ -105,7 +113,7 @@ def _resolve(dst: str | os.PathLike[str], source: object) -> Path:
 def _export(
     checkpoint: Checkpoint,
     rows: Rows,
-    destination: Path,
+    destination: Path | str,
     dtype: str | None,
     max_shard_size: str | int,
     force: bool,
@@ -121,7 +129,7 @@ def _export(
     shards = make_shards(tensors, max_shard_bytes)
     config = _config(checkpoint, dtype, packs=packs)
     total = sum(tensor.num_bytes for tensor in tensors)
-    with open_folder(destination, force=force) as folder:
+    with open_destination(destination, _identity(checkpoint, rows, shards, config), force=force) as folder:
         try:
             _write_shards(folder, shards, rows, lambda done, name: progress(done, total, name) if progress else None)
             _write_text(folder, checkpoint, shards, config)
@@ -133,16 +141,24 @@ def _export(
     return ExportReport(where, dtype, quantize, num_params(checkpoint.config), total, len(shards), seconds)
 
 
+def _identity(checkpoint: Checkpoint, rows: Rows, shards: list[Shard], config: bytes) -> dict[str, str]:
+    """What is exported: the same again has the same bytes. Of what is on devices, or has no hashes, nobody knows."""
+    if isinstance(rows, DeviceRows) or checkpoint.place is None:
+        return {"export": secrets.token_hex(16)}
+    parts = [checkpoint.manifest.to_json().encode(), config, *(shard.header() for shard in shards)]
+    return {"export": hashlib.sha256(b"".join(parts)).hexdigest()}
+
+
 def _write_text(folder: Destination, checkpoint: Checkpoint, shards: list[Shard], config: bytes) -> None:
     """Everything but the weights, config.json last."""
     for name in checkpoint.manifest.files:
-        if not name.startswith(f"{PARAMS}/") and name != _CONFIG:
+        if not name.startswith(f"{PARAMS}/") and name != LAST:
             data = (checkpoint.path / name).read_bytes()
             folder.write(name, len(data), [data])
     if len(shards) > 1:
         index = index_of(shards)
         folder.write(INDEX, len(index), [index])
-    folder.write(_CONFIG, len(config), [config])
+    folder.write(LAST, len(config), [config])
 
 
 def _write_shards(folder: Destination, shards: list[Shard], rows: Rows, on_written: _OnWritten) -> None:
@@ -158,20 +174,23 @@ def _write_shards(folder: Destination, shards: list[Shard], rows: Rows, on_writt
     try:
         rows.prepare(dict.fromkeys(parts), pool)
         for shard in shards:
-            header = shard.header()
-
-            def counted(shard: Shard = shard, header: bytes = header) -> Iterator[bytes | np.ndarray]:
-                nonlocal done
-                yield header
-                for block, data in _read_ahead((b for t in shard.tensors for b in blocks(t, rows)), rows, pool):
-                    on_written(done, block.tensor.name)
-                    yield data
-                    done += data.nbytes
-
-            folder.write(shard.name, len(header) + sum(tensor.num_bytes for tensor in shard.tensors), counted())
+            todo = (block for tensor in shard.tensors for block in blocks(tensor, rows))
+            header, size = shard.header(), sum(tensor.num_bytes for tensor in shard.tensors)
+            data = _counted(_read_ahead(todo, rows, pool), done, on_written)
+            folder.write(shard.name, len(header) + size, itertools.chain([header], data))
+            done += size
         on_written(done, "")
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _counted(
+    read: Iterable[tuple[Block, np.ndarray]], done: int, on_written: _OnWritten
+) -> Iterator[bytes | np.ndarray]:
+    for block, data in read:
+        on_written(done, block.tensor.name)
+        yield data
+        done += data.nbytes
 
 
 def _read_ahead(todo: Iterable[Block], rows: Rows, pool: Executor) -> Iterator[tuple[Block, np.ndarray]]:
@@ -189,7 +208,7 @@ def _read_ahead(todo: Iterable[Block], rows: Rows, pool: Executor) -> Iterator[t
 
 def _config(checkpoint: Checkpoint, dtype: str, *, packs: bool) -> bytes:
     """config.json of the export: the checkpoint's own bytes, if they say what is written."""
-    path = checkpoint.path / _CONFIG
+    path = checkpoint.path / LAST
     stored = path.read_bytes()
     value = parse_object(stored, path, CheckpointError)
     changed = {key: item for key, item in value.items() if key != "auto_map"}  # the code is not there

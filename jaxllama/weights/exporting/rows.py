@@ -41,7 +41,7 @@ class StoredRows:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.dtype = checkpoint.dtype
-        self.quantize = checkpoint.manifest.quantize
+        self.quantize = checkpoint.reader.quantize
         self.num_readers = checkpoint.reader.num_readers
         self._reader = checkpoint.reader
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -20,13 +21,14 @@ from oracle.tiny_families import TINY_FAMILIES
 from oracle.tiny_models import TINY_MODELS, random_weights
 from safetensors import safe_open
 from unit.model.families_test import weights_of
+from unit.weights.places.bucket_test import store as store
 from unit.weights.saving_test import bits, load
 from unit.weights.sources.sources import BF16, CONFIG, weights, write_gguf, write_hf
 
 import jaxllama
 from jaxllama import Checkpoint, EngineOptions, LlamaConfig
 from jaxllama.__main__ import main
-from jaxllama.errors import CheckpointError, ConversionError, StoreError
+from jaxllama.errors import CheckpointError, ConversionError, PlaceError, StoreError
 from jaxllama.model.int8 import quantize_rows
 from jaxllama.weights.exporting import destination, tensors
 from jaxllama.weights.exporting.export import export
@@ -148,8 +150,7 @@ def test_a_mesh_exports_what_its_checkpoint_would(tmp_path, tp, data, quantize, 
         name: (tmp_path / "back" / name).read_bytes() for name in names
     }
     assert names >= {"tokenizer.json", "chat_template.jinja", "generation_config.json", "model.safetensors.index.json"}
-    mesh = jaxllama.make_mesh(Checkpoint.open(saved).config, tp=1)
-    with jaxllama.load(tmp_path / "back", mesh, quantize=quantize, dtype=dtype) as again:
+    with jaxllama.load(tmp_path / "back", one_device(saved), quantize=quantize, dtype=dtype) as again:
         assert bits(again) == want
 
 
@@ -217,7 +218,7 @@ def test_an_export_is_never_made_in_its_source(tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(ConversionError, match="a link to nowhere"):
         export(tmp_path / "out", tmp_path / "link")
-    with pytest.raises(ConversionError, match="folders of this machine"):
+    with pytest.raises(PlaceError, match="expected gs://"):
         export(tmp_path / "out", "hub://x")
 
 
@@ -315,3 +316,61 @@ def test_transformers_gives_the_same_logits(tmp_path):
         assert not result["missing"], result
         assert not result["unexpected"], result
         assert result["difference"] < 2e-5, result
+
+
+def test_a_bucket_gets_the_same_files_and_is_a_model(tmp_path, store):
+    model = tiny.write_checkpoint(tmp_path / "model", "divisible")
+    export(model, tmp_path / "back", max_shard_size=10_000)
+    report = export(model, "s3://models/hf", max_shard_size=10_000)
+    assert report.where == "s3://models/hf"
+    files = {path.name: path.read_bytes() for path in (tmp_path / "back").iterdir()}
+    assert store.objects == {f"models/hf/{name}": data for name, data in files.items()}
+    with jaxllama.load(model, one_device(model)) as want, jaxllama.load("s3://models/hf", one_device(model)) as got:
+        assert bits(got) == bits(want)
+        got.export("s3://models/again", max_shard_size=10_000)
+    assert all(store.objects[f"models/again/{name}"] == data for name, data in files.items())
+
+
+def one_device(model: Path) -> Any:
+    return jaxllama.make_mesh(Checkpoint.open(model).config, tp=1)
+
+
+def test_an_export_to_a_bucket_resumes_after_the_last_file(tmp_path, store, monkeypatch):
+    model = tiny.write_checkpoint(tmp_path / "model", "divisible")
+    export(model, "s3://models/want", max_shard_size=10_000)
+    write = destination._Bucket.write
+
+    def fail(bucket: Any, name: str, num_bytes: int, parts: Any) -> None:
+        if name == "model-00015-of-00017.safetensors":
+            raise StoreError("gone")
+        write(bucket, name, num_bytes, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(destination._Bucket, "write", fail)
+        with pytest.raises(StoreError, match="gone"):
+            export(model, "s3://models/hf", max_shard_size=10_000)
+    assert "models/hf/config.json" not in store.objects
+    before = len(store.requests)
+    export(model, "s3://models/hf", max_shard_size=10_000)
+    sent = {line.split("/")[-1].split("?")[0] for line in store.requests[before:] if line.startswith(("PUT", "POST"))}
+    assert {name for name in sent if name.endswith("safetensors")} == {
+        f"model-000{i}-of-00017.safetensors" for i in (15, 16, 17)
+    }
+    names = [name.removeprefix("models/want/") for name in store.objects if name.startswith("models/want/")]
+    assert all(store.objects[f"models/hf/{name}"] == store.objects[f"models/want/{name}"] for name in names)
+    assert len(names) == len([name for name in store.objects if name.startswith("models/hf/")])
+
+
+def test_a_bucket_that_has_a_model_keeps_it_without_force(tmp_path, store):
+    write_hf(tmp_path / "hf")
+    export(tmp_path / "hf", "s3://models/hf", max_shard_size=3000)
+    before = dict(store.objects)
+    with pytest.raises(PlaceError, match="give --force"):
+        export(tmp_path / "hf", "s3://models/hf")
+    assert store.objects == before
+    export(tmp_path / "hf", "s3://models/hf", dtype="bfloat16", force=True)
+    # What the larger export had besides is gone.
+    assert sorted(name for name in store.objects if "safetensors" in name) == ["models/hf/model.safetensors"]
+    for place in ("s3://models/hf", "s3://models/hf/inside", "s3://models"):
+        with pytest.raises(ConversionError, match="is inside the source"):
+            export("s3://models/hf", place, force=True)
