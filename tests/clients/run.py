@@ -26,6 +26,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jaxllama.errors import one_line
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -43,7 +45,7 @@ END_TIMEOUT_S = 20.0
 
 @dataclass
 class Result:
-    """What came of one program. `error` says why there is nothing to count."""
+    """What came of one program. `error` says why there is nothing to count. `total_s` has the server's start too."""
 
     program: Program
     num_passed: int = 0
@@ -52,6 +54,7 @@ class Result:
     error: str | None = None
     install_s: float = 0.0
     run_s: float = 0.0
+    total_s: float = 0.0
 
     @property
     def is_ok(self) -> bool:
@@ -90,19 +93,28 @@ def _arguments() -> argparse.Namespace:
 
 
 def run_program(program: Program, folder: Path, model: Path) -> Result:
-    """Installs the program, starts a server for it, runs its checks and ends the server."""
-    result, start = Result(program), time.monotonic()
+    """Installs the program, starts a server for it, runs its checks and ends the server.
+
+    Whatever goes wrong is this program's result: the others are run all the same.
+    """
+    result, begin = Result(program), time.monotonic()
     try:
         source = make_environment(program, folder)
-        result.install_s = time.monotonic() - start
+        result.install_s = time.monotonic() - begin
         with tempfile.TemporaryDirectory(prefix="jaxllama-clients-") as scratch, serving(program.server, model) as url:
             start = time.monotonic()
             report = Path(scratch) / "report.xml"
             said = _run_checks(program, folder, source, Path(scratch), url, model)
             result.run_s = time.monotonic() - start
             read_report(report, said, result)
-    except (InstallError, ServerError) as error:
+    except InstallError as error:
+        result.install_s = time.monotonic() - begin
+        result.error = f"not installed: {error}"
+    except ServerError as error:
         result.error = str(error)
+    except Exception as error:
+        result.error = f"{type(error).__name__}: {error}"
+    result.total_s = time.monotonic() - begin
     return result
 
 
@@ -209,7 +221,7 @@ def _environment(folder: Path, scratch: Path, url: str, model: Path) -> dict[str
 def read_report(report: Path, said: str, result: Result) -> None:
     """Counts the cases of a JUnit report into `result`; the end of the output explains a missing one."""
     if not report.is_file() or not report.stat().st_size:
-        result.error = f"no report: {said[-1500:]}"
+        result.error = f"no report: {said}"
         return
     for case in ET.parse(report).iter("testcase"):
         name = case.get("name", "")
@@ -227,9 +239,8 @@ def read_report(report: Path, said: str, result: Result) -> None:
 
 def _row(result: Result) -> str:
     program = result.program
-    counts = f"{result.num_passed} | {len(result.failures)} | {len(result.skips)}"
-    row = f"| {program.name} | {program.version} | {program.server} | {counts} | {result.run_s:.0f} |"
-    return f"{row} {result.error}" if result.error else row
+    counts = f"{result.num_passed} | {len(result.failures)} | {len(result.skips)}" if not result.error else "– | – | –"
+    return f"| {program.name} | {program.version} | {program.server} | {counts} | {result.run_s:.0f} |"
 
 
 def _failures(result: Result) -> str:
@@ -237,18 +248,24 @@ def _failures(result: Result) -> str:
     names: dict[str, list[str]] = collections.defaultdict(list)
     for name, message in result.failures:
         names[message].append(name)
-    return "".join(f"    {', '.join(dict.fromkeys(found))}:\n        {message}\n" for message, found in names.items())
+    found = "".join(f"    {', '.join(dict.fromkeys(found))}:\n        {message}\n" for message, found in names.items())
+    return found + (f"    {result.error}\n" if result.error else "")
 
 
 def table(results: Sequence[Result]) -> str:
-    """Markdown: a row for each program, then why checks were skipped."""
+    """Markdown: a row for each program, then why programs were not run and checks skipped, a line each."""
     lines = ["| client | version | model | passed | failed | skipped | seconds |", "| --- " * 7 + "|"]
     lines += [_row(result) for result in results]
+    lines += [f"* {result.program.name}: {one_line(result.error)}" for result in results if result.error]
     for result in results:
         reasons = collections.Counter(reason for _, reason in result.skips)
         lines += [f"* {result.program.name}, skipped {n}: {reason}" for reason, n in reasons.items()]
-    installing, running = (sum(getattr(result, name) for result in results) for name in ("install_s", "run_s"))
-    lines.append(f"{installing / 60:.1f} minutes of installing, {running / 60:.1f} of running.")
+    total, installing, running = (
+        sum(getattr(result, name) for result in results) / 60 for name in ("total_s", "install_s", "run_s")
+    )
+    lines.append(
+        f"{total:.1f} minutes: {installing:.1f} of installing, {running:.1f} of checks, the rest servers' starts."
+    )
     return "\n".join(lines)
 
 
