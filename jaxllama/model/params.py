@@ -140,8 +140,8 @@ def build_params(config: LlamaConfig, leaf: Callable[[ParamSpec], Any], quantize
 
 
 def get_param(params: Mapping[str, Any], spec: ParamSpec) -> Any:
-    """The leaf that `spec` describes, or a part of it."""
+    """The leaf that `spec` describes. Of an int8 matrix in any form a spec may describe the `values` or the `scale`."""
     node: Any = params
     for key in spec.path:
-        node = getattr(node, str(key)) if isinstance(node, QuantizedWeight) else node[key]
+        node = getattr(node, str(key)) if key in QuantizedWeight._fields else node[key]
     return node

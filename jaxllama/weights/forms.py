@@ -41,12 +41,6 @@ def unpack(weight: Any) -> Any:
 
 
 def get_whole(params: Params, spec: ParamSpec) -> Any:
-    """The array that `spec` describes, as `get_param`; joined, without the other processes, if it is in parts, and
-    unpacked."""
-    if spec.path[-1] in QuantizedWeight._fields:
-        packed: Any = params
-        for key in spec.path[:-1]:
-            packed = packed.get(key) if isinstance(packed, dict) else packed[int(key)]
-        if isinstance(packed, native.PackedWeight):
-            return getattr(unpack(packed), str(spec.path[-1]))
+    """The array that `spec` describes, as `get_param`; unpacked, and joined, without the other processes, where it is
+    in parts."""
     return unpack(joined(params, spec))

@@ -20,18 +20,33 @@ _WIDTH = 16
 _WORD_BYTES = 4
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["lines", "scale"], meta_fields=["num_outputs", "num_inputs"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["lines", "padded_scale"], meta_fields=["num_outputs", "num_inputs"]
+)
 @dataclass(frozen=True)
 class PackedWeight:
     """A matrix `[outputs, inputs]` of float32, bfloat16 or int8, which last has a scale an output; see above.
 
-    Where outputs or inputs do not fill a block or a line there are zeros.
+    Where outputs or inputs do not fill a block or a line there are zeros. `values` and `scale` are those of the
+    `QuantizedWeight` that it stands for, each made when it is asked for.
     """
 
     lines: Shaped[Array, "blocks lines 16 inputs_a_line"]
-    scale: Float[Array, " padded_outputs"] | None
+    padded_scale: Float[Array, " padded_outputs"] | None
     num_outputs: int
     num_inputs: int
+
+    @property
+    def values(self) -> Shaped[Array, "outputs inputs"]:
+        """The matrix, in the order of its rows."""
+        blocks, lines, width, inputs = self.lines.shape
+        matrix = self.lines.swapaxes(1, 2).reshape(blocks * width, lines * inputs)
+        return matrix[: self.num_outputs, : self.num_inputs]
+
+    @property
+    def scale(self) -> Float[Array, " outputs"] | None:
+        """Of int8, what each row is multiplied with."""
+        return None if self.padded_scale is None else self.padded_scale[: self.num_outputs]
 
 
 def pack(weight: Any) -> PackedWeight:
@@ -45,17 +60,14 @@ def pack(weight: Any) -> PackedWeight:
 
 def unpack(weight: PackedWeight) -> Any:
     """What `pack` was given."""
-    blocks, lines, width, inputs = weight.lines.shape
-    matrix = weight.lines.swapaxes(1, 2).reshape(blocks * width, lines * inputs)
-    matrix = matrix[: weight.num_outputs, : weight.num_inputs]
-    return matrix if weight.scale is None else QuantizedWeight(matrix, weight.scale[: weight.num_outputs])
+    return weight.values if weight.scale is None else QuantizedWeight(weight.values, weight.scale)
 
 
 def packed_rows(weight: PackedWeight, ids: Int[Array, "*batch"]) -> Float[Array, "*batch inputs"]:
     """The rows `ids` of the matrix, in float32."""
     rows = weight.lines[ids // _WIDTH, :, ids % _WIDTH].reshape(*ids.shape, -1)[..., : weight.num_inputs]
     rows = rows.astype(jnp.float32)
-    return rows if weight.scale is None else rows * weight.scale[ids][..., None]
+    return rows if weight.padded_scale is None else rows * weight.padded_scale[ids][..., None]
 
 
 @jax.jit
