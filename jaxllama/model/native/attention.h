@@ -80,8 +80,10 @@ class Packer {
     for (; word + kLanes <= num_words_; word += kLanes) {
       for (int part = 0; part < kVectors; ++part) {
         I32 v[kLanes];
+#pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) v[i] = Load<I32>(from[part * kLanes + i] + 4 * word);
         Transpose(v);
+#pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) Store(packed + (word + i) * kLineBytes + part * (4 * kLanes), v[i]);
       }
     }
@@ -137,7 +139,17 @@ class Packer {
   const char* Words(const KV* row, int64_t index, bool is_padded) {
     char* copy = &rows_[index * padded_ * sizeof(float)];
     if constexpr (std::is_same_v<KV, int8_t>) {
-      for (int64_t d = 0; d < head_dim_; ++d) {
+      typedef int8_t EightBytes __attribute__((vector_size(8)));
+      typedef int32_t EightInts __attribute__((vector_size(32)));
+      typedef float EightFloats __attribute__((vector_size(32)));
+      typedef uint16_t EightHalves __attribute__((vector_size(16)));
+      int64_t d = 0;
+      for (; d + 8 <= head_dim_; d += 8) {
+        const auto ints = __builtin_convertvector(Load<EightBytes>(row + d), EightInts);
+        const auto bits = (EightWords)__builtin_convertvector(ints, EightFloats);
+        Store(copy + 2 * d, __builtin_convertvector(bits >> 16, EightHalves));
+      }
+      for (; d < head_dim_; ++d) {
         const float value = row[d];
         std::memcpy(copy + 2 * d, reinterpret_cast<const char*>(&value) + 2, 2);
       }
@@ -188,6 +200,7 @@ inline float Softmax(const float* scores, const float* key_scales, const float* 
   for (int i = 0; i < kLanes; ++i) lanes[i] = i;
   const int32_t end = static_cast<int32_t>(std::min(visible, kBlock));
   F32 x[kCount];
+#pragma GCC unroll 2
   for (int i = 0; i < kCount; ++i) {
     x[i] = Load<F32>(scores + i * kLanes);
     if (key_scales != nullptr) x[i] = x[i] * Load<F32>(key_scales + i * kLanes);

@@ -79,23 +79,28 @@ inline F32 DotPairs(int32_t pair, I32 b, F32 c) {
 // Rows of 16 to columns of 16.
 inline void Transpose(I32 rows[kLanes]) {
   __m512i v[16], t[16];
+#pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) v[i] = (__m512i)rows[i];
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
     t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
   }
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i += 4) {
     v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
     v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
     v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
     v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
   }
+#pragma GCC unroll 16
   for (int i = 0; i < 4; ++i) {
     t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
     t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
     t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
     t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
   }
+#pragma GCC unroll 16
   for (int i = 0; i < 8; ++i) {
     rows[i] = (I32)_mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
     rows[i + 8] = (I32)_mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
@@ -118,17 +123,21 @@ inline void Pause() { _mm_pause(); }
 // Rows of 8 to columns of 8.
 inline void Transpose(I32 rows[kLanes]) {
   __m256i v[8], t[8];
+#pragma GCC unroll 16
   for (int i = 0; i < 8; ++i) v[i] = (__m256i)rows[i];
+#pragma GCC unroll 16
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
     t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
   }
+#pragma GCC unroll 16
   for (int i = 0; i < 8; i += 4) {
     v[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
     v[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
     v[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
     v[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
   }
+#pragma GCC unroll 16
   for (int i = 0; i < 4; ++i) {
     rows[i] = (I32)_mm256_permute2x128_si256(v[i], v[i + 4], 0x20);
     rows[i + 4] = (I32)_mm256_permute2x128_si256(v[i], v[i + 4], 0x31);
@@ -147,6 +156,7 @@ inline void Pause() { __asm__ volatile("yield"); }
 inline void Transpose(I32 rows[kLanes]) {
   const int32x4x2_t a = vtrnq_s32((int32x4_t)rows[0], (int32x4_t)rows[1]);
   const int32x4x2_t b = vtrnq_s32((int32x4_t)rows[2], (int32x4_t)rows[3]);
+#pragma GCC unroll 16
   for (int i = 0; i < 2; ++i) {
     rows[i] = (I32)vcombine_s32(vget_low_s32(a.val[i]), vget_low_s32(b.val[i]));
     rows[i + 2] = (I32)vcombine_s32(vget_high_s32(a.val[i]), vget_high_s32(b.val[i]));

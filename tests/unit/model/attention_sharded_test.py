@@ -11,12 +11,15 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding
 
+from jaxllama.model import native
 from jaxllama.model.attention import Attention, ReferenceAttention, ShardedAttention
+from jaxllama.model.attention.cpu import CpuAttention
 from jaxllama.model.attention.tpu import TpuAttention
 from jaxllama.model.attention.tpu_int8 import Int8TpuAttention
 from jaxllama.model.cache import KVPool, clear_pages, kv_pool_axes, put_pages, read_pages
 from jaxllama.model.int8 import quantize_rows
 from jaxllama.model.mesh import make_mesh, num_page_shards, partition_spec
+from jaxllama.model.platforms.describe import describe_platform
 
 pytestmark = pytest.mark.optimized
 
@@ -203,3 +206,16 @@ def test_pages_are_cleared_and_copied_in_their_own_shard(case):
     gone = np.array([page + layer * inputs.pages_per_layer for layer in range(LAYERS) for page in (1, 2)])
     want = jax.tree.map(lambda part: part.at[gone].set(0), inputs.pools[last])
     assert_pools(cleared, [*inputs.pools[:last], want])
+
+
+@pytest.mark.skipif(not native.is_available(), reason="needs AVX2 or NEON, and a C++ compiler")
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[3], CASES[5]], ids=str)
+def test_a_cpu_s_kernels_have_the_bits_of_one_device_on_a_mesh(case):
+    platform = describe_platform(
+        tiny.config_of("divisible", num_attention_heads=case.heads, num_key_value_heads=case.kv_heads),
+        Inputs(case).mesh,
+        dtype=jnp.bfloat16,
+    )
+    assert platform.kernel == CpuAttention()
+    assert_decode(case, CpuAttention(), CpuAttention(), 0)
+    assert_prefill(case, CpuAttention(), CpuAttention(), 0)

@@ -283,7 +283,9 @@ def test_attention_is_chosen_where_it_runs():
     mesh, two = make_mesh(config, tp=1), make_mesh(config, tp=1, data=2)
     for q, kv in KINDS:
         assert describe_platform(config, mesh, dtype=q, kv_dtype=kv).kernel == CpuAttention()
-    assert type(describe_platform(config, two, dtype=bfloat16).kernel) is ReferenceAttention
+    assert describe_platform(config, two, dtype=bfloat16).kernel == CpuAttention()
+    windowed = dataclasses.replace(config, windows=(9,) * config.num_layers)
+    assert type(describe_platform(windowed, mesh, dtype=bfloat16).kernel) is ReferenceAttention
 
 
 # ---- Models ----
