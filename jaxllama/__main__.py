@@ -118,7 +118,11 @@ def _add_application(commands: argparse._SubParsersAction[_Parser], name: str, t
 def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
     # All that follows is lm-eval's: with such a prefix nothing is an option of ours.
     parser = commands.add_parser(
-        "eval", help="run lm-eval's tasks in process, with lm-eval's own arguments", prefix_chars="\0", add_help=False
+        "eval",
+        help="run lm-eval's tasks in process, with lm-eval's own arguments",
+        description="Runs lm-eval's tasks in process; all arguments are lm-eval's own.",
+        prefix_chars="\0",
+        add_help=False,
     )
     parser.add_argument("arguments", nargs="*")
     parser.set_defaults(run=_eval)

@@ -54,7 +54,7 @@ LAYERS = (
     ("jaxllama.hosts.lockstep", "jaxllama.weights.reading", "jaxllama.model.dense"),
     ("jaxllama.decode.state", "jaxllama.weights.checkpoint"),
     ("jaxllama.decode.steps",),
-    ("jaxllama.decode.scoring",),
+    ("jaxllama.decode.scoring", "jaxllama.decode.functional"),
     (
         "jaxllama.engine",
         "jaxllama.weights.loading",

@@ -6,6 +6,7 @@ place and a prefill never needs the head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -76,7 +77,12 @@ def forward_chunk(
     return hidden[0], pool
 
 
-@program(donate_argnames="state", static_argnames=("config", "num_rows", "steers"))
+type LogitsProcessor = Callable[[Array, DecodeState], Array]
+"""`(logits [rows, vocab], state) -> logits`: a pure JAX function between the model and the sampling controls. What it
+gives is drawn from; log-probabilities stay those of the model. One function is one program: define it once."""
+
+
+@program(donate_argnames="state", static_argnames=("config", "num_rows", "steers", "logits_processor"))
 def decode_steps(
     config: LlamaConfig,
     params: Params,
@@ -86,6 +92,7 @@ def decode_steps(
     *,
     num_rows: int,
     steers: bool = False,
+    logits_processor: LogitsProcessor | None = None,
     platform: Platform = PLAIN,
 ) -> tuple[DecodeState, StepOutput]:
     """Decodes up to `max_steps` (≤ `MAX_STEPS`) tokens for the first `num_rows` rows, sampling included.
@@ -111,7 +118,7 @@ def decode_steps(
         return (out.num_steps < max_steps) & jnp.any(state.rows.active[:num_rows])
 
     def step(carry: tuple[DecodeState, StepOutput]) -> tuple[DecodeState, StepOutput]:
-        return _decode_step(config, model, *carry, once, num_rows=num_rows, steers=steers, platform=platform)
+        return _decode_step(config, model, *carry, once, num_rows, steers, logits_processor, platform)
 
     return jax.lax.while_loop(unfinished, step, (state, out))
 
@@ -126,32 +133,52 @@ def steered(
     return jnp.where(is_changed, x + vector.astype(x.dtype), x)
 
 
+def next_logits(
+    model: Transformer,
+    state: DecodeState,
+    once: Int[Array, ""],
+    num_rows: int,
+    *,
+    steers: bool = False,
+    platform: Platform = PLAIN,
+) -> tuple[Float[Array, "rows vocab"], KVPool]:
+    """The logits after the last token of each of the first `num_rows` rows, and the pool with that token's keys and
+    values. Those of rows that are not active mean nothing."""
+    rows = jax.tree.map(lambda x: x[:num_rows], state.rows)
+    active, positions = rows.active, rows.length
+
+    def attend(q: Array, kv: Array, pool: KVPool, pages: Array, window: int | None) -> tuple[Array, KVPool]:
+        out, pool = platform.attention.decode(q[:, 0], kv[:, 0], pool, pages, positions, active, window)
+        return out[:, None], pool
+
+    tokens, page_table = rows.last_token[:, None], state.page_table[:num_rows]
+    steer = partial(steered, rows.steering) if steers else None
+    written = active.astype(jnp.int32)
+    hidden, pool = model(tokens, positions[:, None], state.pool, page_table, attend, once, written, steer)
+    return model.logits(hidden[:, 0], jnp.max(jnp.where(active, 1 + jnp.arange(num_rows), 0))), pool
+
+
 def _decode_step(
     config: LlamaConfig,
     model: Transformer,
     state: DecodeState,
     out: StepOutput,
     once: Array,
-    *,
     num_rows: int,
     steers: bool,
+    logits_processor: LogitsProcessor | None,
     platform: Platform,
 ) -> tuple[DecodeState, StepOutput]:
     some = slice(0, num_rows)
     rows = jax.tree.map(lambda x: x[some], state.rows)
     active, positions, sampling = rows.active, rows.length, rows.sampling
-
-    def attend(q: Array, kv: Array, pool: KVPool, pages: Array, window: int | None) -> tuple[Array, KVPool]:
-        out, pool = platform.attention.decode(q[:, 0], kv[:, 0], pool, pages, positions, active, window)
-        return out[:, None], pool
-
-    tokens, page_table = rows.last_token[:, None], state.page_table[some]
-    steer = partial(steered, rows.steering) if steers else None
-    written = active.astype(jnp.int32)
-    hidden, pool = model(tokens, positions[:, None], state.pool, page_table, attend, once, written, steer)
-    logits = model.logits(hidden[:, 0], jnp.max(jnp.where(active, 1 + jnp.arange(num_rows), 0)))
+    logits, pool = next_logits(model, state, once, num_rows, steers=steers, platform=platform)
+    offered = logits
+    if logits_processor is not None:
+        # A token of minus infinity is forbidden; what the model says must be finite.
+        offered = jnp.maximum(logits_processor(logits, state), jnp.finfo(jnp.float32).min)
     tokens, is_finite = sample(
-        logits,
+        offered,
         sampling,
         generated_counts=rows.generated_counts,
         prompt_mask=rows.prompt_mask,
