@@ -9,16 +9,18 @@ from importlib import resources
 from aiohttp import web
 
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; worker-src 'self'; "
+    "img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 FILES = {
     "/": ("index.html", "text/html"),
     "/chat.css": ("chat.css", "text/css"),
     "/chat.js": ("chat.js", "text/javascript"),
-    "/api.js": ("api.js", "text/javascript"),
-    "/markdown.js": ("markdown.js", "text/javascript"),
-    "/settings.js": ("settings.js", "text/javascript"),
+    **{
+        f"/{name}.js": (f"{name}.js", "text/javascript")
+        for name in ("api", "chats", "markdown", "settings", "sw", "tokens", "tree", "turns")
+    },
 }
 
 

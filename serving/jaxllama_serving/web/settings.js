@@ -17,7 +17,8 @@ const NUMBERS = [
   { name: "seed", label: "Seed", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1, plain: true, rest: "random" },
 ];
 
-const texts = () => [document.getElementById("system"), document.getElementById("stop")];
+const texts = () => ["system", "stop", "schema", "tools"].map((id) => document.getElementById(id));
+const tokens = () => document.getElementById("show-tokens");
 
 /** Builds the controls and restores what was kept. */
 export function setUp() {
@@ -34,6 +35,12 @@ export function setUp() {
     field.dispatchEvent(new Event("input"));
     field.addEventListener("input", keep);
   }
+  tokens().checked = kept["show-tokens"] === true;
+  tokens().addEventListener("change", keep);
+  for (const id of ["schema", "tools"]) {
+    const field = document.getElementById(id);
+    field.addEventListener("input", () => field.removeAttribute("aria-invalid"));
+  }
 }
 
 /** Empties every control. */
@@ -42,9 +49,11 @@ export function reset() {
     field.value = "";
     field.dispatchEvent(new Event("input"));
   }
+  tokens().checked = false;
+  keep();
 }
 
-/** Returns the request fields that the filled controls stand for. */
+/** Returns the request fields that the filled controls stand for. Throws Error, in words for the user, for bad JSON. */
 export function requestFields() {
   const result = {};
   for (const { name } of NUMBERS) {
@@ -53,7 +62,26 @@ export function requestFields() {
   }
   const stop = document.getElementById("stop").value.split("\n").filter((line) => line !== "");
   if (stop.length) result.stop = stop;
+  const schema = json("schema", "The answer's schema");
+  if (schema) result.response_format = { type: "json_schema", json_schema: { name: "answer", schema } };
+  const given = json("tools", "The tools");
+  // One or several, with OpenAI's envelope or without.
+  if (given) result.tools = [given].flat().map((tool) => (tool?.type === "function" ? tool : { type: "function", function: tool }));
+  if (tokens().checked) Object.assign(result, { logprobs: true, top_logprobs: 5 });
   return result;
+}
+
+function json(id, what) {
+  const field = document.getElementById(id);
+  if (!field.value.trim()) return null;
+  try {
+    const value = JSON.parse(field.value);
+    if (value === null || typeof value !== "object") throw new Error("no object");
+    return value;
+  } catch (error) {
+    field.setAttribute("aria-invalid", "true");
+    throw new Error(`${what} in the settings are not JSON: ${error.message}`);
+  }
 }
 
 /** Returns the system message as a list of none or one. */
@@ -66,7 +94,8 @@ const fields = () => [...NUMBERS.map(({ name }) => document.getElementById(name)
 
 function keep() {
   try {
-    localStorage.setItem(STORE, JSON.stringify(Object.fromEntries(fields().map((field) => [field.id, field.value]))));
+    const values = fields().map((field) => [field.id, field.value]);
+    localStorage.setItem(STORE, JSON.stringify({ ...Object.fromEntries(values), "show-tokens": tokens().checked }));
   } catch {
     // Private windows may refuse storage; the controls still work.
   }

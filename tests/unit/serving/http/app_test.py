@@ -6,6 +6,7 @@ import json
 import logging
 
 import pytest
+from jaxllama_serving.http.chat_page import FILES
 from jaxllama_serving.service import SERVICE
 from unit.serving.fakes import FakeLlama
 from unit.serving.live import CHAT, body, run, serving
@@ -432,7 +433,7 @@ def test_the_page_is_served_whole_under_a_strict_policy():
             assert "://" not in html.replace("http://www.w3.org/2000/svg", "")
             assert "onclick" not in html
             assert "<style" not in html
-            for name in ("chat.css", "chat.js", "api.js", "markdown.js", "settings.js"):
+            for name in (path.lstrip("/") for path in FILES if path != "/"):
                 async with live.session.get(f"{live.url}/{name}") as response:
                     text = await response.text()
                     assert response.status == 200
