@@ -33,6 +33,7 @@ int main(int, char** args) {
     const float* from = &memory[t * count];
     __m256 sums[8] = {};
     for (size_t i = 0; i < count; i += 64) {
+#pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) sums[j] = _mm256_add_ps(sums[j], _mm256_loadu_ps(from + i + 8 * j));
     }
     for (int j = 1; j < 8; ++j) sums[0] = _mm256_add_ps(sums[0], sums[j]);
@@ -44,6 +45,7 @@ int main(int, char** args) {
     for (int j = 0; j < 10; ++j) sums[j] = _mm256_set1_ps(1.0f + j);
     const __m256 by = _mm256_set1_ps(0.999f);
     for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 10
       for (int j = 0; j < 10; ++j) sums[j] = _mm256_fmadd_ps(sums[j], by, by);
     }
     for (int j = 1; j < 10; ++j) sums[0] = _mm256_add_ps(sums[0], sums[j]);

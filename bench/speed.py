@@ -49,9 +49,7 @@ class Contender:
     """A process that measures when it is asked (peers/turns.py)."""
 
     def __init__(self, command: list[str]) -> None:
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._command = command
         self.name = str(self._answer()["name"])
 
@@ -232,7 +230,7 @@ GROUPS: dict[str, Callable[[Bench], None]] = {
 def limits() -> str:
     """GB/s of memory and GFLOP/s of float32, by all cores at once."""
     with tempfile.TemporaryDirectory() as folder:
-        program, flags = f"{folder}/limits", ["-O2", "-march=native", "-pthread", "-std=c++17"]
+        program, flags = f"{folder}/limits", ["-O3", "-march=native", "-pthread", "-std=c++17"]
         subprocess.run(["c++", *flags, str(BENCH / "limits.cc"), "-o", program], check=True)
         found = subprocess.run([program, str(os.cpu_count())], check=True, capture_output=True, text=True).stdout
     read, multiplied = found.split()

@@ -26,6 +26,7 @@ from jaxllama.hosts.group import Group
 from jaxllama.llama.laboratory import Laboratory
 from jaxllama.llama.outputs import Completion, CompletionDelta, Output, outputs_of, run_all
 from jaxllama.llama.scores import Score, ScoredText, encode_pair, read_pairs
+from jaxllama.model import native
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.mesh import make_mesh
 from jaxllama.model.params import Params, num_params
@@ -81,6 +82,8 @@ def load(
     if mesh is not None and data != 1:
         raise ConfigError(f"give data={data} or a mesh (make_mesh takes data), not both")
     mesh = make_mesh(config, data=data) if mesh is None else mesh
+    if mesh.devices.flat[0].platform == "cpu":
+        native.begin_loading()
     dtype = jnp.dtype(checkpoint.dtype if dtype is None else dtype)
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ConfigError(f"dtype must be bfloat16 or float32, got {dtype}")

@@ -16,10 +16,20 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from jaxllama.model.cache import KVPool
-from jaxllama.model.native.library import is_available
+from jaxllama.model.native.library import begin_loading, is_available
 from jaxllama.model.native.packing import PackedWeight, pack, packed_rows, unpack
 
-__all__ = ["PackedWeight", "attend", "is_available", "multiply", "pack", "packed_rows", "run_layer", "unpack"]
+__all__ = [
+    "PackedWeight",
+    "attend",
+    "begin_loading",
+    "is_available",
+    "multiply",
+    "pack",
+    "packed_rows",
+    "run_layer",
+    "unpack",
+]
 
 
 def multiply(

@@ -17,6 +17,8 @@ namespace ffi = xla::ffi;
 
 namespace {
 
+using namespace jaxllama;
+
 Format FormatOf(ffi::DataType type) {
   return type == ffi::BF16 ? Format::kBFloat16 : type == ffi::F32 ? Format::kFloat32 : Format::kInt8;
 }
@@ -186,7 +188,9 @@ ffi::Error LayerOf(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ff
 
 }  // namespace
 
-extern "C" const char* jaxllama_instruction_set() { return kInstructionSet; }
+#pragma GCC visibility push(default)
+
+extern "C" const char* jaxllama_instruction_set() { return jaxllama::kInstructionSet; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllama_multiply, Multiply,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().RemainingArgs()
@@ -216,3 +220,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllama_layer, LayerOf,
                                   .Attr<int64_t>("ffn")
                                   .Attr<bool>("is_float")
                                   .Attr<float>("epsilon"));
+
+#pragma GCC visibility pop

@@ -12,7 +12,7 @@
 #include "attention.h"
 #include "products.h"
 
-namespace {
+namespace jaxllama {
 
 template <typename T>
 inline T Rounded(float x) {
@@ -116,7 +116,7 @@ struct Layer {
     Split(q_proj, scratch.q.data(), &tasks);
     Split(k_proj, scratch.k.data(), &tasks);
     Split(v_proj, scratch.v.data(), &tasks);
-    team.For(tasks.size(), [&](int64_t i) { ::Run(tasks[i], scratch.normed); });
+    team.For(tasks.size(), [&](int64_t i) { jaxllama::Run(tasks[i], scratch.normed); });
     ByRows(team, n, [&](int64_t i) {
       const float *c = cos + source(i) * half, *s = sin + source(i) * half;
       Rotate(&scratch.q[i * heads * head_dim], heads, c, s);
@@ -255,7 +255,7 @@ struct Layer {
   static void Product(Team& team, const Matrix& w, const Inputs& inputs, float* y, std::vector<Task>* tasks) {
     tasks->clear();
     Split(w, y, tasks);
-    team.For(tasks->size(), [&](int64_t i) { ::Run((*tasks)[i], inputs); });
+    team.For(tasks->size(), [&](int64_t i) { jaxllama::Run((*tasks)[i], inputs); });
   }
 
   // silu(gate) * up to what down_proj takes in; a task has the same outputs of both.
@@ -267,8 +267,8 @@ struct Layer {
     Inputs& to = scratch.of_down;
     team.For(count, [&](int64_t task) {
       const Task &gate = (*tasks)[task], &up = (*tasks)[count + task];
-      ::Run(gate, scratch.normed);
-      ::Run(up, scratch.normed);
+      jaxllama::Run(gate, scratch.normed);
+      jaxllama::Run(up, scratch.normed);
       const int64_t first = gate.y - scratch.gate.data(), end = first + gate.num_outputs;
       const bool is_last = end == ffn;
       for (int64_t i = 0; i < n; ++i) {
@@ -310,4 +310,4 @@ struct Layer {
   }
 };
 
-}  // namespace
+}  // namespace jaxllama

@@ -1,6 +1,6 @@
 """Where the kernels' machine code comes from: the wheel, or this machine's C++ compiler.
 
-`kernels.cc` becomes one library for each instruction set, and a process loads the best that its CPU can run. A wheel
+The sources here become one library for each instruction set, and a process loads the best that its CPU can run. A wheel
 for x86-64 brings them (`hatch_build.py`). Elsewhere one is compiled when a model is first loaded, which takes seconds,
 and kept beside JAX's compiled programs.
 """
@@ -18,7 +18,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +30,14 @@ import jaxlib.version
 logger = logging.getLogger("jaxllama.model.native")
 
 SOURCES = Path(__file__).parent
-# -O3 takes twice as long to compile, and its code no less time (bench/LOG.md).
-FLAGS = ("-std=c++17", "-O2", "-ftree-vectorize", "-fvect-cost-model", "-ffp-contract=off", "-fPIC", "-shared", "-w")
+# -O3 takes twice as long to compile, and its code no less time (bench/LOG.md). Names are hidden because a process may
+# hold the libraries of several instruction sets.
+FLAGS = (
+    *("-std=c++17", "-O2", "-ftree-vectorize", "-fvect-cost-model", "-ffp-contract=off"),
+    *("-fPIC", "-fvisibility=hidden", "-w"),
+)
 _COMPILE_TIMEOUT_S = 240
+_loading = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,20 @@ INSTRUCTION_SETS = (
 """The best first."""
 
 
-@functools.cache
 def is_available() -> bool:
     """Whether this machine has the kernels; loads and registers them on the first call, and logs which, or why not."""
+    with _loading:
+        return _is_loaded()
+
+
+@functools.cache
+def _is_loaded() -> bool:
     return load(supported()) is not None
+
+
+def begin_loading() -> None:
+    """Has another thread find out what `is_available` says, which may take a compiler's time."""
+    threading.Thread(target=is_available, name="jaxllama-kernels", daemon=True).start()
 
 
 def load(sets: Sequence[InstructionSet]) -> ctypes.CDLL | None:
@@ -130,17 +147,29 @@ def _folder() -> Path:
 
 
 def build(instructions: InstructionSet, to: Path, compiler: list[str], more: Sequence[str] = ()) -> None:
-    """Compiles the library.
+    """Compiles the library, its sources side by side; `more` is for the linker.
 
     Raises: OSError; subprocess.SubprocessError.
     """
-    flags = (*FLAGS, *instructions.flags, *more, "-I", jax.ffi.include_dir())
-    command = [*compiler, *flags, str(SOURCES / "kernels.cc"), "-o", str(to)]
-    subprocess.run(command, capture_output=True, check=True, timeout=_COMPILE_TIMEOUT_S)
+    flags = (*FLAGS, *instructions.flags, "-I", jax.ffi.include_dir())
+
+    def run(*arguments: str) -> None:
+        subprocess.run([*compiler, *flags, *arguments], capture_output=True, check=True, timeout=_COMPILE_TIMEOUT_S)
+
+    def compile_one(source: Path) -> Path:
+        made = to.with_name(f"{to.name}.{source.stem}.o")
+        run("-c", str(source), "-o", str(made))
+        return made
+
+    with ThreadPoolExecutor(thread_name_prefix="jaxllama-c++") as pool:
+        objects = [*pool.map(compile_one, sorted(SOURCES.glob("*.cc")))]
+    run("-shared", *map(str, objects), *more, "-o", str(to))
+    for made in objects:
+        made.unlink()
 
 
 def source_files() -> list[Path]:
-    """`kernels.cc` and what it includes."""
+    """What the library is made of."""
     return sorted((*SOURCES.glob("*.cc"), *SOURCES.glob("*.h")))
 
 

@@ -9,7 +9,7 @@
 
 #include "simd.h"
 
-namespace {
+namespace jaxllama {
 
 // Threads of a pool that stay together for several jobs, so that only the first one wakes them.
 class Team {
@@ -91,4 +91,4 @@ class Team {
   std::shared_ptr<Jobs> jobs_;
 };
 
-}  // namespace
+}  // namespace jaxllama

@@ -25,7 +25,7 @@
 #define JAXLLAMA_DOTS_PAIRS 0
 #endif
 
-namespace {
+namespace jaxllama {
 
 using BFloat16 = uint16_t;
 
@@ -206,4 +206,4 @@ inline F32 Exp2(F32 x) {
   return (F32)((U32)p + ((U32)shifted << 23));
 }
 
-}  // namespace
+}  // namespace jaxllama

@@ -9,7 +9,7 @@
 
 #include "simd.h"
 
-namespace {
+namespace jaxllama {
 
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kMaxRows = 6;  // rows of one tile, at most
@@ -210,4 +210,4 @@ void Rows(int64_t rows, const typename Lines::X* x, int64_t x_stride, const void
   }
 }
 
-}  // namespace
+}  // namespace jaxllama

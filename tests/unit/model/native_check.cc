@@ -6,9 +6,11 @@
 #include <random>
 #include <vector>
 
-#include "attention.h"
+#include "attention.cc"
 #include "layer.h"
-#include "products.h"
+#include "products.cc"
+
+using namespace jaxllama;
 
 namespace {
 
