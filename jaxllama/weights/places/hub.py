@@ -161,11 +161,13 @@ class HubPlace(Place):
 
 
 def _cached_folder(repo: str, revision: str | None, file: str | None) -> LocalPlace | None:
-    """The cache's folder of a model, if it has `file` (None: config.json)."""
+    """The cache's folder of a model, if it has `file` (None: config.json, or an adapter's)."""
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(repo, file or "config.json", revision=revision)
-    if not isinstance(path, str):
+    names = (file,) if file else ("config.json", "adapter_config.json")
+    found = (try_to_load_from_cache(repo, name, revision=revision) for name in names)
+    path = next((path for path in found if isinstance(path, str)), None)
+    if path is None:
         return None
     place = LocalPlace(Path(path).parent)
     place.file, place.name = file, repo

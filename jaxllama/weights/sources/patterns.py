@@ -42,8 +42,9 @@ def _num_repeats(tree: Any, *, inside: bool = False) -> int:
             total += 1 + _MAX_REPEATS * inside
         elif code in (codes.GROUPREF, codes.GROUPREF_EXISTS):
             total += 1 + _MAX_REPEATS
-        for part in _parts(value):
-            total += _num_repeats(part, inside=inside or is_repeat)
+        inner = [_num_repeats(part, inside=inside or is_repeat) for part in _parts(value)]
+        # Of alternatives one after the other is tried: their times add up and do not multiply.
+        total += max(inner, default=0) if code is codes.BRANCH else sum(inner)
         if is_repeat and any(item[0] in (codes.BRANCH, codes.SUBPATTERN) for item in value[2]):
             total += _MAX_REPEATS  # `(a|a)+` takes as long as a repeat inside a repeat
     return total

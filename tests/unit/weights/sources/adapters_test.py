@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import shutil
@@ -11,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from jaxllama_convert import convert
 from oracle.tiny_families import TINY_FAMILIES
 from oracle.tiny_models import TINY_MODELS, checksum, draw_weights
 from safetensors.numpy import load_file, save_file
+from unit.weights.places.hub_test import hub as hub
 from unit.weights.sources.sources import BF16, write_hf
 
 import jaxllama
@@ -54,12 +57,12 @@ def write_base(folder: Path, case: str, dtype: Any = np.float32) -> Path:
     return folder
 
 
-def load(place: Path, *, tp: int = 1, **how: Any) -> Llama:
+def load(place: Path | str, *, tp: int = 1, **how: Any) -> Llama:
     config = open_model(place, how.get("adapters", ())).config
     return jaxllama.load(place, jaxllama.make_mesh(config, tp=tp), options=OPTIONS, **how)
 
 
-def logits(place: Path, ids: np.ndarray, **how: Any) -> np.ndarray:
+def logits(place: Path | str, ids: np.ndarray, **how: Any) -> np.ndarray:
     with load(place, **how) as llama:
         return llama.logits(ids.tolist())
 
@@ -364,6 +367,40 @@ def test_pickles_and_folders_that_are_no_adapters_are_refused(tmp_path):
         open_model(base, [adapter])
     with pytest.raises(ConversionError, match="give the folder that holds it"):
         open_model(base, [ADAPTERS / "plain" / "adapter_model.safetensors"])
+
+
+def test_model_and_adapter_come_from_the_hub_or_its_cache(tmp_path, hub, monkeypatch, caplog):
+    base = write_base(tmp_path / "base", "plain")
+    adapter = changed(tmp_path, "plain", base_model_name_or_path="some-org/other")
+    hub.add("some-org/base", base)
+    hub.add("some-org/lora", adapter)
+    ids = golden()["plain/ids"]
+    want = logits(base, ids, adapters=[adapter])
+    np.testing.assert_array_equal(logits("some-org/base", ids, adapters=["some-org/lora"]), want)
+    assert "was trained on some-org/other, and is merged into some-org/base" in caplog.text
+    folder = tmp_path / "cache" / "models--some-org--lora"
+    (folder / "refs").mkdir(parents=True)
+    commit = hub.repos["some-org/lora"].commit
+    (folder / "refs" / "main").write_text(commit)
+    shutil.copytree(adapter, folder / "snapshots" / commit)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    np.testing.assert_array_equal(logits(base, ids, adapters=["some-org/lora"]), want)
+
+
+def test_the_server_and_every_process_of_it_take_adapters(tmp_path, monkeypatch):
+    from jaxllama_serving.process import cli
+
+    base = write_base(tmp_path / "base", "plain")
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    plain = parser.parse_args([str(base)])
+    args = parser.parse_args([str(base), "--adapter", str(ADAPTERS / "plain"), "--adapter", str(ADAPTERS / "second")])
+    taken: dict[str, Any] = {}
+    monkeypatch.setattr(jaxllama, "load", lambda place, **how: taken.update(how))
+    cli.load_model(args, max_queue=1)
+    assert taken["adapters"] == [str(ADAPTERS / "plain"), str(ADAPTERS / "second")]
+    # Processes with other adapters do not run together.
+    assert cli._settings(args)["the checkpoint"] != cli._settings(plain)["the checkpoint"]
 
 
 def test_the_commands_take_adapters(tmp_path, capsys):

@@ -246,7 +246,15 @@ def test_packed_words_unpack_whatever_lies_across_them(num_bits: int) -> None:
     assert np.array_equal(unpack_words(words.view(np.int32), num_bits, 75), values)
 
 
-HOSTILE = [r"(a+)+$", r"(a|a)*b", r"(a|b|ab)+c", r"(.*)(.*)(.*)(.*)(.*)x", r"(a+)\1", "a" * 1001]
+HOSTILE = [
+    r"(a+)+$",
+    r"(.*|a)(.*)(.*)(.*)(.*)x",
+    r"(a|a)*b",
+    r"(a|b|ab)+c",
+    r"(.*)(.*)(.*)(.*)(.*)x",
+    r"(a+)\1",
+    "a" * 1001,
+]
 
 
 @pytest.mark.parametrize("pattern", HOSTILE)
@@ -256,5 +264,12 @@ def test_patterns_that_could_take_forever_are_refused(pattern: str) -> None:
 
 
 def test_patterns_that_people_write_are_matched() -> None:
-    for pattern in (r".*self_attn\.(q|k)_proj$", r"model\.layers\.\d+\.mlp\..*", r"(?:.*\.)?lm_head", r".*\.[qk]_proj"):
+    unsloth = r"(?:.*?(?:text).*?(?:self_attn|mlp).*?(?:q_proj|v_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.mlp\.up_proj)"
+    for pattern in (
+        unsloth,
+        r".*self_attn\.(q|k)_proj$",
+        r"model\.layers\.\d+\.mlp\..*",
+        r"(?:.*\.)?lm_head",
+        r".*\.[qk]_proj",
+    ):
         assert compile_pattern(pattern, "here").pattern == pattern
