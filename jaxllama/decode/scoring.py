@@ -73,16 +73,16 @@ def prefill_scores(
         jnp.zeros(size), jnp.zeros(size, jnp.int32), jnp.zeros((size, width), jnp.int32), jnp.zeros((size, width))
     )
 
+    num_scored = jnp.maximum(chunk.num_tokens - targets.first, 0)
+
     def score(index: Int[Array, ""], scores: Scores) -> Scores:
-        # The last block of a chunk that is no multiple of them overlaps the one before it.
-        start = jnp.minimum(index * block, size - block)
-        part, tokens = (jax.lax.dynamic_slice_in_dim(x, start, block) for x in (hidden, targets.tokens))
-        found = _score(model.logits(part), tokens, targets.num_top)
-        scores = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, 0), scores, found)
+        places = targets.first + index * block + jnp.arange(block)
+        part, tokens = (jnp.take(x, places, axis=0, mode="clip") for x in (hidden, targets.tokens))
+        found = _score(model.logits(part, jnp.minimum(num_scored - index * block, block)), tokens, targets.num_top)
+        scores = jax.tree.map(lambda old, new: old.at[places].set(new, mode="drop"), scores, found)
         return scores
 
-    end = jnp.where(targets.first < chunk.num_tokens, -(-chunk.num_tokens // block), 0)
-    return pool, jax.lax.fori_loop(targets.first // block, end, score, scores)
+    return pool, jax.lax.fori_loop(0, -(-num_scored // block), score, scores)
 
 
 def _score(logits: Float[Array, "rows vocab"], tokens: Int[Array, " rows"], num_top: Int[Array, ""]) -> Scores:

@@ -199,7 +199,8 @@ def register() -> type[EvaluationModel]:
     except ModuleNotFoundError as error:
         raise MissingExtraError("eval", error.name or "lm_eval") from None
     # Abstract methods are those of `LM`; this class comes first and has them all.
-    model: type[EvaluationModel] = type("JaxLlamaLM", (EvaluationModel, base), {"__doc__": EvaluationModel.__doc__})
+    names = {"__doc__": EvaluationModel.__doc__, "__module__": __name__}
+    model: type[EvaluationModel] = type("JaxLlamaLM", (EvaluationModel, base), names)
     registry.register_model(NAME)(model)
     return model
 
