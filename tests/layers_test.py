@@ -46,7 +46,7 @@ LAYERS = (
         "jaxllama.decode.steering",
     ),
     ("jaxllama.model.cache", "jaxllama.decode.params"),
-    ("jaxllama.model.native", "jaxllama.decode.sampling", "jaxllama.decode.prompts"),
+    ("jaxllama.model.native", "jaxllama.decode.sampling", "jaxllama.decode.prompts", "jaxllama.decode.drafts"),
     ("jaxllama.model.linear",),
     ("jaxllama.model.attention",),
     ("jaxllama.model.platforms",),

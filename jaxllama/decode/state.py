@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxllama.decode.drafts import FIRST_ACCEPTANCE, SUFFIXES
 from jaxllama.decode.params import CONTROLS, MAX_STOP_TOKEN_IDS, SamplingParams
 from jaxllama.decode.sampling import ControlArrays, SamplingArrays
 from jaxllama.model.cache import KVPool, kv_pool_axes, kv_pool_shapes
@@ -36,6 +37,9 @@ class RowState(NamedTuple):
 
     `length` counts the tokens of a row whose keys and values are written; `last_token` is the next to go in.
     `remaining` is the budget, `min_remaining` how many more tokens must come before a stop id may.
+
+    What drafts are found in (`drafts`): the token of position p is `history[history_start + p]`, up to `last_token`'s.
+    Without speculation `history` has no places. `acceptance` is the share of drafted tokens that were right.
     """
 
     length: Int[Array, "*rows"]
@@ -45,6 +49,9 @@ class RowState(NamedTuple):
     active: Bool[Array, "*rows"]
     generated_counts: Int[Array, "*rows vocab"]
     prompt_mask: Bool[Array, "*rows vocab"]
+    history: Int[Array, "*rows history"]
+    history_start: Int[Array, "*rows"]
+    acceptance: Float[Array, "*rows suffixes"]
     sampling: SamplingArrays
     steering: SteeringArrays
 
@@ -79,13 +86,20 @@ class Chunk(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """The first `num_steps` of it count. A token is -1 where the row was inactive, `NOT_FINITE` where it failed."""
+    """The first `num_steps` of it count. A token is -1 where the row was inactive, `NOT_FINITE` where it failed.
+
+    Of steps with drafts a row's tokens follow one another without gaps, up to its first -1. So many drafts of each row
+    were verified, so many accepted, and so many of those found in what the row was expected to resemble.
+    """
 
     tokens: Int[Array, "steps rows"]
     num_steps: Int[Array, ""]
     logprobs: Float[Array, "steps rows"]
     top_ids: Int[Array, "steps rows 20"]
     top_logprobs: Float[Array, "steps rows 20"]
+    num_drafted: Int[Array, " rows"]
+    num_accepted: Int[Array, " rows"]
+    num_predicted: Int[Array, " rows"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +124,9 @@ _ROW: RowState = _row_of(
     active=_Leaf("bool"),
     generated_counts=_Leaf("int32", ("vocab",)),
     prompt_mask=_Leaf("bool", ("vocab",)),
+    history=_Leaf("int32", ("history",)),
+    history_start=_Leaf("int32"),
+    acceptance=_Leaf("float32", ("suffixes",)),
     sampling=_sampling_of(
         controls=_controls_of(*(_Leaf(control.dtype) for control in CONTROLS.values() if control.dtype)),
         seed=_Leaf("uint32", ("seed_words",)),
@@ -126,10 +143,12 @@ _SPLIT = ("vocab",)
 """The dimensions that a mesh may split."""
 
 
-def _dimensions(config: LlamaConfig) -> dict[str, int]:
+def _dimensions(config: LlamaConfig, history_size: int) -> dict[str, int]:
     return {
         "vocab": config.vocab_size,
         "embed": config.hidden_size,
+        "history": history_size,
+        "suffixes": len(FIRST_ACCEPTANCE),
         "seed_words": 2,
         "stop_ids": MAX_STOP_TOKEN_IDS + len(config.eos_token_ids) + 1,
         "mask_words": num_mask_words(config.vocab_size),
@@ -145,12 +164,14 @@ def state_shapes(
     max_context: int,
     dtype: Any,
     num_shards: int = 1,
+    history_size: int = 0,
 ) -> DecodeState:
     """The shapes and dtypes of a `DecodeState` with a pool of `dtype`.
 
-    `num_pages` are those of each shard (see `ShardedAttention`) and count page 0, given to no row.
+    `num_pages` are those of each shard (see `ShardedAttention`) and count page 0, given to no row. `history_size` is
+    the number of tokens in which drafts are looked up for a row; 0 where there is no speculation.
     """
-    sizes = _dimensions(config)
+    sizes = _dimensions(config, history_size)
     shapes: Any = DecodeState(
         pool=kv_pool_shapes(config, num_pages, page_size, dtype, num_shards),
         page_table=jax.ShapeDtypeStruct((num_rows, -(-max_context // page_size)), jnp.int32),  # type: ignore[arg-type]
@@ -203,13 +224,17 @@ def row_state(
     remaining: int,
     seed: int,
     halt_id: int | None = None,
+    history_size: int = 0,
+    prediction: list[int] | None = None,
 ) -> RowState:
     """The row that continues `prompt + generated` (`generated` is not empty after a preemption).
 
     `remaining` is the number of tokens still to come at most. Its last token is the row's next input. `halt_id` makes
-    the row inactive as stop ids do. It begins without a mask.
+    the row inactive as stop ids do. It begins without a mask. `history_size` is that of the state it goes into, which
+    holds all tokens of the row; in what is left, drafts are found in `prediction`, what the output may resemble.
     """
-    sizes, ids = _dimensions(config), prompt + generated
+    sizes, ids = _dimensions(config, history_size), prompt + generated
+    history, start = _history(prompt, ids, remaining, history_size, prediction or [])
     prompt_mask = np.zeros(sizes["vocab"], np.bool_)
     prompt_mask[prompt] = True
     bias = np.zeros(sizes["vocab"], np.float32)
@@ -224,6 +249,9 @@ def row_state(
         active=True,
         generated_counts=np.bincount(np.asarray(generated, np.int64), minlength=sizes["vocab"]),
         prompt_mask=prompt_mask,
+        history=history,
+        history_start=start,
+        acceptance=np.array(FIRST_ACCEPTANCE),
         sampling=_sampling_of(
             controls=_controls_of(
                 *(control.on_device(getattr(params, name)) for name, control in CONTROLS.items() if control.dtype)
@@ -245,9 +273,31 @@ def row_state(
     return new
 
 
-def any_row(config: LlamaConfig) -> RowState:
-    """A row of no request, for its shapes and dtypes."""
-    return row_state(config, SamplingParams(), prompt=[0], generated=[], remaining=1, seed=0)
+def _history(
+    prompt: list[int], ids: list[int], remaining: int, size: int, prediction: list[int]
+) -> tuple[Int[np.ndarray, " history"], int]:
+    """The history of a row of `ids`, and where those begin in it."""
+    history, before = np.zeros(size, np.int32), []
+    if size and prediction:
+        # The prompt's end before it: what follows that, the beginning, is found at once.
+        before = [*prompt[-max(SUFFIXES) :], *prediction][: max(0, size - len(ids) - remaining)]
+    if size:
+        own = [*before, *ids]
+        history[: len(own)] = own
+    return history, len(before)
+
+
+def any_row(config: LlamaConfig, history_size: int = 0, remaining: int = 1) -> RowState:
+    """A row of no request, for its shapes and dtypes, or to see how long steps take."""
+    return row_state(
+        config,
+        SamplingParams(temperature=0, ignore_eos=True),
+        prompt=[0],
+        generated=[],
+        remaining=remaining,
+        seed=0,
+        history_size=history_size,
+    )
 
 
 @partial(jax.jit, donate_argnames="state")

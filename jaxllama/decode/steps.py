@@ -2,20 +2,28 @@
 
 A prompt's last token is not prefilled: it is the first input of `decode_steps`, so that every token is sampled in one
 place and a prefill never needs the head.
+
+With drafts a step may run the model over several tokens of each row: its last one and what is thought to follow. Their
+logits go one position after another through the sampling of plain steps. A row goes on while the token that it draws
+is the draft, for then the next position's logits are those that a plain step would have had. The noise of a draw
+depends on seed and position alone, so this is exact at any temperature. What rejected drafts leave in the cache lies
+past the row's end and is overwritten before anything attends to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from jaxllama.decode.drafts import Drafting, Drafts, best_depth, learned, look_up
 from jaxllama.decode.params import MAX_TOP_LOGPROBS
 from jaxllama.decode.sampling import sample, top_logprobs
-from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, Chunk, DecodeState, Place, SteeringArrays, StepOutput
+from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, Chunk, DecodeState, Place, RowState, SteeringArrays, StepOutput
 from jaxllama.model.attention.reference import chunk_positions
 from jaxllama.model.cache import KVPool
 from jaxllama.model.config import LlamaConfig
@@ -82,7 +90,7 @@ type LogitsProcessor = Callable[[Array, DecodeState], Array]
 gives is drawn from; log-probabilities stay those of the model. One function is one program: define it once."""
 
 
-@program(donate_argnames="state", static_argnames=("config", "num_rows", "steers", "logits_processor"))
+@program(donate_argnames="state", static_argnames=("config", "num_rows", "steers", "logits_processor", "num_drafts"))
 def decode_steps(
     config: LlamaConfig,
     params: Params,
@@ -93,6 +101,8 @@ def decode_steps(
     num_rows: int,
     steers: bool = False,
     logits_processor: LogitsProcessor | None = None,
+    num_drafts: int = 0,
+    drafting: Drafting | None = None,
     platform: Platform = PLAIN,
 ) -> tuple[DecodeState, StepOutput]:
     """Decodes up to `max_steps` (≤ `MAX_STEPS`) tokens for the first `num_rows` rows, sampling included.
@@ -100,27 +110,49 @@ def decode_steps(
     Stops early when no row is active. Rows that `keep` denies become inactive first. Rows end on the device, by stop id
     or budget. Pages for `max_steps` more tokens must be in the page table. Without `steers` the rows' steering is not
     looked at.
+
+    With `num_drafts`, a state with a history, and `drafting`, a step verifies up to so many drafts a row where that
+    pays; where programs of different sizes differ in bits (`Platform.programs_agree`) every step runs as if it did. It
+    stops early too when a row has `drafting.max_tokens` new tokens; for so many there must be pages.
+    There is no `logits_processor` then.
     """
     state = state._replace(rows=state.rows._replace(active=state.rows.active & keep))
     model = Transformer(config, params, platform)
     num_top = min(MAX_TOP_LOGPROBS, config.vocab_size)
     once = jnp.minimum(max_steps, 1)
+    none = jnp.zeros(num_rows, jnp.int32)
     out = StepOutput(
         tokens=jnp.full((MAX_STEPS, num_rows), -1, jnp.int32),
         num_steps=jnp.int32(0),
         logprobs=jnp.zeros((MAX_STEPS, num_rows)),
         top_ids=jnp.zeros((MAX_STEPS, num_rows, num_top), jnp.int32),
         top_logprobs=jnp.zeros((MAX_STEPS, num_rows, num_top)),
+        num_drafted=none,
+        num_accepted=none,
+        num_predicted=none,
     )
+    step = _Step(model, platform, num_rows, once, steers, logits_processor)
 
     def unfinished(carry: tuple[DecodeState, StepOutput]) -> jax.Array:
         state, out = carry
         return (out.num_steps < max_steps) & jnp.any(state.rows.active[:num_rows])
 
-    def step(carry: tuple[DecodeState, StepOutput]) -> tuple[DecodeState, StepOutput]:
-        return _decode_step(config, model, *carry, once, num_rows, steers, logits_processor, platform)
+    if not num_drafts:
+        return jax.lax.while_loop(unfinished, lambda carry: step.plain(*carry), (state, out))
+    assert drafting is not None
+    assert logits_processor is None
+    limits = drafting
 
-    return jax.lax.while_loop(unfinished, step, (state, out))
+    def has_room(carry: _Carry) -> jax.Array:
+        rows = carry.state.rows.active[:num_rows]
+        return unfinished(carry[:2]) & jnp.all(~rows | (carry.num_tokens < limits.max_tokens))
+
+    num_tokens = num_rows * (num_drafts + 1)
+    if platform.programs_agree:
+        num_tokens = max(num_rows, min(num_tokens, platform.max_verified_tokens))
+    carry = _Carry(state, out, none, jnp.zeros((num_tokens, config.vocab_size)))
+    carry = jax.lax.while_loop(has_room, lambda carry: step.with_drafts(carry, num_drafts, limits), carry)
+    return carry.state, carry.out
 
 
 def steered(
@@ -158,53 +190,188 @@ def next_logits(
     return model.logits(hidden[:, 0], jnp.max(jnp.where(active, 1 + jnp.arange(num_rows), 0))), pool
 
 
-def _decode_step(
-    config: LlamaConfig,
-    model: Transformer,
-    state: DecodeState,
-    out: StepOutput,
-    once: Array,
-    num_rows: int,
-    steers: bool,
-    logits_processor: LogitsProcessor | None,
-    platform: Platform,
-) -> tuple[DecodeState, StepOutput]:
-    some = slice(0, num_rows)
-    rows = jax.tree.map(lambda x: x[some], state.rows)
-    active, positions, sampling = rows.active, rows.length, rows.sampling
-    logits, pool = next_logits(model, state, once, num_rows, steers=steers, platform=platform)
-    offered = logits
-    if logits_processor is not None:
-        # A token of minus infinity is forbidden; what the model says must be finite.
-        offered = jnp.maximum(logits_processor(logits, state), jnp.finfo(jnp.float32).min)
-    tokens, is_finite = sample(
-        offered,
-        sampling,
-        generated_counts=rows.generated_counts,
-        prompt_mask=rows.prompt_mask,
-        suppress_stops=rows.min_remaining > 0,
-        positions=positions + 1,
-        active=active,
-    )
-    logprobs = top_logprobs(logits, tokens, jnp.any(active & (sampling.num_logprobs >= 0)))
-    is_stop = jnp.any(tokens[:, None] == sampling.stop_ids, axis=1)
-    ends = is_stop | (rows.remaining <= 1) | ~is_finite
-    emitted = active & is_finite
-    step = out.num_steps
-    out = StepOutput(
-        tokens=out.tokens.at[step].set(jnp.where(active, jnp.where(is_finite, tokens, NOT_FINITE), -1)),
-        num_steps=step + 1,
-        logprobs=out.logprobs.at[step].set(logprobs.chosen),
-        top_ids=out.top_ids.at[step].set(logprobs.ids),
-        top_logprobs=out.top_logprobs.at[step].set(logprobs.values),
-    )
-    all_rows = state.rows
-    new_rows = all_rows._replace(
-        length=all_rows.length.at[some].add(active),
-        last_token=all_rows.last_token.at[some].set(jnp.where(emitted, tokens, rows.last_token)),
-        remaining=all_rows.remaining.at[some].add(-emitted.astype(jnp.int32)),
-        min_remaining=all_rows.min_remaining.at[some].add(-(emitted & (rows.min_remaining > 0)).astype(jnp.int32)),
-        active=all_rows.active.at[some].set(active & ~ends),
-        generated_counts=all_rows.generated_counts.at[jnp.arange(num_rows), tokens].add(emitted.astype(jnp.int32)),
-    )
-    return state._replace(pool=pool, rows=new_rows), out
+class _Carry(NamedTuple):
+    """What goes from one step with drafts to the next: how many new tokens rows have, and `logits` to be written."""
+
+    state: DecodeState
+    out: StepOutput
+    num_tokens: Int[Array, " rows"]
+    logits: Float[Array, "tokens vocab"]
+
+
+class _Step(NamedTuple):
+    """A step of the first `num_rows` rows. `once` is 1 whenever it runs (see `Transformer`)."""
+
+    model: Transformer
+    platform: Platform
+    num_rows: int
+    once: Int[Array, ""]
+    steers: bool
+    logits_processor: LogitsProcessor | None
+
+    def plain(self, state: DecodeState, out: StepOutput) -> tuple[DecodeState, StepOutput]:
+        """One token of each active row."""
+        logits, pool = self._forward(state, state.pool)
+        offered = logits
+        if self.logits_processor is not None:
+            # A token of minus infinity is forbidden; what the model says must be finite.
+            offered = jnp.maximum(self.logits_processor(logits, state), jnp.finfo(jnp.float32).min)
+        active = state.rows.active[: self.num_rows]
+        rows, out, _ = self._emit(state.rows, out, logits, offered, active, out.num_steps)
+        return state._replace(pool=pool, rows=rows), out._replace(num_steps=out.num_steps + 1)
+
+    def with_drafts(self, carry: _Carry, num_drafts: int, limits: Drafting) -> _Carry:
+        """One token of each active row, and one more for each draft that is right."""
+        state, rows, logits = carry.state, self._own(carry.state.rows), carry.logits
+        last = rows.history_start + rows.length
+        drafts = look_up(rows.history, rows.history_start, last, num_drafts)
+        room = jnp.minimum(rows.remaining, limits.max_tokens - carry.num_tokens) - 1
+        wanted = jnp.where(jnp.isinf(limits.costs[0]), num_drafts, drafts.num)
+        drafts = drafts._replace(num=jnp.where(rows.active, jnp.minimum(wanted, room), 0))
+        if self.platform.programs_agree:
+            depth = best_depth(drafts, rows.acceptance, rows.active, limits.costs, logits.shape[0])
+            num = jnp.minimum(drafts.num, depth)
+            logits, first, pool = self._either(state, logits, drafts, num, depth > 0)
+        else:
+            num = drafts.num
+            logits, first, pool = self._forward_drafts(state, state.pool, drafts, num, logits.shape[0])
+        out = carry.out._replace(num_drafted=carry.out.num_drafted + num, num_steps=carry.out.num_steps + 1)
+
+        def draw(
+            carry: tuple[RowState, StepOutput, Array, Array, Array],
+        ) -> tuple[RowState, StepOutput, Array, Array, Array]:
+            all_rows, out, num_tokens, going, index = carry
+            # Apart from what made it, so that it is read as a plain step reads its own.
+            own = jax.lax.optimization_barrier(logits[first + jnp.minimum(index, num)])
+            all_rows, out, tokens = self._emit(all_rows, out, own, own, going, num_tokens)
+            is_hit = tokens == jnp.take(drafts.tokens, index, axis=1, mode="clip")
+            acceptance = all_rows.acceptance[: self.num_rows]
+            acceptance = learned(acceptance, drafts.suffix, going & (index < drafts.num), is_hit)
+            all_rows = all_rows._replace(acceptance=all_rows.acceptance.at[: self.num_rows].set(acceptance))
+            is_right = going & (index < num) & is_hit
+            out = out._replace(
+                num_accepted=out.num_accepted + is_right,
+                num_predicted=out.num_predicted + (is_right & drafts.is_predicted),
+            )
+            return all_rows, out, num_tokens + going, is_right & all_rows.active[: self.num_rows], index + 1
+
+        start = (state.rows, out, carry.num_tokens, rows.active, jnp.int32(0))
+        all_rows, out, num_tokens, *_ = jax.lax.while_loop(lambda carry: jnp.any(carry[3]), draw, start)
+        return _Carry(state._replace(pool=pool, rows=all_rows), out, num_tokens, logits)
+
+    def _either(
+        self,
+        state: DecodeState,
+        logits: Float[Array, "tokens vocab"],
+        drafts: Drafts,
+        num: Int[Array, " rows"],
+        verifies: Bool[Array, ""],
+    ) -> tuple[Float[Array, "tokens vocab"], Int[Array, " rows"], KVPool]:
+        """`_forward_drafts` if it `verifies`, else the same of a plain step."""
+        size = logits.shape[0]
+
+        def plain(carry: tuple[Array, Array, Array, KVPool]) -> tuple[Array, Array, Array, KVPool]:
+            done, logits, _, pool = carry
+            own, pool = self._forward(state, pool)
+            logits = jax.lax.dynamic_update_slice_in_dim(logits, own, 0, axis=0)
+            return done + 1, logits, jnp.arange(self.num_rows), pool
+
+        def verify(carry: tuple[Array, Array, Array, KVPool]) -> tuple[Array, Array, Array, KVPool]:
+            return carry[0] + 1, *self._forward_drafts(state, carry[3], drafts, num, size)
+
+        # One of two loops of one round, and not a branch: what passes through a branch is copied there, the pool too.
+        done, first = verifies.astype(jnp.int32), jnp.zeros(self.num_rows, jnp.int32)
+        carry = jax.lax.while_loop(lambda carry: carry[0] < self.once, plain, (done, logits, first, state.pool))
+        carry = (1 - done, *carry[1:])
+        _, logits, first, pool = jax.lax.while_loop(lambda carry: carry[0] < self.once, verify, carry)
+        return logits, first, pool
+
+    def _forward(self, state: DecodeState, pool: KVPool) -> tuple[Float[Array, "rows vocab"], KVPool]:
+        state, steers, platform = state._replace(pool=pool), self.steers, self.platform
+        return next_logits(self.model, state, self.once, self.num_rows, steers=steers, platform=platform)
+
+    def _forward_drafts(
+        self, state: DecodeState, pool: KVPool, drafts: Drafts, num: Int[Array, " rows"], size: int
+    ) -> tuple[Float[Array, "tokens vocab"], Int[Array, " rows"], KVPool]:
+        """Logits after each active row's last token and `num` drafts, `size` in all, row by row, and where each row's
+        begin."""
+        rows = self._own(state.rows)
+        num_tokens = jnp.where(rows.active, 1 + num, 0)
+
+        def attend(q: Array, kv: Array, pool: KVPool, pages: Array, window: int | None) -> tuple[Array, KVPool]:
+            return self.platform.attention.verify(q, kv, pool, pages, rows.length, num_tokens, window)
+
+        tokens = jnp.concatenate((rows.last_token[:, None], drafts.tokens), axis=1)
+        places = jnp.arange(tokens.shape[1])
+        positions = rows.length[:, None] + jnp.minimum(places, num[:, None])
+        page_table = state.page_table[: self.num_rows]
+        steer = partial(steered, rows.steering) if self.steers else None
+        hidden, pool = self.model(tokens, positions, pool, page_table, attend, self.once, num_tokens, steer)
+        # The head is a fifth of a small model: it takes what is drawn from alone.
+        is_real = (places < num_tokens[:, None]).ravel()
+        (chosen,) = jnp.nonzero(is_real, size=size, fill_value=0)
+        logits = self.model.logits(hidden.reshape(-1, hidden.shape[-1])[chosen], jnp.sum(num_tokens))
+        return logits, jnp.cumsum(num_tokens) - num_tokens, pool
+
+    def _emit(
+        self,
+        all_rows: RowState,
+        out: StepOutput,
+        logits: Float[Array, "rows vocab"],
+        offered: Float[Array, "rows vocab"],
+        going: Bool[Array, " rows"],
+        at: Int[Array, "*rows"],
+    ) -> tuple[RowState, StepOutput, Int[Array, " rows"]]:
+        """Draws the next token of the rows that are `going`, and writes it to its place `at` of the output.
+
+        It is drawn from what is `offered`; log-probabilities are those of `logits`.
+        """
+        some, rows = slice(0, self.num_rows), self._own(all_rows)
+        sampling = rows.sampling
+        tokens, is_finite = sample(
+            offered,
+            sampling,
+            generated_counts=rows.generated_counts,
+            prompt_mask=rows.prompt_mask,
+            suppress_stops=rows.min_remaining > 0,
+            positions=rows.length + 1,
+            active=going,
+        )
+        logprobs = top_logprobs(logits, tokens, jnp.any(going & (sampling.num_logprobs >= 0)))
+        is_stop = jnp.any(tokens[:, None] == sampling.stop_ids, axis=1)
+        ends = is_stop | (rows.remaining <= 1) | ~is_finite
+        emitted = going & is_finite
+
+        def put(
+            array: Shaped[Array, "steps rows ..."], new: Shaped[Array, "rows ..."]
+        ) -> Shaped[Array, "steps rows ..."]:
+            if not at.ndim:
+                return array.at[at].set(new)
+            places = jnp.where(going, at, MAX_STEPS)
+            return array.at[places, jnp.arange(self.num_rows)].set(new, mode="drop")
+
+        out = out._replace(
+            tokens=put(out.tokens, jnp.where(going, jnp.where(is_finite, tokens, NOT_FINITE), -1)),
+            logprobs=put(out.logprobs, logprobs.chosen),
+            top_ids=put(out.top_ids, logprobs.ids),
+            top_logprobs=put(out.top_logprobs, logprobs.values),
+        )
+        index = jnp.arange(self.num_rows)
+        history = all_rows.history
+        if history.shape[1]:
+            places = jnp.where(emitted, rows.history_start + rows.length + 1, history.shape[1])
+            history = history.at[index, places].set(tokens, mode="drop")
+        new_rows = all_rows._replace(
+            length=all_rows.length.at[some].add(going),
+            last_token=all_rows.last_token.at[some].set(jnp.where(emitted, tokens, rows.last_token)),
+            remaining=all_rows.remaining.at[some].add(-emitted.astype(jnp.int32)),
+            min_remaining=all_rows.min_remaining.at[some].add(-(emitted & (rows.min_remaining > 0)).astype(jnp.int32)),
+            active=all_rows.active.at[some].set(rows.active & ~(going & ends)),
+            generated_counts=all_rows.generated_counts.at[index, tokens].add(emitted.astype(jnp.int32)),
+            history=history,
+        )
+        return new_rows, out, tokens
+
+    def _own(self, rows: RowState) -> RowState:
+        own: RowState = jax.tree.map(lambda x: x[: self.num_rows], rows)
+        return own

@@ -10,15 +10,17 @@ from typing import NamedTuple, Protocol, overload
 import numpy as np
 from jaxtyping import Bool, Int, UInt32
 
+from jaxllama.decode.drafts import Drafting
 from jaxllama.decode.scoring import Scores, Targets
 from jaxllama.decode.state import Chunk, Place, RowState, StepOutput
 
 
 class Compile(NamedTuple):
-    """Compile what the other calls run, for these sizes of chunks and numbers of rows."""
+    """Compile what the other calls run, for these sizes of chunks and numbers of rows, each with its drafts."""
 
     chunk_sizes: Int[np.ndarray, " sizes"]
     row_buckets: Int[np.ndarray, " buckets"]
+    num_drafts: Int[np.ndarray, " buckets"]
 
 
 class Prefill(NamedTuple):
@@ -50,6 +52,8 @@ class Decode(NamedTuple):
     keep: Bool[np.ndarray, " rows"]
     num_rows: np.int32
     steers: np.bool_ = np.bool_(False)
+    num_drafts: np.int32 = np.int32(0)
+    drafting: Drafting = Drafting(np.int32(0), np.zeros(1, np.float32))
 
 
 class SetPageTable(NamedTuple):

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Int
 
+from jaxllama.decode.drafts import Drafting
 from jaxllama.decode.scoring import Scores, Targets, prefill_scores
 from jaxllama.decode.state import (
     Chunk,
@@ -139,8 +140,9 @@ class Device:
         state = self._get_state()
         output: StepOutput | Scores | None = None
         match call:
-            case Compile(chunk_sizes, row_buckets):
-                self._compile(state, chunk_sizes.tolist(), row_buckets.tolist())
+            case Compile(chunk_sizes, row_buckets, num_drafts):
+                decoding = dict(zip(row_buckets.tolist(), num_drafts.tolist(), strict=True))
+                self._compile(state, chunk_sizes.tolist(), decoding)
             case Prefill(place, chunk):
                 pool = prefill(self._config, self.params, state.pool, place, chunk, platform=self._platform)
                 state = state._replace(pool=pool)
@@ -150,10 +152,10 @@ class Device:
                 state, output = state._replace(pool=pool), self._readable(scores)
             case Insert(row, new):
                 state = insert(state, row, new)
-            case Decode(max_steps, keep, num_rows, steers):
+            case Decode(max_steps, keep, num_rows, steers, num_drafts, drafting):
                 args = (self._config, self.params, state, max_steps, keep)
-                static = {"num_rows": int(num_rows), "steers": bool(steers), "platform": self._platform}
-                state, steps = decode_steps(*args, **static)
+                options = self._decode_options(int(num_rows), int(num_drafts), drafting)
+                state, steps = decode_steps(*args, **options, steers=bool(steers))
                 output = self._readable(steps)
             case SetPageTable(table):
                 state = state._replace(page_table=_put(table, self._shardings.page_table))
@@ -185,7 +187,11 @@ class Device:
         """Returns when the devices have done all that was asked."""
         jax.block_until_ready(self._state)
 
-    def _compile(self, state: DecodeState, chunk_sizes: list[int], row_buckets: list[int]) -> None:
+    def _decode_options(self, num_rows: int, num_drafts: int, drafting: Drafting) -> dict[str, Any]:
+        options = {"num_rows": num_rows, "platform": self._platform}
+        return options | {"num_drafts": num_drafts, "drafting": drafting} if num_drafts else options
+
+    def _compile(self, state: DecodeState, chunk_sizes: list[int], decoding: dict[int, int]) -> None:
         """Several programs at a time, those that take longest first."""
         config, params, platform = self._config, self.params, self._platform
         num_rows, table_width = self._shapes.page_table.shape
@@ -193,7 +199,9 @@ class Device:
         keep = np.zeros(num_rows, np.bool_)
 
         def lower_decode(bucket: int) -> Any:
-            return decode_steps.lower(config, params, state, zero, keep, num_rows=bucket, platform=platform)
+            num_drafts = decoding[bucket]
+            options = self._decode_options(bucket, num_drafts, Drafting(zero, np.zeros(1 + num_drafts, np.float32)))
+            return decode_steps.lower(config, params, state, zero, keep, **options)
 
         def lower_prefill(size: int) -> Any:
             at = (Place(pages, zero), Chunk(np.zeros(size, np.int32), zero, zero))
@@ -205,11 +213,11 @@ class Device:
             return prefill_scores.lower(config, params, state.pool, *at, platform=platform)
 
         programs: dict[str, Callable[[], Any]] = {
-            _decode_name(n): partial(lower_decode, n) for n in sorted(row_buckets, reverse=True)
+            _decode_name(n): partial(lower_decode, n) for n in sorted(decoding, reverse=True)
         }
         programs |= {_prefill_name(n): partial(lower_prefill, n) for n in sorted(chunk_sizes, reverse=True)}
         programs |= {_score_name(n): partial(lower_score, n) for n in sorted(chunk_sizes, reverse=True)}
-        programs["insert"] = lambda: insert.lower(state, zero, any_row(config))
+        programs["insert"] = lambda: insert.lower(state, zero, any_row(config, state.rows.history.shape[1]))
         if platform.needs_clean_pages:
             layers = {"num_layers": config.num_layers, "mesh": platform.attention.mesh}
             programs["clear pages"] = lambda: clear_pages.lower(state.pool, pages, zero, zero, **layers)

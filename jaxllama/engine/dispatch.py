@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -9,33 +10,38 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
-from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, StepOutput
-from jaxllama.engine.calls import Decode, Programs, SetPageTable
+from jaxllama.decode.drafts import Drafting
+from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, RowState, StepOutput
+from jaxllama.engine.calls import Decode, Insert, Programs, SetPageTable
 from jaxllama.engine.constraints import Constraints, advance
 from jaxllama.engine.options import StepReport
 from jaxllama.engine.placement import Placement
 from jaxllama.engine.scheduling.request import EngineRequest, TokenLogprob, TokenOutput
 from jaxllama.engine.scheduling.scheduler import Scheduler
+from jaxllama.engine.scheduling.speculation import Speculation, StepTimes
 from jaxllama.errors import NonFiniteLogitsError, RequestError
 
 
 @dataclass(frozen=True)
 class Dispatch:
-    """A launched `decode_steps`. `rows` is who held which row when it was launched, at `launched`.
+    """A launched `decode_steps`. `rows` is who held which row when it was launched, at `launched`, and no row gets more
+    than `max_tokens`.
 
     Reading the output waits for the device.
     """
 
     output: StepOutput
     rows: dict[int, EngineRequest]
-    max_steps: int
+    max_tokens: int
     launched: float
 
     def take(self, request: EngineRequest, row: int) -> TokenOutput:
         """Adds what the row has come to to its request. Returns what there is to tell; a finish_reason if it ends."""
         new: list[int] = []
+        request.num_accepted += int(self._num_accepted[row])
+        request.num_predicted += int(self._num_predicted[row])
         logprobs: list[TokenLogprob] = []
 
         def output(**end: object) -> TokenOutput:
@@ -61,20 +67,35 @@ class Dispatch:
 
     @cached_property
     def tokens(self) -> Int[np.ndarray, "steps rows"]:
-        """Those of the steps that ran."""
-        return np.asarray(self.output.tokens)[: int(self.output.num_steps)]
+        """A row's new ones, up to the first -1."""
+        return np.asarray(self.output.tokens)
+
+    @cached_property
+    def num_steps(self) -> int:
+        """How many steps ran."""
+        return int(self.output.num_steps)
 
     def report(self, step_s: float) -> StepReport:
         """What it did; the rows' lengths are those before its tokens are added to them."""
-        num_steps, lengths = len(self.tokens), [len(r.prompt) + len(r.generated) for r in self.rows.values()]
-        kv_tokens = sum(lengths) + len(lengths) * num_steps / 2
-        return StepReport(num_steps, len(lengths), num_steps * step_s, kv_tokens)
+        lengths = [len(r.prompt) + len(r.generated) for r in self.rows.values()]
+        num_tokens = int((self.tokens >= 0).sum())
+        kv_tokens = sum(lengths) + num_tokens / 2
+        drafts = (int(np.asarray(self.output.num_drafted).sum()), int(self._num_accepted.sum()))
+        return StepReport(self.num_steps, len(lengths), self.num_steps * step_s, kv_tokens, num_tokens, *drafts)
 
     def _token_logprob(self, token: int, count: int, step: int, row: int) -> TokenLogprob:
         """What `logprobs=count` asks for at one step of one row."""
         chosen, ids, values = self._logprobs
         top = zip(ids[step, row, :count].tolist(), values[step, row, :count].tolist(), strict=True)
         return TokenLogprob(token, float(chosen[step, row]), tuple(top))
+
+    @cached_property
+    def _num_accepted(self) -> Int[np.ndarray, " rows"]:
+        return np.asarray(self.output.num_accepted)
+
+    @cached_property
+    def _num_predicted(self) -> Int[np.ndarray, " rows"]:
+        return np.asarray(self.output.num_predicted)
 
     @cached_property
     def _logprobs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -93,9 +114,11 @@ class Dispatches:
         *,
         table_shape: tuple[int, int],
         row_buckets: Sequence[int],
+        speculation: Speculation,
     ) -> None:
         """`table_shape` is that of all rows' page tables; `row_buckets` are the numbers of rows there are programs for,
         ascending."""
+        self._speculation = speculation
         self.in_flight: deque[Dispatch] = deque()
         self._programs = programs
         self._scheduler = scheduler
@@ -109,9 +132,14 @@ class Dispatches:
         """Launches one that takes about `dispatch_s` seconds. False if there is none to launch before what is in flight
         is read. Requests whose constraint says that they cannot go on go to `fail`."""
         scheduler = self._scheduler
+        if not scheduler.running:
+            return False
         max_steps = self._choose_steps(dispatch_s)
-        max_steps = self._constraints.max_steps(scheduler.running, max_steps, self._steps_in_flight)
-        if not max_steps or not self._make_room(max_steps):
+        tokens_a_step = 1 + self._speculation.drafts(self._bucket(scheduler.running))
+        max_tokens = min(MAX_STEPS, max_steps * tokens_a_step)
+        max_tokens = self._constraints.max_steps(scheduler.running, max_tokens, self._tokens_in_flight)
+        max_steps = min(max_steps, max_tokens)
+        if not max_steps or not self._make_room(max_tokens):
             return False
         for request, error in self._constraints.send_masks(scheduler.running):
             fail(request, error)
@@ -129,13 +157,59 @@ class Dispatches:
         if not np.array_equal(table, self._page_table):
             self._page_table = table
             self._programs.run(SetPageTable(table))
-        bucket = next(size for size in self._row_buckets if size > max(rows))
         # A program of its own, so that it costs nothing where nobody asks for it.
         steers = any(request.params.steering is not None for request in running)
-        output = self._programs.run(Decode(np.int32(max_steps), keep, np.int32(bucket), np.bool_(steers)))
-        output.tokens.copy_to_host_async()
-        self.in_flight.append(Dispatch(output, rows, max_steps, time.monotonic()))
+        call = self._decode(max_steps, max_tokens, keep, self._bucket(running))._replace(steers=np.bool_(steers))
+        output = self._programs.run(call)
+        for array in (output.tokens, output.num_steps, output.num_accepted, output.num_predicted):
+            array.copy_to_host_async()
+        self.in_flight.append(Dispatch(output, rows, max_tokens, time.monotonic()))
         return True
+
+    def run_empty(self, num_rows: int) -> None:
+        """Runs the program for `num_rows` rows, of which none is active."""
+        self._programs.run(self._decode(1, 1, np.zeros(len(self._page_table), np.bool_), num_rows))
+
+    def measure(self, row: RowState, max_tokens: int) -> None:
+        """Measures what steps take that verify drafts, and plain ones, of up to `max_tokens` tokens: on copies of `row`
+        in page 0, which is nobody's. Before any request."""
+        for num_rows in self._row_buckets:
+            most = self._speculation.drafts(num_rows)
+            few = min(num_rows, max(1, max_tokens // (1 + most)))
+            points = {(1, 0), (few, 0), (num_rows, 0), (1, 1), (1, most), (few, most)} if most else set()
+            times: dict[tuple[int, int], float] = {}
+            for active, depth in [*sorted(points), *sorted(points)]:
+                for index in range(active):
+                    self._programs.run(Insert(np.int32(index), row))
+                self._programs.wait()
+                seconds = self._time_step(num_rows, active, depth)
+                times[active, depth] = min(seconds, times.get((active, depth), math.inf))
+            plain = {active: seconds for (active, depth), seconds in times.items() if not depth}
+            verifying = {active * (1 + depth): seconds for (active, depth), seconds in times.items() if depth}
+            if times:
+                self._speculation.times[num_rows] = StepTimes(plain, dict(sorted(verifying.items())))
+
+    def _time_step(self, num_rows: int, num_active: int, depth: int) -> float:
+        """Seconds a step of the program for `num_rows` rows, of which the first `num_active` are active and have few
+        tokens, when it verifies `depth` drafts of each."""
+        keep = np.arange(len(self._page_table)) < num_active
+        costs = np.full(1 + self._speculation.drafts(num_rows), np.inf, np.float32)
+        costs[depth] = 1
+        call = self._decode(3, MAX_STEPS, keep, num_rows)._replace(drafting=Drafting(np.int32(MAX_STEPS), costs))
+        started = time.perf_counter()
+        num_steps = int(self._programs.run(call).num_steps)
+        return (time.perf_counter() - started) / num_steps
+
+    def _bucket(self, running: Sequence[EngineRequest]) -> int:
+        """The rows of the smallest program that has all of theirs."""
+        last = max(request.row or 0 for request in running)
+        return next(size for size in self._row_buckets if size > last)
+
+    def _decode(self, max_steps: int, max_tokens: int, keep: Bool[np.ndarray, " rows"], num_rows: int) -> Decode:
+        speculation = self._speculation
+        drafting = Drafting(np.int32(max_tokens), speculation.costs(num_rows, int(keep.sum())))
+        sizes = (np.int32(max_steps), keep, np.int32(num_rows))
+        return Decode(*sizes, num_drafts=np.int32(speculation.drafts(num_rows)), drafting=drafting)
 
     def learn(self, step_s: float) -> None:
         """Takes note of how long a step took."""
@@ -146,23 +220,23 @@ class Dispatches:
         running, waiting = self._scheduler.running, self._scheduler.waiting
         if self._scheduler.prefilling:
             return 1
-        left = [r.budget - len(r.generated) - self._steps_in_flight(r) for r in running] if waiting else []
+        left = [r.budget - len(r.generated) - self._tokens_in_flight(r) for r in running] if waiting else []
         return max(1, min([MAX_STEPS, round(dispatch_s / self._step_s), *left]))
 
-    def _steps_in_flight(self, request: EngineRequest) -> int:
+    def _tokens_in_flight(self, request: EngineRequest) -> int:
         return sum(
-            d.max_steps for d in self.in_flight if request.row is not None and d.rows.get(request.row) is request
+            d.max_tokens for d in self.in_flight if request.row is not None and d.rows.get(request.row) is request
         )
 
     def _is_spent(self, request: EngineRequest) -> bool:
         """Whether what is in flight uses up the request's budget, so that another dispatch would find it inactive."""
-        return len(request.generated) + self._steps_in_flight(request) >= request.budget
+        return len(request.generated) + self._tokens_in_flight(request) >= request.budget
 
-    def _make_room(self, max_steps: int) -> bool:
-        """Takes the pages that `max_steps` more steps need. False if what is in flight must be read first."""
+    def _make_room(self, max_tokens: int) -> bool:
+        """Takes the pages that `max_tokens` more tokens need. False if what is in flight must be read first."""
         for request in sorted(self._scheduler.running, key=lambda r: r.order):
             while request.is_running:
-                steps = min(self._steps_in_flight(request) + max_steps, request.budget - len(request.generated))
+                steps = min(self._tokens_in_flight(request) + max_tokens, request.budget - len(request.generated))
                 if self._scheduler.grow(request, len(request.prompt) + len(request.generated) + steps):
                     break
                 if self.in_flight:

@@ -22,7 +22,6 @@ from jaxllama.engine.calls import (
     CALLS,
     ClearPages,
     Compile,
-    Decode,
     Insert,
     Programs,
     RestorePages,
@@ -36,8 +35,16 @@ from jaxllama.engine.options import EngineOptions, EngineStats, StepReport
 from jaxllama.engine.placement import Placement
 from jaxllama.engine.scheduling.chunks import ChunkPlan, Span
 from jaxllama.engine.scheduling.constraint import Constraint
-from jaxllama.engine.scheduling.request import EngineRequest, FinishReason, Scoring, TokenOutput, checked_prompt
+from jaxllama.engine.scheduling.request import (
+    EngineRequest,
+    FinishReason,
+    Scoring,
+    TokenOutput,
+    check_ids,
+    checked_prompt,
+)
 from jaxllama.engine.scheduling.scheduler import Scheduler
+from jaxllama.engine.scheduling.speculation import Speculation
 from jaxllama.engine.sizes import size_engine
 from jaxllama.errors import (
     EngineStoppedError,
@@ -81,11 +88,14 @@ class Engine:
             num_shards=platform.num_shards,
             num_pages=options.num_pages,
             min_rows=platform.min_rows,
+            speculation=options.speculation,
         )
         platform.kernel.validate(
             page_size=sizes.page_size, num_rows=sizes.rows_per_shard, table_width=sizes.table_width
         )
         self._row_buckets = platform.row_buckets(sizes.num_rows)
+        num_drafts = {rows: platform.num_drafts(rows) if sizes.history_size else 0 for rows in self._row_buckets}
+        self._speculation = Speculation(sizes.history_size, num_drafts)
         self._shapes = sizes.state_shapes(config, self.kv_dtype)
         self._device = Device(config, params, mesh, self._shapes, platform)
         self._device.shows_compilation = options.show_compilation
@@ -105,6 +115,7 @@ class Engine:
             self._scheduler,
             table_width=sizes.table_width,
             needs_clean_pages=platform.needs_clean_pages,
+            history_size=sizes.history_size,
         )
         self._dispatches = Dispatches(
             self._programs,
@@ -113,6 +124,7 @@ class Engine:
             Constraints(self._programs, sizes.num_rows, config.vocab_size),
             table_shape=(sizes.num_rows, sizes.table_width),
             row_buckets=self._row_buckets,
+            speculation=self._speculation,
         )
         self._inbox: deque[EngineRequest] = deque()
         self._arrivals = itertools.count()
@@ -155,19 +167,24 @@ class Engine:
         priority: int = 0,
         constraint: Constraint | None = None,
         cache_scope: str | bytes = b"",
+        prediction: Sequence[int] = (),
     ) -> EngineRequest:
         """Queues a request. `on_output` runs on the engine's thread and must return at once.
 
         `max_tokens` None or past the context ends the output at the context. What earlier requests of the same
         `cache_scope` began with is not prefilled again (`EngineRequest.num_cached_tokens`); no other's is used.
         `constraint`, of this request alone, says what its tokens may be; `Llama` makes it of `params.structured` and
-        `params.thinking_budget`.
+        `params.thinking_budget`. `prediction` is what the output may resemble: with speculation "auto" drafts are found
+        in it too, and nothing else changes.
 
         Raises: RequestError or ContextLengthError for a prompt or parameters that cannot run, QueueFullError,
         EngineStoppedError.
         """
         request = self._make_request(prompt_ids, params, on_output, priority, cache_scope)
         attach(request, constraint)
+        if self.options.speculation == "auto" and prediction:
+            check_ids(prediction, self.config.vocab_size, "prediction")
+            request.prediction = [int(token_id) for token_id in prediction]
         return self._enqueue(request)
 
     def submit_scoring(
@@ -218,20 +235,26 @@ class Engine:
         Call it before the first `submit`.
         """
         programs, self._device.on_progress = self._programs, on_progress
-        programs.run(Compile(np.array(self.chunk_sizes, np.int32), np.array(self._row_buckets, np.int32)))
+        num_drafts = [self._speculation.drafts(num_rows) for num_rows in self._row_buckets]
+        sizes = [np.array(part, np.int32) for part in (self.chunk_sizes, self._row_buckets, num_drafts)]
+        programs.run(Compile(*sizes))
         nothing = self._make_request([0], SamplingParams(), lambda _: None, 0, b"")
         scored = self._make_request([0, 0], SamplingParams(), lambda _: None, 0, b"", Scoring(first=1, num_top=0))
         for request in (nothing, scored):
             self._placement.prefill(request, Span(0, 0, min(self.chunk_sizes)))
         zero, none = np.int32(0), np.zeros(1, np.int32)
-        programs.run(Insert(zero, any_row(self.config)))
+        programs.run(Insert(zero, any_row(self.config, self._speculation.history_size)))
         programs.run(SavePages(zero, none, zero))
         programs.run(RestorePages(zero, none, zero))
         if self.platform.needs_clean_pages:
             programs.run(ClearPages(np.zeros(self.sizes.table_width, np.int32), zero, zero))
         for num_rows in self._row_buckets:
-            programs.run(Decode(np.int32(1), np.zeros(self.sizes.num_rows, np.bool_), np.int32(num_rows)))
+            self._dispatches.run_empty(num_rows)
         programs.wait()
+        if self._speculation.history_size and self.platform.programs_agree:
+            row = any_row(self.config, self._speculation.history_size, min(MAX_STEPS, self.max_context - 1))
+            self._dispatches.measure(row, self.platform.max_verified_tokens)
+            programs.wait()
         give_back()
         self._is_warm = True
 
@@ -405,7 +428,7 @@ class Engine:
                 self._last_progress = time.monotonic()
 
     def _read(self, dispatch: Dispatch) -> None:
-        num_steps = len(dispatch.tokens)
+        num_steps = dispatch.num_steps
         now = time.monotonic()
         if num_steps:
             step_s = (now - max(dispatch.launched, self._last_progress)) / num_steps

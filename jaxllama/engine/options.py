@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from jaxllama.engine.scheduling.speculation import MODES, SpeculationMode
 from jaxllama.errors import ConfigError
 
 
@@ -24,6 +25,10 @@ class EngineOptions:
     unless JAX has been told of a folder of its own (`JAX_COMPILATION_CACHE_DIR`) or to keep nothing; "off" leaves it to
     JAX. On a terminal and in a notebook the engine says what it compiles where that takes more than two seconds, unless
     `show_compilation` is false.
+
+    `speculation` "lookup" looks up what followed a row's last tokens where they were before, in its prompt and its
+    output, and verifies several such tokens in one step where that pays; "auto" does so in predictions too
+    (`Engine.submit`). No token changes by it.
     """
 
     max_rows: int = 16
@@ -37,6 +42,7 @@ class EngineOptions:
     kv_dtype: str | None = None
     compilation_cache: str | os.PathLike[str] | None = None
     show_compilation: bool = True
+    speculation: SpeculationMode = "off"
 
     def __post_init__(self) -> None:
         for name, least in (("max_rows", 1), ("page_size", 1), ("max_queue", 1), ("max_context", 2), ("num_pages", 2)):
@@ -45,6 +51,8 @@ class EngineOptions:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
         if self.kv_dtype not in (None, "int8"):
             raise ConfigError(f"kv_dtype must be 'int8' or None, got {self.kv_dtype!r}")
+        if self.speculation not in MODES:
+            raise ConfigError(f"speculation must be one of {', '.join(MODES)}, got {self.speculation!r}")
 
 
 @dataclass(frozen=True)
@@ -69,9 +77,15 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one dispatch did: `num_steps` of `num_rows` rows in `seconds`, over a mean of `kv_tokens` cached tokens."""
+    """What one dispatch did: `num_steps` of `num_rows` rows in `seconds`, over a mean of `kv_tokens` cached tokens.
+
+    Of its `num_tokens` tokens, `num_accepted` were drafts that had been right, of `num_drafted` that were verified.
+    """
 
     num_steps: int
     num_rows: int
     seconds: float
     kv_tokens: float
+    num_tokens: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0

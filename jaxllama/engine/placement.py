@@ -32,12 +32,14 @@ class Placement:
         *,
         table_width: int,
         needs_clean_pages: bool,
+        history_size: int = 0,
     ) -> None:
         self._config = config
         self._programs = programs
         self._scheduler = scheduler
         self._table_width = table_width
         self._needs_clean_pages = needs_clean_pages
+        self._history_size = history_size
         self._numbers = itertools.count()
         self.scored: deque[ScoredSpan] = deque()
         """What is launched and not read, oldest first."""
@@ -109,6 +111,8 @@ class Placement:
             remaining=request.budget - len(request.generated),
             seed=request.seed,
             halt_id=request.halt_id,
+            history_size=self._history_size,
+            prediction=request.prediction,
         )
         assert request.row is not None
         self._programs.run(Insert(np.int32(request.row), new))

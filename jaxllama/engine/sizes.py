@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxllama.decode.state import DecodeState, state_shapes
+from jaxllama.engine.scheduling.speculation import MAX_PREDICTION_TOKENS, SpeculationMode
 from jaxllama.errors import ConfigError
 from jaxllama.model.config import LlamaConfig
 
@@ -17,7 +18,8 @@ TOKENS_PER_ROW = 2048
 class EngineSizes:
     """`rows_per_shard` rows and `num_pages` pages (page 0 is nobody's) on each of `num_shards`.
 
-    A page table is wider than a context, because a prompt's last chunk may reach past it.
+    A page table is wider than a context, because a prompt's last chunk may reach past it. `history_size` is the number
+    of tokens in which drafts are looked up for a row.
     """
 
     max_context: int
@@ -26,6 +28,7 @@ class EngineSizes:
     num_shards: int
     rows_per_shard: int
     num_pages: int
+    history_size: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -47,6 +50,7 @@ class EngineSizes:
             max_context=self.table_width * self.page_size,
             dtype=kv_dtype,
             num_shards=self.num_shards,
+            history_size=self.history_size,
         )
 
 
@@ -60,11 +64,12 @@ def size_engine(
     num_pages: int | None = None,
     tokens_per_row: int = TOKENS_PER_ROW,
     min_rows: int = 2,
+    speculation: SpeculationMode = "off",
 ) -> EngineSizes:
     """The sizes for `max_rows` rows; every shard has equally many, one alone at least `min_rows` (see `Platform`).
 
     Chunks of a size that no context fills are left out. `num_pages` None holds `tokens_per_row` tokens of each row, and
-    at least one context.
+    at least one context. With `speculation` rows have room for their tokens, with "auto" for a prediction too.
 
     Raises: ConfigError for chunks that are not whole pages, or pages that hold no context.
     """
@@ -81,7 +86,9 @@ def size_engine(
             f"num_pages ({num_pages}) cannot hold one context of {max_context} tokens, which needs "
             f"{context_pages + 1} pages of {page_size}. Lower max_context or raise num_pages"
         )
-    return EngineSizes(max_context, page_size, chunk_sizes, num_shards, rows_per_shard, num_pages)
+    predicted = min(max_context, MAX_PREDICTION_TOKENS)
+    history_size = {"off": 0, "lookup": max_context, "auto": max_context + predicted}[speculation]
+    return EngineSizes(max_context, page_size, chunk_sizes, num_shards, rows_per_shard, num_pages, history_size)
 
 
 def _num_pages(num_tokens: int, page_size: int) -> int:

@@ -32,6 +32,7 @@ class Completion:
     `token_ids` include the stop token, `text` does not. `logprobs`, if asked for, are one a token.
     `reasoning` is what a reasoning model thinks before its answer (`chat` alone separates it). `stop_reason` is the
     string of `stop` or the id of `stop_token_ids` that ended it, None at the model's own end; `seed` repeats it.
+    `num_accepted` of the tokens came without a step of their own (speculation).
     """
 
     text: str
@@ -42,6 +43,7 @@ class Completion:
     reasoning: str = ""
     stop_reason: str | int | None = None
     seed: int = 0
+    num_accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -232,4 +234,5 @@ class Output:
             reasoning="".join(grown.reasoning),
             stop_reason=grown.stop_reason,
             seed=self._request.seed,
+            num_accepted=self._request.num_accepted,
         )

@@ -137,7 +137,13 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
         """What enters the first layer."""
-        return _times(self.embed_tokens.rows(tokens), self.config.embedding_multiplier).astype(self.dtype)
+        x = _times(self.embed_tokens.rows(tokens), self.config.embedding_multiplier).astype(self.dtype)
+        if self.dtype != jnp.float32:
+            return x
+        # An int8 row's scale would be multiplied where the first layer's output is added, in one operation with another
+        # rounding, in some programs and not in others.
+        kept: Array = jax.lax.optimization_barrier(x)
+        return kept
 
 
 class DecoderLayer(nnx.Module):

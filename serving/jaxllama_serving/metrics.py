@@ -71,6 +71,19 @@ class Metrics:
         )
         self._queue_wait = self._histogram("queue_wait_seconds", "From submission to a row of the batch.", _SECONDS)
         self._batch_rows = self._histogram("batch_rows", "Rows that a dispatch decoded.", _ROWS)
+        self._row_steps = Counter(
+            "jaxllama_row_steps",
+            "Steps of all rows that ran. Completion tokens over these are the tokens a step: above 1 with speculation.",
+            registry=self._registry,
+        )
+        self._drafts = Counter(
+            "jaxllama_speculation_tokens",
+            "Tokens that were drafted and verified, and of those what was accepted.",
+            ("kind",),
+            registry=self._registry,
+        )
+        for kind in ("drafted", "accepted"):
+            self._drafts.labels(kind)
         self._roofline: deque[tuple[float, float, float]] = deque()
         self._lock = threading.Lock()
 
@@ -113,6 +126,12 @@ class Metrics:
         with self._lock:
             self._roofline.append((time.monotonic(), read_bytes, seconds))
             self._forget()
+
+    def count_drafts(self, num_steps: int, num_drafted: int, num_accepted: int) -> None:
+        """Counts the steps of a dispatch's rows, and the drafts in them; on the engine's thread."""
+        self._row_steps.inc(num_steps)
+        self._drafts.labels("drafted").inc(num_drafted)
+        self._drafts.labels("accepted").inc(num_accepted)
 
     def read_rate(self) -> float | None:
         """Bytes a second that one device's memory had to deliver while decoding in the last minute; None if it did not.

@@ -58,9 +58,12 @@ class Service:
         traffic = llama.memory_traffic()
         given = self.config.peak_bandwidth
         self._peak_bytes_per_s = given * 1e9 if given is not None else traffic.bytes_per_s
-        llama.engine.on_steps = lambda report: self.metrics.count_steps(
-            report.num_rows, report.seconds, traffic.read_bytes(report)
-        )
+
+        def on_steps(report: Any) -> None:
+            self.metrics.count_steps(report.num_rows, report.seconds, traffic.read_bytes(report))
+            self.metrics.count_drafts(report.num_steps * report.num_rows, report.num_drafted, report.num_accepted)
+
+        llama.engine.on_steps = on_steps
 
     @property
     def fingerprint(self) -> str | None:

@@ -76,6 +76,8 @@ class EngineRequest:
     rest belongs to the engine's thread.
 
     `num_cached_tokens` is how much of the prompt was found in the cache, None until the request is admitted.
+    `num_accepted` of the tokens were drafts that had been right (speculation), `num_predicted` of those were found in
+    `prediction`, what the output may resemble.
     `page_keys` name the full pages of the prompt less its last token. `saved_as` numbers the copy that the devices'
     hosts keep of the pages of a request that was set aside. With `scoring` it ends when its prompt is in the cache.
     """
@@ -102,6 +104,9 @@ class EngineRequest:
     num_shared_pages: int = 0
     num_prefilled: int = 0
     num_cached_tokens: int | None = None
+    num_accepted: int = 0
+    num_predicted: int = 0
+    prediction: list[int] = field(default_factory=list)
     saved_as: int | None = None
     is_running: bool = False
     is_finished: bool = False
@@ -144,6 +149,12 @@ class EngineRequest:
         return (self.priority, self.arrival)
 
 
+def check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
+    """Raises: RequestError for ids outside the vocabulary; there is at least one."""
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise RequestError(f"the {name} has token ids outside 0 to {vocab_size - 1}", name)
+
+
 def checked_prompt(
     prompt_ids: Sequence[int], vocab_size: int, max_context: int, *, generates: bool = True
 ) -> list[int]:
@@ -154,8 +165,7 @@ def checked_prompt(
     prompt = [int(token_id) for token_id in prompt_ids]
     if not prompt:
         raise RequestError("the prompt is empty; it needs at least one token", "prompt")
-    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-        raise RequestError(f"the prompt has token ids outside 0 to {vocab_size - 1}", "prompt")
+    check_ids(prompt, vocab_size, "prompt")
     if len(prompt) + (1 if generates else -1) > max_context:
         more = ", which must hold at least one more" if generates else " and one more"
         raise ContextLengthError(

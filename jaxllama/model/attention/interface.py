@@ -37,6 +37,22 @@ class Attention(Protocol):
         """One token a row, at its position. Rows that are not active write nothing; what they return is not read."""
         ...
 
+    def verify(
+        self,
+        q: Float[Array, "rows tokens heads head_dim"],
+        kv: Float[Array, "rows tokens kv2 head_dim"],
+        pool: KVPool,
+        page_table: Int[Array, "rows max_pages"],
+        positions: Int[Array, " rows"],
+        num_tokens: Int[Array, " rows"],
+        window: int | None = None,
+    ) -> tuple[Float[Array, "rows tokens heads head_dim"], KVPool]:
+        """A few tokens a row, of which the first `num_tokens` are real, from its position on.
+
+        What is not real writes nothing that a row can reach, and what it returns is not read.
+        """
+        ...
+
     def prefill(
         self,
         q: Float[Array, "tokens heads head_dim"],

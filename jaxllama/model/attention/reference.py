@@ -44,6 +44,31 @@ class ReferenceAttention:
         positions = jnp.where(active, positions, none)
         return self._attend_once(q, pool, page_table, positions, active, window), pool
 
+    def verify(
+        self,
+        q: Float[Array, "rows tokens heads head_dim"],
+        kv: Float[Array, "rows tokens kv2 head_dim"],
+        pool: KVPool,
+        page_table: Int[Array, "rows max_pages"],
+        positions: Int[Array, " rows"],
+        num_tokens: Int[Array, " rows"],
+        window: int | None = None,
+    ) -> tuple[Float[Array, "rows tokens heads head_dim"], KVPool]:
+        """As `Attention.verify`."""
+        size = q.shape[1]
+        places = positions[:, None] + jnp.arange(size)
+        is_real = jnp.arange(size) < num_tokens[:, None]
+        table = jnp.repeat(page_table, size, axis=0)
+        # Past a page table's end there is nothing to write, and nowhere to look for the page.
+        at = jnp.where(is_real, places, 0).ravel()
+        pool = write_tokens(pool, kv.reshape(-1, *kv.shape[2:]), table, at, is_real.ravel())
+        # As for `decode`; and the last real query stands in for those after it, as in `chunk_positions`.
+        active = num_tokens > 0
+        none = 0 if window is None else jnp.where(active, positions, 0).max()
+        last = jnp.where(active, positions + num_tokens - 1, none)
+        places = jnp.minimum(jnp.where(active[:, None], places, none), last[:, None])
+        return self._attend(q, pool, page_table, places, window), pool
+
     def prefill(
         self,
         q: Float[Array, "tokens heads head_dim"],

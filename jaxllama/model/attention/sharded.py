@@ -73,6 +73,39 @@ class ShardedAttention:
         specs = (q_spec, spec_of(self.mesh, rows, _KV), pages, *[spec_of(self.mesh, rows)] * 3)
         return on_devices(attend, self.mesh, specs, (q_spec, pages))(q, kv, pool, page_table, positions, active)
 
+    def verify(
+        self,
+        q: Float[Array, "rows tokens heads head_dim"],
+        kv: Float[Array, "rows tokens kv2 head_dim"],
+        pool: KVPool,
+        page_table: Int[Array, "rows max_pages"],
+        positions: Int[Array, " rows"],
+        num_tokens: Int[Array, " rows"],
+        window: int | None = None,
+    ) -> tuple[Float[Array, "rows tokens heads head_dim"], KVPool]:
+        """As `Attention.verify`."""
+        if self.mesh is None:
+            return self.kernel.verify(q, kv, pool, page_table, positions, num_tokens, window)
+        splits_heads = self._splits_heads(q[:, 0], kv[:, 0])
+
+        def attend(
+            q: Float[Array, "rows tokens own_heads head_dim"],
+            kv: Float[Array, "rows tokens own_kv2 head_dim"],
+            pool: KVPool,
+            *rest: Array,
+        ) -> tuple[Float[Array, "rows tokens own_heads head_dim"], KVPool]:
+            q = jax.lax.all_to_all(q, "rep", 0, 2, tiled=True) if splits_heads else self._own_rows(q)
+            table, positions, num_tokens = map(self._own_rows, rest)
+            out, pool = self.kernel.verify(q, self._own_rows(kv), pool, table, positions, num_tokens, window)
+            if splits_heads:
+                return jax.lax.all_to_all(out, "rep", 2, 0, tiled=True), pool
+            return jax.lax.all_gather(out, "rep", tiled=True), pool
+
+        rows, pages = RULES["rows"], pool_spec(pool, self.mesh)
+        q_spec = spec_of(self.mesh, rows, (), _HEADS if splits_heads else _KV)
+        specs = (q_spec, spec_of(self.mesh, rows, (), _KV), pages, *[spec_of(self.mesh, rows)] * 3)
+        return on_devices(attend, self.mesh, specs, (q_spec, pages))(q, kv, pool, page_table, positions, num_tokens)
+
     def prefill(
         self,
         q: Float[Array, "tokens heads head_dim"],

@@ -63,6 +63,35 @@ class TpuAttention:
         )
         return out[:, 0], pool._replace(pages=pages)
 
+    def verify(
+        self,
+        q: Float[Array, "rows tokens heads head_dim"],
+        kv: Float[Array, "rows tokens kv2 head_dim"],
+        pool: KVPool,
+        page_table: Int[Array, "rows max_pages"],
+        positions: Int[Array, " rows"],
+        num_tokens: Int[Array, " rows"],
+        window: int | None = None,
+    ) -> tuple[Float[Array, "rows tokens heads head_dim"], KVPool]:
+        """As `Attention.verify`, without windows. What is not real is written as zeros: to page 0 where the row has no
+        page, else past its end."""
+        assert window is None, "windows have no kernel here"
+        page_table, positions = self.without_inactive(page_table, positions, num_tokens > 0, pool)
+        is_real = jnp.arange(q.shape[1]) < num_tokens[:, None]
+        kv = jnp.where(is_real[..., None, None], kv, 0)
+        out, pages = _kernel()(
+            q,
+            pool.pages,
+            None,
+            kv[:, :, 0::2],
+            kv[:, :, 1::2],
+            cache_seqlens=positions,
+            block_table=page_table,
+            causal=True,
+            interpret=self.interpret,
+        )
+        return out, pool._replace(pages=pages)
+
     def without_inactive(
         self,
         page_table: Int[Array, "rows max_pages"],

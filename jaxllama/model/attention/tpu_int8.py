@@ -46,6 +46,24 @@ class Int8TpuAttention(TpuAttention):
         page_table, positions = self.without_inactive(page_table, positions, active, pool)
         return _decode(q, stored(kv, pool), pool, page_table, positions, interpret=self.interpret)
 
+    def verify(
+        self,
+        q: Float[Array, "rows tokens heads head_dim"],
+        kv: Float[Array, "rows tokens kv2 head_dim"],
+        pool: KVPool,
+        page_table: Int[Array, "rows max_pages"],
+        positions: Int[Array, " rows"],
+        num_tokens: Int[Array, " rows"],
+        window: int | None = None,
+    ) -> tuple[Float[Array, "rows tokens heads head_dim"], KVPool]:
+        """As `Attention.verify`, one token after another: the kernel reads a row's pages once for each."""
+        outs = []
+        for token in range(q.shape[1]):
+            active = token < num_tokens
+            out, pool = self.decode(q[:, token], kv[:, token], pool, page_table, positions + token, active, window)
+            outs.append(out)
+        return jnp.stack(outs, axis=1), pool
+
     def prefill(
         self,
         q: Float[Array, "tokens heads head_dim"],

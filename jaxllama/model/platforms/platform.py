@@ -50,7 +50,8 @@ class Platform:
     `has_row_buckets`: decode programs are made for fewer rows too, which presumes that a row's bits are the same in
     each. `min_rows` of a decode program: XLA multiplies one row by another path, with other bits, than two, and a row
     must not notice its batch. `programs_agree`: all programs write the same bits for a token, `prefill` of any size
-    from any page and `decode_steps` alike.
+    from any page and `decode_steps` alike. `max_drafts`: a step verifies so many drafts a row, and
+    in all `max_verified_tokens` tokens: with more its products no longer wait for the memory.
     """
 
     name: str
@@ -67,6 +68,8 @@ class Platform:
     has_row_buckets: bool = False
     min_rows: int = 2
     programs_agree: bool = False
+    max_drafts: int = 4
+    max_verified_tokens: int = 256
 
     @property
     def kernel(self) -> Attention:
@@ -77,6 +80,14 @@ class Platform:
     def num_shards(self) -> int:
         """Into how many parts rows and pages are split."""
         return self.attention.num_shards
+
+    def num_drafts(self, num_rows: int) -> int:
+        """Drafts a row for a decode program of `num_rows`; 0 where verifying would not pay."""
+        if not self.programs_agree:  # All rows run that program, whatever they have.
+            num_drafts = min(self.max_drafts, self.max_verified_tokens // num_rows - 1)
+            return num_drafts if num_drafts > 1 else 0
+        # A layer's kernel takes the time of the tokens that there are, however many rows there could be.
+        return self.max_drafts if self.has_layer_kernel or num_rows <= self.max_verified_tokens else 0
 
     def row_buckets(self, num_rows: int) -> tuple[int, ...]:
         """Numbers of rows to make decode programs for, ascending: few rows should not pay for many.

@@ -84,6 +84,13 @@ def add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--adapter", action="append", default=[], metavar="PEFT", help=ADAPTER_HELP)
     add_max_in_flight(group)
     group.add_argument("--kv-dtype", choices=("int8",), help="of the cache (default: as the weights)")
+    group.add_argument(
+        "--speculation",
+        choices=("off", "lookup", "auto"),
+        default="off",
+        help="several tokens a step, with the same bits, where a text repeats what came before (lookup) or what "
+        "requests predict (auto: both) (default: %(default)s)",
+    )
     group.add_argument("--max-rows", type=int, default=16, help="sequences decoded together (default: %(default)s)")
     group.add_argument("--max-context", type=int, help="longest prompt and completion together (default: the model's)")
     group.add_argument(
@@ -273,6 +280,7 @@ def load_model(args: argparse.Namespace, *, max_queue: int, group: Group | None 
         max_queue=max_queue,
         kv_dtype=args.kv_dtype,
         compilation_cache=args.compilation_cache,
+        speculation=args.speculation,
     )
     how = {"data": args.data, "dtype": args.dtype, "quantize": args.quantize, "adapters": args.adapter}
     how["max_in_flight_bytes"] = args.max_in_flight_bytes
@@ -328,6 +336,7 @@ def _settings(args: argparse.Namespace) -> dict[str, object]:
         "--max-context": args.max_context,
         "--num-pages": args.num_pages,
         "--data": args.data,
+        "--speculation": args.speculation,
     }
 
 

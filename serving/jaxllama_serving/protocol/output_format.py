@@ -140,7 +140,7 @@ class GuidedFields(Strict):
 
 
 class Prediction(Strict):
-    """A draft of the answer. It has no effect on the answer."""
+    """A draft of the answer. It has no effect on the answer; with speculation, one that resembles it is sooner."""
 
     type: Literal["content"] = Field(description='"content"')
     content: Any = Field(description="a string or a list of text parts")
@@ -153,6 +153,11 @@ class Prediction(Strict):
             if not is_text:
                 raise disagreement("prediction.content", "prediction.content must be a string or a list of text parts")
         return self
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.content if isinstance(self.content, str) else "".join(part["text"] for part in self.content)
 
 
 class Reasoning(Strict):

@@ -38,9 +38,13 @@ class PromptTokensDetails(_Response):
 
 
 class CompletionTokensDetails(_Response):
-    """How many tokens of the completion were reasoning."""
+    """Tokens of the completion that were reasoning, and that speculation saved a step for; of a prediction those that
+    saved a step, and the others."""
 
     reasoning_tokens: int
+    accepted_draft_tokens: int = 0
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
 
 class Usage(_Response):

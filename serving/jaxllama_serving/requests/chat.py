@@ -60,6 +60,11 @@ class ChatResponse(Response):
         ]
 
     @property
+    def prediction(self) -> list[int]:
+        """As the request predicts it."""
+        return self.prepared.prediction
+
+    @property
     def _reasoning_names(self) -> tuple[str, ...]:
         """The fields that hold the reasoning, none if it is not to be shown."""
         if self.prepared.prompt.starts_in_reasoning is None or not self.prepared.request.include_reasoning:

@@ -138,7 +138,7 @@ class Choices:
     """All choices of one request. A context manager: leaving it, for whatever reason, frees every row.
 
     Nothing is shared with requests of another `cache_scope`. `on_overflow` runs when the consumer is more than
-    `max_tokens` tokens behind; the rows are cancelled first.
+    `max_tokens` tokens behind; the rows are cancelled first. `prediction` is what all of them may resemble.
     """
 
     def __init__(
@@ -150,7 +150,9 @@ class Choices:
         cache_scope: bytes,
         max_tokens: int | None,
         on_overflow: Callable[[], None],
+        prediction: Sequence[int] = (),
     ) -> None:
+        self._prediction = prediction
         self.all = choices
         self._engine = engine
         self._priority = priority
@@ -170,6 +172,7 @@ class Choices:
                     priority=self._priority,
                     constraint=choice.constraint,
                     cache_scope=self._cache_scope,
+                    prediction=self._prediction,
                 )
             except BaseException:
                 self._cancel()
@@ -197,6 +200,18 @@ class Choices:
         """
         first = {id(choice.prompt_ids): choice for choice in reversed(self.all)}
         return sum((choice.row.num_cached_tokens or 0) for choice in first.values() if choice.row is not None)
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Those that came without a step of their own."""
+        return sum(choice.row.num_accepted for choice in self.all if choice.row is not None)
+
+    @property
+    def num_predicted_tokens(self) -> tuple[int, int]:
+        """Of the prediction's tokens, once for each choice: how many saved a step, and the others."""
+        rows = [choice.row for choice in self.all if choice.row is not None and choice.row.prediction]
+        accepted = sum(row.num_predicted for row in rows)
+        return accepted, max(0, sum(len(row.prediction) for row in rows) - accepted)
 
     @property
     def num_reasoning_tokens(self) -> int:

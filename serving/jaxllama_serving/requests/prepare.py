@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from jaxllama import Llama
 
 
+_MAX_PREDICTION_CHARACTERS = 100_000
+"""More is not looked at; the engine takes fewer tokens."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A request ready for the engine: one `SamplingParams` per choice; the choices of one prompt follow each other.
@@ -53,10 +57,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PreparedChat(Prepared):
-    """`prompt` is what forms the answers besides sampling."""
+    """`prompt` is what forms the answers besides sampling, `prediction` what they may resemble."""
 
     request: ChatRequest
     prompt: ChatPrompt
+    prediction: list[int]
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,11 @@ def prepare_chat(llama: Llama, config: ServerConfig, body: bytes) -> PreparedCha
     num_prompt = len(prompt.prompt_ids)
     _check_length(num_prompt, request.max_new_tokens, llama.max_context, "messages", strict=config.strict_length)
     ignored = (*unknown_fields(request), *prompt.ignored)
-    return PreparedChat(request, ignored, (prompt.prompt_ids,), params, seed, prompt)
+    prediction: list[int] = []
+    if request.prediction is not None:
+        assert llama.tokenizer is not None  # the server does not start without one
+        prediction = llama.tokenizer.encode(request.prediction.text[:_MAX_PREDICTION_CHARACTERS], add_bos=False)
+    return PreparedChat(request, ignored, (prompt.prompt_ids,), params, seed, prompt, prediction)
 
 
 def prepare_completion(llama: Llama, config: ServerConfig, body: bytes) -> PreparedCompletion:

@@ -40,6 +40,11 @@ class Response(ABC):
     def choices(self) -> list[Choice]:
         """Returns the choices, not begun."""
 
+    @property
+    def prediction(self) -> Sequence[int]:
+        """What the choices may resemble."""
+        return ()
+
     @abstractmethod
     def body_choices(self, choices: Choices) -> list[dict[str, Any]]:
         """Returns the finished choices as the body shows them."""
@@ -91,6 +96,14 @@ class Response(ABC):
             "prompt_tokens_details": {"cached_tokens": choices.num_cached_tokens},
             "completion_tokens_details": {"reasoning_tokens": choices.num_reasoning_tokens},
         }
+        if choices.num_accepted_tokens:
+            usage["completion_tokens_details"]["accepted_draft_tokens"] = choices.num_accepted_tokens
+        if self.prediction:
+            accepted, rejected = choices.num_predicted_tokens
+            usage["completion_tokens_details"] |= {
+                "accepted_prediction_tokens": accepted,
+                "rejected_prediction_tokens": rejected,
+            }
         cost = self.config.cost(prompt, completion)
         if cost is not None:
             usage["estimated_cost"] = cost

@@ -72,6 +72,7 @@ async def _run(
                 cache_scope=scope,
                 max_tokens=config.max_stream_tokens if events is not None else None,
                 on_overflow=lambda: abort(request),
+                prediction=response.prediction,
             )
             with service.holding(choices, context):
                 if events is not None:

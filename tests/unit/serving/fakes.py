@@ -129,8 +129,15 @@ class FakeRequest:
     """One row, played by a thread of its own."""
 
     def __init__(
-        self, engine: FakeEngine, params: SamplingParams, on_output: Callable[[Any], None], index: int
+        self,
+        engine: FakeEngine,
+        params: SamplingParams,
+        on_output: Callable[[Any], None],
+        index: int,
+        prediction: list[int],
     ) -> None:
+        self.prediction, self.num_predicted = prediction, len(prediction) // 2
+        self.num_accepted = self.num_predicted
         self.id, self.seed, self.index = f"row-{index}", params.seed, index
         self.params, self._engine, self._on_output = params, engine, on_output
         self.cancelled = threading.Event()
@@ -199,6 +206,7 @@ class FakeEngine:
     prompts: list[list[int]] = field(default_factory=list)
     priorities: list[int] = field(default_factory=list)
     scopes: list[bytes] = field(default_factory=list)
+    predictions: list[list[int]] = field(default_factory=list)
     logprobs: dict[int, float] = field(default_factory=dict)
     failed: bool = False
     on_steps: Any = None
@@ -212,6 +220,7 @@ class FakeEngine:
         priority: int = 0,
         constraint: Any = None,
         cache_scope: bytes = b"",
+        prediction: Sequence[int] = (),
     ) -> FakeRequest:
         if self.stopped:
             raise EngineStoppedError("the engine has stopped")
@@ -219,11 +228,12 @@ class FakeEngine:
             raise ContextLengthError(f"the prompt has {len(prompt_ids)} tokens", "prompt")
         if self.max_queue is not None and self.num_running >= self.max_queue:
             raise QueueFullError("256 requests wait already")
-        row = FakeRequest(self, params, on_output, len(self.rows))
+        row = FakeRequest(self, params, on_output, len(self.rows), list(prediction))
         self.rows.append(row)
         self.prompts.append(list(prompt_ids))
         self.priorities.append(priority)
         self.scopes.append(cache_scope)
+        self.predictions.append(list(prediction))
         threading.Thread(target=row.play, daemon=True).start()
         return row
 

@@ -132,12 +132,16 @@ def test_the_roofline_is_told_only_where_the_bandwidth_is_known(given, share):
         async with serving(llama, peak_bandwidth=given) as live:
             assert "jaxllama_decode_roofline_ratio" not in await scrape(live)
             for _ in range(3):
-                llama.engine.on_steps(SimpleNamespace(num_steps=8, num_rows=5, seconds=0.2))
+                drafts = {"num_drafted": 30, "num_accepted": 20}
+                llama.engine.on_steps(SimpleNamespace(num_steps=8, num_rows=5, seconds=0.2, **drafts))
             found = await scrape(live)
             # Eight steps of 1 GB in 0.2 s are 40 GB/s.
             assert found.get("jaxllama_decode_roofline_ratio") == pytest.approx(share) if share else True
             assert ("jaxllama_decode_roofline_ratio" in found) == (share is not None)
             assert (found["jaxllama_batch_rows_count"], found["jaxllama_batch_rows_sum"]) == (3, 15)
+            assert found["jaxllama_row_steps_total"] == 3 * 8 * 5
+            assert found["jaxllama_speculation_tokens_total{kind=drafted}"] == 90
+            assert found["jaxllama_speculation_tokens_total{kind=accepted}"] == 60
 
     run(test())
 

@@ -74,6 +74,18 @@ def test_an_answer_has_every_field_of_the_contract():
     }
 
 
+def test_a_prediction_reaches_every_choice_and_the_usage_tells_what_it_saved():
+    llama = FakeLlama()
+    parts = [{"type": "text", "text": "The capital "}, {"type": "text", "text": "is Rome."}]
+    answer = answer_of(llama, prediction={"type": "content", "content": parts}, n=2)
+    predicted = llama.tokenizer.encode("The capital is Rome.")
+    assert llama.engine.predictions == [predicted, predicted]
+    details = answer["usage"]["completion_tokens_details"]
+    assert details["accepted_draft_tokens"] == details["accepted_prediction_tokens"]
+    assert details["accepted_prediction_tokens"] == 2 * (len(predicted) // 2)
+    assert details["rejected_prediction_tokens"] == 2 * len(predicted) - details["accepted_prediction_tokens"]
+
+
 def test_the_cost_is_the_sample_of_the_contract():
     # 149 and 338 tokens at 0.59 and 0.79 dollars a million cost 0.00035493.
     prompt = "x" * (149 - len("user: \n"))

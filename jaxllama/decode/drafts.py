@@ -1,0 +1,110 @@
+"""Drafts for the next tokens of rows: where they come from, and whether it pays to verify them.
+
+A draft changes no token. `steps` runs the model over the drafts of all rows at once and keeps of each row's what its
+own noise draws anyway; what is here decides about the time that takes, and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+SUFFIXES = (2, 3, 4)
+"""Lengths of what must be found again, in tokens."""
+FIRST_ACCEPTANCE = (0.25, 0.5, 0.75)
+"""What a new row is taken for, by the length of what is found: the share of drafted tokens that are accepted."""
+_BLOCK = 1024
+_WEIGHT = 1 / 8
+"""Of the newest token in a row's acceptance: it follows the last eight or so."""
+
+
+class Drafting(NamedTuple):
+    """What a dispatch with drafts is told: the most tokens for a row, and what steps cost (`best_depth`).
+
+    Where plain steps cost infinity, steps verify even where no drafts are found. NumPy's arrays on the host.
+    """
+
+    max_tokens: Int[Any, ""]
+    costs: Float[Any, " depths"]
+
+
+class Drafts(NamedTuple):
+    """`tokens[row, :num[row]]` are thought to follow a row's last token. `suffix` is the index in `SUFFIXES` of the
+    length that was found, and `is_predicted` says that it was before the row's own tokens; where `num` is 0 neither
+    means anything."""
+
+    tokens: Int[Array, "rows drafts"]
+    num: Int[Array, " rows"]
+    suffix: Int[Array, " rows"]
+    is_predicted: Bool[Array, " rows"]
+
+
+def look_up(
+    history: Int[Array, "rows history"], start: Int[Array, " rows"], last: Int[Array, " rows"], num_drafts: int
+) -> Drafts:
+    """What followed the longest suffix of each row's tokens where it was there before, the newest such place first.
+
+    A row's own tokens are `history[start] … history[last]`. What lies before `start` is a text that the row is expected
+    to resemble; of equally long suffixes those there are preferred. A draft that reaches the row's end goes on with
+    itself, as if the row repeated itself from there on.
+
+    Source: Saxena 2023, "Prompt Lookup Decoding".
+    """
+    size, longest = history.shape[1], max(SUFFIXES)
+    padded = jnp.pad(history, ((0, 0), (longest - 1, -size % _BLOCK)), constant_values=-1)
+    wanted = [jnp.take_along_axis(history, jnp.maximum(last[:, None] - back, 0), axis=1) for back in range(longest)]
+
+    def visit(block: Int[Array, ""], best: Int[Array, " rows"]) -> Int[Array, " rows"]:
+        first = block * _BLOCK
+        tokens = jax.lax.dynamic_slice_in_dim(padded, first, _BLOCK + longest - 1, axis=1)
+        places = first + jnp.arange(_BLOCK)
+        is_match, length = places < last[:, None], jnp.zeros((len(history), _BLOCK), jnp.int32)
+        for back in range(longest):
+            is_match &= (tokens[:, longest - 1 - back :][:, :_BLOCK] == wanted[back]) & (last[:, None] >= back)
+            length += is_match
+        order = places + jnp.where(places < start[:, None], size, 0)
+        found = jnp.where(length >= min(SUFFIXES), length * (2 * size) + order, 0)
+        return jnp.maximum(best, found.max(axis=1))
+
+    # As far as any row has come: a context is mostly empty.
+    best = jax.lax.fori_loop(0, last.max() // _BLOCK + 1, visit, jnp.zeros(len(history), jnp.int32))
+    length, place = best // (2 * size), best % size
+    following = jnp.arange(num_drafts) % jnp.maximum(last - place, 1)[:, None]
+    tokens = jnp.take_along_axis(history, place[:, None] + 1 + following, axis=1)
+    return Drafts(tokens, jnp.where(length > 0, num_drafts, 0), jnp.maximum(length - min(SUFFIXES), 0), place < start)
+
+
+def best_depth(
+    drafts: Drafts,
+    acceptance: Float[Array, "rows suffixes"],
+    active: Bool[Array, " rows"],
+    costs: Float[Array, " depths"],
+    max_tokens: int,
+) -> Int[Array, ""]:
+    """How many drafts a row to verify at most, so that most tokens are expected in a time; 0 is a plain step.
+
+    `costs[d]` is what a step takes that verifies up to d drafts a row, whatever the unit. Of d drafts that are each
+    accepted with probability a, a + a² + … + a^d are expected to be. All rows together verify at most `max_tokens`,
+    their last ones included.
+    """
+    each = jnp.take_along_axis(acceptance, drafts.suffix[:, None], axis=1)
+    depths = jnp.arange(costs.shape[0])
+    is_there = active[:, None] & (depths <= drafts.num[:, None])
+    # At depth 0 it is 1: the token that every step gives.
+    expected = jnp.cumsum(jnp.sum(jnp.where(is_there, each**depths, 0), axis=0))
+    fits = jnp.cumsum(jnp.sum(is_there, axis=0)) <= max_tokens
+    return jnp.argmax(jnp.where(fits | (depths == 0), expected / costs, -1))
+
+
+def learned(
+    acceptance: Float[Array, "rows suffixes"],
+    suffix: Int[Array, " rows"],
+    is_drafted: Bool[Array, " rows"],
+    is_hit: Bool[Array, " rows"],
+) -> Float[Array, "rows suffixes"]:
+    """The acceptance after one more token of the rows that had a draft for it, verified or not."""
+    is_own = is_drafted[:, None] & (jnp.arange(len(SUFFIXES)) == suffix[:, None])
+    return jnp.where(is_own, acceptance + _WEIGHT * (is_hit[:, None] - acceptance), acceptance)
