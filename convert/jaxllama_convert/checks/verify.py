@@ -5,23 +5,25 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from jaxllama.errors import CheckpointError, ConversionError, StoreError, one_line
+from jaxllama.errors import CheckpointError, ConversionError, StoreError, listed, one_line, quote
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import ParamSpec, stored_specs
 from jaxllama.system.progress import OnBytes
 from jaxllama.weights.checkpoint import Checkpoint, find_damage, open_manifest
 from jaxllama.weights.places import PlaceLike
+from jaxllama.weights.sources.adapters.merging import merge_adapters
 from jaxllama.weights.sources.detect import open_source
 from jaxllama.weights.sources.names import match_tensors
 from jaxllama.weights.sources.source import SourceTensor
-from jaxllama.weights.sources.stored import Storage, read_rounded, read_stored
+from jaxllama.weights.sources.stored import Pairs, Storage, read_rounded, read_stored
 
 _BLOCK_BYTES = 8 * 2**20
 
@@ -40,12 +42,17 @@ class Verification:
 
 
 def verify(
-    checkpoint: PlaceLike, against: PlaceLike | None = None, *, progress: OnBytes = lambda done, total, name: None
+    checkpoint: PlaceLike,
+    against: PlaceLike | None = None,
+    *,
+    adapters: Sequence[PlaceLike] = (),
+    progress: OnBytes = lambda done, total, name: None,
 ) -> Verification:
     """Hashes every file of a checkpoint; with `against`, compares every tensor with the source's, bit by bit.
 
-    The source's tensors are converted as the checkpoint's were: to its dtype, and to int8 if its matrices are. A
-    checkpoint with damaged files is compared no further.
+    The source's tensors are converted as the checkpoint's were: with `adapters` merged, which must be those that the
+    manifest names, to its dtype, and to int8 if its matrices are. A checkpoint with damaged files is compared no
+    further.
 
     Raises: CheckpointError for what is no checkpoint; ConversionError, ConfigError or PlaceError for a source that
         cannot be read; StoreError.
@@ -55,15 +62,24 @@ def verify(
     num_bytes = sum(record.size for record in manifest.files.values())
     num_tensors = None
     if against is not None and not problems:
-        num_tensors, problems = _compare(Checkpoint.open(checkpoint), against, progress)
+        num_tensors, problems = _compare(Checkpoint.open(checkpoint), against, adapters, progress)
     return Verification(len(manifest.files), num_bytes, num_tensors, tuple(problems))
 
 
-def _compare(checkpoint: Checkpoint, against: PlaceLike, progress: OnBytes) -> tuple[int, list[str]]:
+def _compare(
+    checkpoint: Checkpoint, against: PlaceLike, adapters: Sequence[PlaceLike], progress: OnBytes
+) -> tuple[int, list[str]]:
     storage = Storage(checkpoint.dtype, checkpoint.manifest.quantize)
     with contextlib.closing(open_source(against)) as source:
-        pairs = match_tensors(LlamaConfig.from_hf(source.config), source.tensors, source.name)
-        problems = list(_differing_files(checkpoint, source.sidecars))
+        pairs: Pairs = match_tensors(LlamaConfig.from_hf(source.config), source.tensors, source.name)
+        merged = merge_adapters(source, pairs, adapters)
+        stored = checkpoint.manifest.source.get("adapters", [])
+        if stored != list(merged.records):
+            return 0, [
+                f"it has the adapters {_names(stored)}, compared is with {_names(merged.records)}: give --adapter"
+            ]
+        pairs = merged.pairs
+        problems = list(_differing_files(checkpoint, merged.source.sidecars))
         reader, num_readers = checkpoint.reader, max(file.place.num_readers for file in source.files)
         done, total = 0, storage.num_bytes(pairs)
         with ThreadPoolExecutor(min(num_readers, 2 * (os.cpu_count() or 1))) as pool:
@@ -78,6 +94,16 @@ def _compare(checkpoint: Checkpoint, against: PlaceLike, progress: OnBytes) -> t
                 done += storage.num_bytes([pair])
                 progress(done, total, f"comparing {pair[0].name}")
     return len(pairs), problems
+
+
+def _names(records: Iterable[Any]) -> str:
+    """Of adapters: what they are called and the beginning of their weights' hashes."""
+    named = [
+        f"{quote(record.get('name'))} ({', '.join(str(file.get('hash'))[:16] for file in record['files'].values())})"
+        for record in records
+        if isinstance(record, Mapping) and isinstance(record.get("files"), Mapping)
+    ]
+    return listed(named) or "none"
 
 
 def _differing_files(checkpoint: Checkpoint, sidecars: Mapping[str, bytes]) -> Iterator[str]:

@@ -21,6 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SRC",
         help="compare every tensor with what it was converted from, bit by bit, after the same conversion",
     )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="PEFT",
+        help="with --against: an adapter that was merged, each in its order (default: none)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
@@ -30,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from jaxllama_convert.checks.verify import verify
 
     with show_bytes("verify", show=False if args.quiet else None) as progress:
-        found = verify(args.checkpoint, args.against, progress=progress)
+        found = verify(args.checkpoint, args.against, adapters=args.adapter, progress=progress)
     for problem in found.problems:
         print(problem)
     compared = f", {found.num_tensors} tensors compared with {args.against}" if found.num_tensors is not None else ""

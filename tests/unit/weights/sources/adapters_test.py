@@ -403,6 +403,18 @@ def test_the_server_and_every_process_of_it_take_adapters(tmp_path, monkeypatch)
     assert cli._settings(args)["the checkpoint"] != cli._settings(plain)["the checkpoint"]
 
 
+def test_a_merged_checkpoint_is_verified_against_its_base_with_its_adapters(tmp_path, capsys):
+    base = write_base(tmp_path / "base", "resized_tied")
+    adapter, other = str(ADAPTERS / "resized_tied"), str(changed(tmp_path, "resized_tied", revision="x"))
+    assert main(["convert", str(base), str(tmp_path / "out"), "--adapter", adapter, "--quantize", "int8"]) == 0
+    against = ["verify", str(tmp_path / "out"), "--against", str(base), "--quiet"]
+    assert main([*against, "--adapter", adapter]) == 0
+    for given in ([], ["--adapter", other], ["--adapter", adapter, "--adapter", adapter]):
+        capsys.readouterr()
+        assert main([*against, *given]) == 1
+        assert "it has the adapters 'resized_tied' (" in capsys.readouterr().out
+
+
 def test_the_commands_take_adapters(tmp_path, capsys):
     base = write_base(tmp_path / "base", "plain")
     adapters = ["--adapter", str(ADAPTERS / "plain"), "--adapter", str(ADAPTERS / "second")]
