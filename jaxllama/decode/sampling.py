@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from jaxllama.decode.params import CONTROLS, MAX_TOP_LOGPROBS
 
@@ -127,14 +127,18 @@ FILTERS: dict[str, Callable[[Array, Array], Array]] = {
 """By the control that asks for it, in their order: what keeps some tokens' logits and masks the others."""
 
 
-def _largest_threshold(logits: Float[Array, "rows vocab"], is_enough: Any) -> Float[Array, "rows 1"]:
+def _largest_threshold(
+    logits: Float[Array, "rows vocab"], is_enough: Callable[[Bool[Array, "rows vocab"]], Bool[Array, " rows"]]
+) -> Float[Array, "rows 1"]:
     """The largest logit t of each row for which `is_enough(logits >= t)`, by bisection on the bits of float32.
 
     32 passes over the vocabulary, each a reduction: no sort, and nothing is gathered when the vocabulary is sharded.
     """
     keys = _ordered_bits(logits)
 
-    def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def halve(
+        _: Any, bounds: tuple[UInt32[Array, " rows"], UInt32[Array, " rows"]]
+    ) -> tuple[UInt32[Array, " rows"], UInt32[Array, " rows"]]:
         low, high = bounds
         middle = low + (high - low) // 2 + (high - low) % 2
         enough = is_enough(keys >= middle[:, None])
@@ -224,7 +228,7 @@ def sample(
     masked = active & s.is_masked
     drawn = active & (controls.temperature > 0)
 
-    def choose(logits: jax.Array) -> jax.Array:
+    def choose(logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
         logits = _when(biased, lambda x: x + s.logit_bias, logits)
         logits = _when(penalised, lambda x: apply_penalties(x, controls, generated_counts, prompt_mask), logits)
         logits = _when(suppressed, lambda x: suppress_stop_ids(x, s.stop_ids, suppressed), logits)
@@ -259,7 +263,10 @@ def _is_on(controls: ControlArrays, name: str) -> Bool[Array, " rows"]:
 
 
 def _when(
-    rows: Bool[Array, " rows"], apply: Callable[..., Array], logits: Float[Array, "rows vocab"], *rest: Array
+    rows: Bool[Array, " rows"],
+    apply: Callable[..., Array],
+    logits: Float[Array, "rows vocab"],
+    *rest: Shaped[Array, " rows"],
 ) -> Float[Array, "rows vocab"]:
     """`apply(logits, *rest)` if it is for any row."""
     changed: Array = jax.lax.cond(jnp.any(rows), apply, lambda x, *_: x, logits, *rest)
@@ -280,7 +287,7 @@ def top_logprobs(
     """Log-probabilities before any bias, penalty, temperature or filter; zeros where none are `wanted`."""
     rows, width = logits.shape[0], min(MAX_TOP_LOGPROBS, logits.shape[1])
 
-    def compute(x: jax.Array) -> TopLogprobs:
+    def compute(x: Float[Array, "rows vocab"]) -> TopLogprobs:
         normaliser = jax.nn.logsumexp(x, axis=1, keepdims=True)
         values, ids = jax.lax.top_k(x, width)
         chosen = jnp.take_along_axis(x, tokens[:, None], axis=1) - normaliser

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Int8
+from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.int8 import quantize_rows
@@ -100,7 +100,7 @@ def write_tokens(
         pages = jnp.append(pages, num_pages)
         slots, kv = (jnp.concatenate((x, x)) for x in (slots, kv))
 
-    def write(old: Array, new: Array) -> Array:
+    def write(old: Shaped[Array, " pages *page"], new: Shaped[Array, " rows *token"]) -> Shaped[Array, " pages *page"]:
         if pool.heads_first:
             return old.at[pages, :, slots].set(new, mode="drop")
         flat = old.reshape(num_pages * page_size, *old.shape[2:])
@@ -126,7 +126,9 @@ def write_pages(
     pages = jax.lax.dynamic_slice_in_dim(page_table, start // page_size, chunk_pages)
     pages = jnp.where(jnp.arange(chunk_pages) * page_size < num_tokens, pages, num_pages)
 
-    def write(old: Array, new: Array) -> Array:
+    def write(
+        old: Shaped[Array, " pages *page"], new: Shaped[Array, " tokens *token"]
+    ) -> Shaped[Array, " pages *page"]:
         new = new.reshape(chunk_pages, page_size, *new.shape[1:])
         return old.at[pages].set(new.swapaxes(1, 2) if pool.heads_first else new, mode="drop")
 
@@ -148,14 +150,16 @@ def clear_pages(
     `mesh` None is one device.
     """
 
-    def clear(pool: KVPool, pages: Array, count: Array, shard: Array) -> KVPool:
+    def clear(pool: KVPool, pages: Int[Array, " some"], count: Int[Array, ""], shard: Int[Array, ""]) -> KVPool:
         count = jnp.where(_owns(shard, mesh), count, 0)
 
-        def clear_in(array: Array) -> Array:
+        def clear_in(array: Shaped[Array, " pages *page"]) -> Shaped[Array, " pages *page"]:
             layers = array.reshape(num_layers, -1, *array.shape[1:])
             zeros = jnp.zeros((num_layers, 1, *array.shape[1:]), array.dtype)
 
-            def clear_one(index: Array, layers: Array) -> Array:
+            def clear_one(
+                index: Int[Array, ""], layers: Shaped[Array, "layers a_layer *page"]
+            ) -> Shaped[Array, "layers a_layer *page"]:
                 return jax.lax.dynamic_update_slice_in_dim(layers, zeros, pages[index], axis=1)
 
             return jax.lax.fori_loop(0, count, clear_one, layers).reshape(array.shape)
@@ -175,7 +179,7 @@ def read_pages(
     Where `pages` is 0 the copy means nothing: no row has page 0. `mesh` None is one device.
     """
 
-    def read(pool: KVPool, pages: Array, shard: Array) -> KVPool:
+    def read(pool: KVPool, pages: Int[Array, " some"], shard: Int[Array, ""]) -> KVPool:
         index = _in_every_layer(pool, pages, num_layers)
         copy = jax.tree.map(lambda part: part[index], pool)
         return copy if _num_shards(mesh) == 1 else jax.tree.map(lambda part: _of_owner(part, shard), copy)
@@ -200,7 +204,7 @@ def put_pages(
     What was read where `pages` is 0 now is left out. `mesh` None is one device.
     """
 
-    def put(pool: KVPool, pages: Array, copy: KVPool, shard: Array) -> KVPool:
+    def put(pool: KVPool, pages: Int[Array, " some"], copy: KVPool, shard: Int[Array, ""]) -> KVPool:
         pages = jnp.where(_owns(shard, mesh), pages, 0)
         index = _in_every_layer(pool, pages, num_layers)
         index = jnp.where(jnp.tile(pages, num_layers) == 0, pool.pages.shape[0], index)
@@ -244,18 +248,18 @@ def _num_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else num_page_shards(mesh)
 
 
-def _owns(shard: Array, mesh: Mesh | None) -> Array | bool:
+def _owns(shard: Int[Array, ""], mesh: Mesh | None) -> Bool[Array, ""] | bool:
     return _num_shards(mesh) == 1 or is_own(shard)
 
 
-def _of_owner(part: Array, shard: Array) -> Array:
+def _of_owner(part: Shaped[Array, " pages *page"], shard: Int[Array, ""]) -> Shaped[Array, " pages *page"]:
     """What `shard` has, bit for bit: a sum of floats would make -0 a 0."""
     bits = jax.lax.bitcast_convert_type(part, jnp.dtype(f"uint{8 * part.dtype.itemsize}"))
     bits = jax.lax.psum(jnp.where(is_own(shard), bits, 0), RULES["pages"])
     return jax.lax.bitcast_convert_type(bits, part.dtype)
 
 
-def _in_every_layer(pool: KVPool, pages: Array, num_layers: int) -> Array:
+def _in_every_layer(pool: KVPool, pages: Int[Array, " some"], num_layers: int) -> Int[Array, " layers*some"]:
     first = jnp.arange(num_layers) * (pool.pages.shape[0] // num_layers)
     return (first[:, None] + pages).ravel()
 

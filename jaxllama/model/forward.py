@@ -94,12 +94,19 @@ class Transformer(nnx.Module):
             if self.has_layer_kernel:
                 return self._run_kernel(weights, x, pool, pages, positions, written, angles, has_rope)
 
-            def within(q: Array, kv: Array, pool: KVPool, pages: Array) -> tuple[Array, KVPool]:
+            def within(
+                q: Float[Array, "rows tokens heads head_dim"],
+                kv: Float[Array, "rows tokens kv2 head_dim"],
+                pool: KVPool,
+                pages: Int[Array, "rows max_pages"],
+            ) -> tuple[Float[Array, "rows tokens heads head_dim"], KVPool]:
                 return attend(q, kv, pool, pages, window)
 
             return DecoderLayer(self.config, weights, self.dtype)(x, angles if has_rope else None, pool, pages, within)
 
-        def layer(index: int, x: Array, pool: KVPool) -> tuple[Array, KVPool]:
+        def layer(
+            index: int, x: Float[Array, "rows tokens embed"], pool: KVPool
+        ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
             pages, config = page_table + index * num_pages, self.config
             x, pool = run(
                 self.layers[index], x, pool, pages, has_rope=config.has_rope(index), window=config.window(index)
@@ -177,10 +184,10 @@ class DecoderLayer(nnx.Module):
         out = sum(part(taken) for part in self.mlp_parts)
         return tap("resid_post", x + tap("mlp_out", self._addend(out, self.mlp_norm))), pool
 
-    def _taken(self, x: Array, norm: RMSNorm) -> Array:
+    def _taken(self, x: Float[Array, "rows tokens embed"], norm: RMSNorm) -> Float[Array, "rows tokens embed"]:
         return x.astype(self.entry_dtype) if self.config.norms_outputs else norm(x)
 
-    def _addend(self, out: Array, norm: RMSNorm) -> Array:
+    def _addend(self, out: Float[Array, "rows tokens embed"], norm: RMSNorm) -> Float[Array, "rows tokens embed"]:
         return _times(norm(out) if self.config.norms_outputs else out, self.config.residual_multiplier)
 
 
@@ -250,7 +257,7 @@ class RMSNorm(nnx.Module):
         return (x * scale * weight.astype(jnp.float32)).astype(self.dtype)
 
 
-def _times(x: Array, factor: float) -> Array:
+def _times(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
     """`x * factor`, without an operation for a factor of 1."""
     return x if factor == 1 else x * factor
 
@@ -270,7 +277,9 @@ def _through_layers(
     plans each loop's memory by itself (see `Platform.layers_per_loop`).
     """
 
-    def run(indices: range, x: Array, pool: KVPool) -> tuple[Array, KVPool]:
+    def run(
+        indices: range, x: Float[Array, "rows tokens embed"], pool: KVPool
+    ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
         for index in indices:
             x, pool = layer(index, x, pool)
         return x, pool
@@ -280,7 +289,9 @@ def _through_layers(
     for first in range(0, num_layers, per_loop):
         indices = range(first, min(first + per_loop, num_layers))
 
-        def body(carry: tuple[Array, Array, KVPool], indices: range = indices) -> tuple[Array, Array, KVPool]:
+        def body(
+            carry: tuple[Int[Array, ""], Float[Array, "rows tokens embed"], KVPool], indices: range = indices
+        ) -> tuple[Int[Array, ""], Float[Array, "rows tokens embed"], KVPool]:
             done, x, pool = carry
             return done + 1, *run(indices, x, pool)
 

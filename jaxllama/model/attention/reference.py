@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxllama.model.cache import KVPool, write_pages, write_tokens
 
@@ -157,7 +157,7 @@ def paged_attention(
     sums = _Sums(jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
     end = positions[:, -1].max() // block + 1
 
-    def first(positions: Array) -> Any:
+    def first(positions: Int[Array, "rows some"]) -> Int[Array, ""] | int:
         """The first block that any of the queries sees."""
         return 0 if window is None else jnp.maximum(positions.min() - window + 1, 0) // block
 
@@ -177,10 +177,12 @@ def paged_attention(
         start = whole if window is None else first(positions)
         return _result(walk(q, positions, start, end, sums), q.dtype)
 
-    def split(x: Array, axis: int) -> Array:
+    def split(x: Shaped[Array, "*shape"], axis: int) -> Shaped[Array, " blocks *block"]:
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, QUERY_BLOCK, *x.shape[axis + 1 :]), axis, 0)
 
-    def rest(part: tuple[Array, Array, _Sums]) -> Array:
+    def rest(
+        part: tuple[Float[Array, "rows some heads head_dim"], Int[Array, "rows some"], _Sums],
+    ) -> Float[Array, "rows some heads head_dim"]:
         q, positions, sums = part
         start = whole if window is None else first(positions)
         return _result(walk(q, positions, start, positions[:, -1].max() // block + 1, sums), q.dtype)
@@ -209,7 +211,7 @@ def _walk(
     window: int | None,
     q: Float[Array, "rows tokens heads head_dim"],
     positions: Int[Array, "rows tokens"],
-    start: Any,
+    start: Int[Array, ""] | int,
     end: Int[Array, ""],
     sums: _Sums,
     *,
@@ -299,7 +301,7 @@ def _read(
 ) -> tuple[Float[Array, "rows size kv2 head_dim"], _Scales]:
     """Blocks of every row, and their scales. `is_own` None: all are."""
 
-    def read(part: Array) -> Array:
+    def read(part: Shaped[Array, " pages *page"]) -> Shaped[Array, "rows size *token"]:
         part = part.at[pages].get(mode="promise_in_bounds")
         part = part.swapaxes(2, 3) if pool.heads_first else part
         part = part.reshape(len(pages), -1, *part.shape[3:])

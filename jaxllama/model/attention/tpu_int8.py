@@ -86,7 +86,7 @@ class Int8TpuAttention(TpuAttention):
         return self.prefill_pages(q, new, copied, own_table, start, num_tokens)[0], pool
 
 
-def _floats(pool: KVPool, dtype: Any) -> Array:
+def _floats(pool: KVPool, dtype: Any) -> Float[Array, "*tokens head_dim"]:
     assert pool.scales is not None
     return (pool.pages.astype(jnp.float32) * pool.scales[..., None]).astype(dtype)
 
