@@ -6,20 +6,17 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from jaxllama.errors import QueueFullError
 from jaxllama_serving.config import ServerConfig
-from jaxllama_serving.http.context import RequestContext
 from jaxllama_serving.metrics import Metrics
 from jaxllama_serving.protocol.errors import unavailable
-from jaxllama_serving.requests.choices import Choices
+from jaxllama_serving.requests.running import RunningRequests
 
 if TYPE_CHECKING:
     from jaxllama import Llama
@@ -38,15 +35,11 @@ class Service:
         self._fingerprint: tuple[int, str] | None = None
         self.started_at = int(time.time())
         self.metrics = Metrics(self._gauges)
+        self.requests = RunningRequests(config.max_pending_tokens, self.metrics)
         # Not among the workers: these wait for the engine, which scores as many at a time as it has rows.
         self.scorer = ThreadPoolExecutor(SCORERS, thread_name_prefix="jaxllama-score")
         self._llama: Llama | None = None
         self._peak_bytes_per_s: float | None = None
-        self._running: set[Choices] = set()
-        self._num_requests = 0
-        self._num_pending_tokens = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
         # Two: tokenising releases the GIL, and a long prompt must not hold up every short one.
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="jaxllama-prepare")
         if llama is not None:
@@ -129,50 +122,10 @@ class Service:
         """Runs `function` off the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, function, *args)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Counts a request as running, so that draining waits for it."""
-        self._num_requests += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._num_requests -= 1
-            if self._num_requests == 0:
-                self._idle.set()
-
-    @contextmanager
-    def holding(self, choices: Choices, context: RequestContext) -> Iterator[Choices]:
-        """Holds a choices's rows, and keeps it where the end of draining finds it. Counts it at its end.
-
-        Raises: QueueFullError.
-        """
-        num_tokens = sum(len(choice.prompt_ids) for choice in choices.all)
-        if self._num_pending_tokens and self._num_pending_tokens + num_tokens > self.config.max_pending_tokens:
-            raise QueueFullError(f"{self._num_pending_tokens} prompt tokens are pending already")
-        with choices:
-            self._running.add(choices)
-            self._num_pending_tokens += num_tokens
-            try:
-                yield choices
-            finally:
-                self._num_pending_tokens -= num_tokens
-                self._running.discard(choices)
-                self.metrics.count_choices(context.num_prompt_tokens, choices, context.started)
-
     async def drain(self, timeout_s: float) -> int:
         """Refuses new requests and waits for the running ones; returns how many had to be ended at the deadline."""
         self.draining = True
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
-            ended = self._num_requests
-            for choices in tuple(self._running):
-                choices.abort(unavailable("The server shut down before this request finished."))
-            await asyncio.wait([asyncio.ensure_future(self._idle.wait())], timeout=1.0)
-            return ended
-        return 0
+        return await self.requests.drain(timeout_s)
 
     async def close(self, app: web.Application) -> None:
         """Lets go of the worker threads; aiohttp calls it at cleanup."""

@@ -38,7 +38,7 @@ async def run_request[P: Prepared](
     """
     service = request.app[SERVICE]
     service.ready_llama()
-    with service.running():
+    with service.requests.counted():
         body = await read_json_body(request, service.config)
         return await _run(request, service, body, prepare, response_type)
 
@@ -74,7 +74,7 @@ async def _run(
                 on_overflow=lambda: abort(request),
                 prediction=response.prediction,
             )
-            with service.holding(choices, context):
+            with service.requests.holding(choices, context):
                 if events is not None:
                     return await _stream(response, choices, events, config)
                 return await _complete(response, choices, service)

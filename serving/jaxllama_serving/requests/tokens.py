@@ -59,7 +59,7 @@ async def _respond(
 ) -> web.Response:
     service = request.app[SERVICE]
     llama = service.ready_llama()
-    with service.running():
+    with service.requests.counted():
         body = await read_json_body(request, service.config)
         answer, ignored = await service.in_worker(work, llama, service.config, body)
     request[CONTEXT].ignore(ignored)

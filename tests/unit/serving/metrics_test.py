@@ -87,7 +87,7 @@ def test_every_request_is_counted_once_by_what_became_of_it():
             asking = asyncio.create_task(live.post())
             await until(lambda: len(llama.engine.rows) == 4)
             asking.cancel()
-            await until(lambda: live.service._num_requests == 0)
+            await until(lambda: live.service.requests.num == 0)
             found = requests_of(await scrape(live))
             chat = "route=/v1/chat/completions"
             assert found == {

@@ -33,7 +33,7 @@ def test_a_client_that_leaves_frees_its_rows_at_once(stream, n):
                 await reader.readuntil(b"data: ")
             writer.close()
             await until(lambda: llama.engine.num_running == 0, 1.0)
-            await until(lambda: live.service._num_requests == 0, 1.0)
+            await until(lambda: live.service.requests.num == 0, 1.0)
             assert (await live.get("/ready"))[0] == 200
 
     run(test())
@@ -62,7 +62,7 @@ async def _stall(llama, **config):
             sock.sendall(request_bytes(stream=True))
             await until(lambda: llama.engine.num_running == 1)
             await until(lambda: llama.engine.num_running == 0, 8.0)
-            await until(lambda: live.service._num_requests == 0, 2.0)
+            await until(lambda: live.service.requests.num == 0, 2.0)
             assert (await live.get("/ready"))[0] == 200
         finally:
             sock.close()

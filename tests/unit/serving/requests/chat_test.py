@@ -360,7 +360,7 @@ def test_too_many_pending_tokens_are_429_but_one_request_alone_always_fits():
             assert int(headers["Retry-After"]) > 0
             assert (await first)[0] == 200
             assert (await live.post({"n": 3}))[0] == 200
-            assert live.service._num_pending_tokens == 0
+            assert live.service.requests.num_pending_tokens == 0
 
     run(test())
 
@@ -371,7 +371,7 @@ def test_a_deadline_is_504_or_an_event():
         async with serving(FakeLlama(first_delay_s=5), **config) as live:
             status, answer, _ = await live.post()
             assert (status, answer["error"]["type"]) == (504, "timeout")
-            await until(lambda: live.service._num_requests == 0, 1.0)
+            await until(lambda: live.service.requests.num == 0, 1.0)
         llama = FakeLlama(repeats=True, delay_s=0.01)
         async with serving(llama, **config) as live:
             events = await live.events()

@@ -157,7 +157,7 @@ def test_scoring_ends_when_nobody_waits_and_does_not_hold_up_the_server():
             await until(lambda: llama.num_scored > 2)
             assert (await live.post())[0] == 200
             asking.cancel()
-            await until(lambda: live.service._num_requests == 0)
+            await until(lambda: live.service.requests.num == 0)
             await asyncio.sleep(0.1)
             scored = llama.num_scored
             await asyncio.sleep(0.1)
