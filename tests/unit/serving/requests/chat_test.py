@@ -78,7 +78,7 @@ def test_a_prediction_reaches_every_choice_and_the_usage_tells_what_it_saved():
     llama = FakeLlama()
     parts = [{"type": "text", "text": "The capital "}, {"type": "text", "text": "is Rome."}]
     answer = answer_of(llama, prediction={"type": "content", "content": parts}, n=2)
-    predicted = llama.tokenizer.encode("The capital is Rome.")
+    predicted = llama.tokenizer.encode("The capital is Rome.", add_bos=False)
     assert llama.engine.predictions == [predicted, predicted]
     details = answer["usage"]["completion_tokens_details"]
     assert details["accepted_draft_tokens"] == details["accepted_prediction_tokens"]
