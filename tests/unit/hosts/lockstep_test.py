@@ -442,6 +442,12 @@ def test_two_processes_answer_as_one_each_reading_its_own_shards(model, cache, t
     try:
         processes[0].wait_for("Ready in")
         assert answers(processes[0]) == expected
+        status, scored = processes[0].fetch("/v1/chat/completions", {"prompt_logprobs": 0, "max_tokens": 1})
+        assert status == 200, scored
+        first, *others = scored["prompt_logprobs"]
+        assert first is None
+        assert len(others) == scored["usage"]["prompt_tokens"] - 1
+        assert all(entry["logprob"] < 0 for each in others for entry in each.values())
         # A follower's signal alone changes nothing; process 0's ends both.
         processes[1].process.send_signal(signal.SIGTERM)
         processes[1].wait_for("Process 0 decides", 5)
