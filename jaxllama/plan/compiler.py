@@ -88,10 +88,9 @@ def compile_program(setup: Setup, program: str) -> Compiled:
     """
     if not is_available():
         raise CompilerError(MISSING)
-    job = dataclasses.asdict(setup) | {"topology": setup.topology.name, "program": program}
     done = subprocess.run(
         [sys.executable, "-m", "jaxllama.plan.compiler"],
-        input=json.dumps(job),
+        input=written(setup, program),
         env=os.environ | _ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -117,14 +116,26 @@ def compile_program(setup: Setup, program: str) -> Compiled:
     return Compiled(**result)
 
 
+def written(setup: Setup, program: str) -> str:
+    """What the compiler's process is told."""
+    return json.dumps(dataclasses.asdict(setup) | {"topology": setup.topology.name, "program": program})
+
+
+def read(text: str) -> tuple[Setup, str]:
+    """What `written` wrote."""
+    job = json.loads(text)
+    program, topology, config = job.pop("program"), Topology.parse(job.pop("topology")), _with_tuples(job.pop("config"))
+    config["rope"] = RopeScaling(**_with_tuples(config["rope"]))
+    return Setup(config=LlamaConfig(**config), topology=topology, **job), program
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows lists alone, and a configuration is hashed."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
 def _main() -> None:
-    job = json.load(sys.stdin)
-    program = job.pop("program")
-    config = job.pop("config")
-    config["rope"] = RopeScaling(**config["rope"])
-    config["eos_token_ids"] = tuple(config["eos_token_ids"])
-    topology = Topology.parse(job.pop("topology"))
-    setup = Setup(config=LlamaConfig(**config), topology=topology, **job)
+    setup, program = read(sys.stdin.read())
     try:
         result: dict[str, Any] = dataclasses.asdict(_compile(setup, program))
     except PlanError as error:

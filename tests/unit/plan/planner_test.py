@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from oracle.tiny_families import TINY_FAMILIES
 
 from jaxllama import LlamaConfig
 from jaxllama.errors import PlanError
 from jaxllama.model.platforms.chips import GENERATIONS
 from jaxllama.plan import Plan, Setup, Topology, as_json, candidates, plan, planner, roofline, search
-from jaxllama.plan.compiler import Compiled, CompilerError, compile_program
+from jaxllama.plan.compiler import Compiled, CompilerError, compile_program, read, written
 from jaxllama.plan.measure import LargeCopy, Measurement
 from jaxllama.plan.report import as_table, as_text
 from jaxllama.plan.setup import resident_bytes
@@ -352,6 +353,16 @@ def test_an_unknown_topology_lists_the_known(name):
         Topology.parse(name)
     for part in (repr(name), "v6e: 1x1, 2x2, 2x4", "v5p: 1x1x1", "tpu7x"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [*TINY_FAMILIES, None])
+def test_a_setup_survives_the_way_to_the_compiler_s_process(name):
+    """A configuration is static under `jax.jit`: it must be hashable there too."""
+    config = LLAMA_70B if name is None else LlamaConfig.from_hf(TINY_FAMILIES[name])
+    planned = setup("v6e:2x2", config, rows=2, context=64, prompt_tokens=32)
+    told = read(written(planned, "decode"))
+    assert told == (planned, "decode")
+    assert hash(told[0]) == hash(planned)
 
 
 def test_devices_and_chips_differ_where_a_chip_has_two():
