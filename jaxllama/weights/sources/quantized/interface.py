@@ -38,10 +38,17 @@ class QuantizedTensor(SourceTensor):
         return True
 
     def part(self, start: int, stop: int) -> SourceTensor:
-        """Raises: ConversionError, for the values of several matrices may be quantised together."""
-        raise ConversionError(
-            f"{self.file.path}: {self.name} holds several matrices and is quantised, which is not supported; convert "
-            "from the unquantised weights"
+        """Rows `[start, stop)`, dequantised beside the others: several matrices that were quantised as one."""
+        kind = Int8RowsOf if isinstance(self, Int8Tensor) else RowsOf
+        return kind(
+            name=self.name,
+            file=self.file,
+            offset=self.offset,
+            num_bytes=self.num_bytes * (stop - start) // self.shape[0],
+            shape=(stop - start, *self.shape[1:]),
+            dtype=self.dtype,
+            whole=self,
+            first=start,
         )
 
     @abstractmethod
@@ -56,6 +63,29 @@ class Int8Tensor(QuantizedTensor):
     @abstractmethod
     def read_int8_rows(self, start: int, stop: int, *, hashed: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Rows `[start, stop)` as they are stored: int8 `[rows, in]` and float32 scales `[rows]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsOf(QuantizedTensor):
+    """Rows of the matrix `whole`, from `first` on."""
+
+    whole: Any
+    first: int
+
+    def read_rows(self, start: int, stop: int, *, hashed: bool = True) -> np.ndarray:
+        """As the whole matrix gives them."""
+        rows: np.ndarray = self.whole.read_rows(self.first + start, self.first + stop, hashed=hashed)
+        return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8RowsOf(RowsOf, Int8Tensor):
+    """Rows of an int8 matrix."""
+
+    def read_int8_rows(self, start: int, stop: int, *, hashed: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """As the whole matrix gives them."""
+        values, scales = self.whole.read_int8_rows(self.first + start, self.first + stop, hashed=hashed)
+        return values, scales
 
 
 class Format(Protocol):

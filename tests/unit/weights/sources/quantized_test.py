@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Mapping
@@ -88,6 +89,28 @@ def test_values_are_those_of_the_formats_own_library(tmp_path: Path, case: str) 
         assert digest(whole) == want["sha256"], name
         for step in (1, 7, 40):
             assert np.array_equal(read(source, name, step), whole), f"{name} in slices of {step}"
+    source.close()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_several_matrices_that_were_quantised_as_one_come_apart(tmp_path: Path, case: str) -> None:
+    """Phi-3's q, k and v, and its gate and up."""
+    source = open_source(write_case(tmp_path / "in", case))
+    for name in CASES[case]["values"]:
+        tensor = source.tensors[name]
+        whole = read(source, name, tensor.shape[0])
+        edges = [0, 5, tensor.shape[0] - 8, tensor.shape[0]]
+        for start, stop in itertools.pairwise(edges):
+            part = tensor.part(start, stop)
+            assert part.shape == (stop - start, tensor.shape[1])
+            assert part.is_readable
+            cut = [part.read_rows(at, at + 1, hashed=False) for at in range(stop - start)]
+            assert np.array_equal(np.concatenate(cut), whole[start:stop]), name
+            if isinstance(tensor, Int8Tensor):
+                assert isinstance(part, Int8Tensor)
+                stored = part.read_int8_rows(0, stop - start, hashed=False)
+                for got, want in zip(stored, tensor.read_int8_rows(start, stop, hashed=False), strict=True):
+                    assert np.array_equal(got, want)
     source.close()
 
 
