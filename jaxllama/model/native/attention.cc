@@ -295,9 +295,71 @@ struct Attention {
     return Find(some, segment * kSegment, std::min((segment + 1) * kSegment, End(some)));
   }
 
+  // Whether so few queries share a head that to pack its values would take longer than to multiply with them.
+  bool AddsDirectly(int64_t per_head) const {
+#if defined(__AVX2__)
+    constexpr bool kCan = std::is_same_v<KV, BFloat16> && std::is_same_v<X, float>;
+    return kCan && per_head <= kMaxRows && head_dim % kBlockLanes == 0;
+#else
+    return false;
+#endif
+  }
+
+  // The sums of packed values, bit for bit, straight from the cache.
+  void AddValues(int64_t rows, const Block<KV>& block, int64_t row, const X* probs, const float* decays,
+                 float* weighted) const {
+#if defined(__AVX2__)
+    if constexpr (std::is_same_v<KV, BFloat16> && std::is_same_v<X, float>) {
+      const auto add = [&](auto count) { AddValuesOf<count>(block, row, probs, decays, weighted); };
+      switch (rows) {
+        case 1: return add(std::integral_constant<int, 1>());
+        case 2: return add(std::integral_constant<int, 2>());
+        case 3: return add(std::integral_constant<int, 3>());
+        case 4: return add(std::integral_constant<int, 4>());
+        case 5: return add(std::integral_constant<int, 5>());
+        default: return add(std::integral_constant<int, 6>());
+      }
+    }
+#endif
+  }
+
+#if defined(__AVX2__)
+  template <int R>
+  void AddValuesOf(const Block<KV>& block, int64_t row, const float* probs, const float* decays,
+                   float* weighted) const {
+    for (int64_t d = 0; d < head_dim; d += kBlockLanes) {
+      __m256 even[R], odd[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const __m256 decay = _mm256_set1_ps(decays[r]);
+        even[r] = _mm256_loadu_ps(weighted + r * padded_dim + d) * decay;
+        odd[r] = _mm256_loadu_ps(weighted + r * padded_dim + d + 8) * decay;
+      }
+      const auto add = [&](int64_t k, EightWords pair) __attribute__((always_inline)) {
+        const auto first = (__m256)(pair << 16), second = (__m256)(pair & 0xffff0000u);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const __m256 p = _mm256_set1_ps(probs[r * kBlock + k]);
+          even[r] = _mm256_fmadd_ps(p, first, even[r]);
+          odd[r] = _mm256_fmadd_ps(p, second, odd[r]);
+        }
+      };
+      for (int64_t k = 0; k < block.count; ++k) add(k, Load<EightWords>(block.Row(k, row) + d));
+      // Packed, the last of an odd count has a 0 beside it.
+      if (block.count % 2 != 0) add(block.count, EightWords{});
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        _mm256_storeu_ps(weighted + r * padded_dim + d, even[r]);
+        _mm256_storeu_ps(weighted + r * padded_dim + d + 8, odd[r]);
+      }
+    }
+  }
+#endif
+
   // What they see of the keys of one segment. `after` is what this thread reads next.
   __attribute__((noinline)) void See(const Queries& some, int64_t segment, const Block<KV>& after, Seen* seen) const {
     const int64_t per_head = some.num_tokens * group;
+    const bool adds_directly = AddsDirectly(per_head);
     Packer<KV> packer(head_dim);
     thread_local std::vector<X> queries, probs;
     thread_local std::vector<char> keys, values;
@@ -330,7 +392,7 @@ struct Attention {
       for (int64_t head = 0; head < some.num_heads; ++head) {
         for (int64_t k = 0; k < block.count; k += kBlockLanes) {
           packer.Keys(block, k, 2 * head, &keys[head * packer.keys_bytes()]);
-          packer.Values(block, k, 2 * head + 1, &values[head * packer.values_bytes()]);
+          if (!adds_directly) packer.Values(block, k, 2 * head + 1, &values[head * packer.values_bytes()]);
           fetch.UpTo(head * kBlock + k + kBlockLanes, some.num_heads * kBlock);
         }
       }
@@ -353,6 +415,10 @@ struct Attention {
           for (int64_t r = 0; r < rows; ++r) {
             decays[r] = Softmax(&scores[r * kBlock], key_scales, value_scales, visible[i + r] - first, scale,
                                 &seen->largest[i + r], &seen->total[i + r], &probs[r * kBlock]);
+          }
+          if (adds_directly) {
+            AddValues(rows, block, 2 * head + 1, probs.data(), decays, &seen->weighted[i * padded_dim]);
+            continue;
           }
           Rows<Lines, Start::kScaled>(rows, probs.data(), kBlock, &values[head * packer.values_bytes()],
                                       packer.value_block_bytes(), padded_dim / kBlockLanes, value_lines,
