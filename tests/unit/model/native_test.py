@@ -25,7 +25,7 @@ from jaxllama.model.cache import KVPool
 from jaxllama.model.int8 import quantize_rows
 from jaxllama.model.linear import Linear
 from jaxllama.model.mesh import param_shardings
-from jaxllama.model.native import PackedWeight, library, pack
+from jaxllama.model.native import PackedWeight, library, pack, packing
 from jaxllama.model.params import Params, QuantizedWeight, get_param, param_specs
 from jaxllama.model.platforms.describe import describe_platform
 from jaxllama.weights.forms import fit, unpack
@@ -418,3 +418,14 @@ def test_rows_that_do_not_count_are_left_out(weights):
         for got, want in zip(native.multiply(x, *several, count=jnp.int32(count)), whole, strict=True):
             np.testing.assert_array_equal(got[:count], want[:count])
             np.testing.assert_array_equal(got[count:], 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("shape", [(16, 8), (48, 1000), (2048, 516), (17, 8), (32, 9)])
+def test_what_numpy_packs_has_the_bits_of_what_xla_packs(shape, dtype):
+    matrix = jnp.asarray(np.random.default_rng(0).integers(-100, 100, shape), dtype)
+    packed = packing.pack(matrix)
+    want = packing._pack(matrix)
+    assert (packed.lines.shape, packed.lines.dtype) == (want.shape, want.dtype)
+    assert np.asarray(packed.lines).tobytes() == np.asarray(want).tobytes()
+    assert np.asarray(packing.unpack(packed)).tobytes() == np.asarray(matrix).tobytes()
