@@ -55,6 +55,7 @@ from jaxllama.errors import (
 from jaxllama.hosts.group import Group
 from jaxllama.hosts.lockstep import Leading, check_processes, follow
 from jaxllama.model.config import LlamaConfig
+from jaxllama.model.mesh import uneven_splits
 from jaxllama.model.params import Params
 from jaxllama.model.platforms.describe import describe_platform
 from jaxllama.system.memory import give_back
@@ -79,6 +80,8 @@ class Engine:
         self.group = group
         self.max_context = min(options.max_context or config.max_position_embeddings, config.max_position_embeddings)
         self.kv_dtype = jnp.dtype(options.kv_dtype or params["norm"].dtype)
+        for note in uneven_splits(config, mesh):
+            logger.info("%s", note)
         self.platform = platform = describe_platform(config, mesh, dtype=params["norm"].dtype, kv_dtype=self.kv_dtype)
         self.sizes = sizes = size_engine(
             max_rows=options.max_rows,

@@ -33,7 +33,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "head_dim": (),
     "embed_scale": (),
 }
-"""Which mesh axes split each logical axis. An axis whose number of units they do not divide is replicated."""
+"""Which mesh axes split each logical axis. Query heads that they do not divide are split over the first alone, which
+the number of KV heads divides; another axis whose number of units they do not divide is replicated."""
 
 
 def make_mesh(
@@ -95,7 +96,9 @@ def partition_spec(
         if name is not None and name not in RULES:
             raise ConfigError(f"unknown logical axis {name!r}; known: {', '.join(RULES)}")
         mesh_axes = splitting(RULES.get(name or "", ()), mesh)
-        if not mesh_axes or units[name or ""] % math.prod(mesh.shape[axis] for axis in mesh_axes):
+        while mesh_axes and units[name or ""] % math.prod(mesh.shape[axis] for axis in mesh_axes):
+            mesh_axes = mesh_axes[:-1] if name == "heads" else ()
+        if not mesh_axes:
             entries.append(None)
             continue
         if taken & set(mesh_axes):
@@ -105,6 +108,24 @@ def partition_spec(
         taken |= set(mesh_axes)
         entries.append(mesh_axes)
     return PartitionSpec(*entries)
+
+
+def uneven_splits(config: LlamaConfig, mesh: Mesh) -> list[str]:
+    """What of the model the devices do not divide, in words: such weights are on several devices each.
+
+    KV heads are not told: `rep` is there for devices beyond their number.
+    """
+    tp = mesh.shape["kv"] * mesh.shape["rep"]
+    units = {"heads": config.num_heads, "ffn": config.intermediate_size, "vocab": config.vocab_size}
+    words = {"heads": "query heads", "ffn": "feed-forward columns", "vocab": "tokens"}
+    found = []
+    for name, count in units.items():
+        (entry,) = partition_spec((name,), config, mesh)
+        axes = (entry,) if isinstance(entry, str) else entry or ()
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if parts != tp:
+            found.append(f"{count:,} {words[name]} are split over {parts} of {tp} devices: {tp // parts} hold the same")
+    return found
 
 
 def param_shardings(config: LlamaConfig, mesh: Mesh, quantize: str | None = None) -> Params:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxllama.errors import PlanError
+from jaxllama.model.mesh import uneven_splits
 from jaxllama.model.params import num_params
 from jaxllama.plan import roofline
 from jaxllama.plan.compiler import MISSING, Compiled, CompilerError, compile_program, is_available
 from jaxllama.plan.measure import Measurement
-from jaxllama.plan.setup import Setup, resident_bytes
+from jaxllama.plan.setup import Setup, as_mesh, resident_bytes
 from jaxllama.plan.topology import all_topologies
 
 MAX_ROWS = 2**16
@@ -163,7 +164,11 @@ def _plan(setup: Setup, compiled: Mapping[str, Compiled], notes: list[str], doll
         ),
         compiled=compiled,
         dollars_per_chip_hour=dollars,
-        notes=tuple(notes + (_basis(setup, measured["decode"] if is_compiled else None) if fits else [])),
+        notes=tuple(
+            notes
+            + (_basis(setup, measured["decode"] if is_compiled else None) if fits else [])
+            + uneven_splits(setup.config, as_mesh(setup))
+        ),
     )
 
 

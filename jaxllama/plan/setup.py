@@ -104,7 +104,7 @@ class Setup:
             max_context=self.context,
             page_size=self.page_size,
             chunk_sizes=(self.chunk_tokens,),
-            num_shards=num_page_shards(_as_mesh(self)),
+            num_shards=num_page_shards(as_mesh(self)),
             tokens_per_row=self.context,
         )
 
@@ -149,7 +149,7 @@ class ResidentBytes:
 def resident_bytes(setup: Setup) -> ResidentBytes:
     """Exact for the library's arrays and shardings, without the padding of their tiles."""
     shapes = setup.state_shapes()
-    shardings = state_shardings(setup.config, _as_mesh(setup), shapes)
+    shardings = state_shardings(setup.config, as_mesh(setup), shapes)
     pool = sum(map(_shard_bytes, jax.tree.leaves(shapes.pool), jax.tree.leaves(shardings.pool)))
     everything = sum(map(_shard_bytes, jax.tree.leaves(shapes), jax.tree.leaves(shardings)))
     return ResidentBytes(weight_bytes(setup), pool, everything - pool)
@@ -179,7 +179,8 @@ def kv_bytes_per_token(setup: Setup) -> float:
     return cache.kv_bytes_per_token(setup.config, setup.kv_dtype) / int(setup.mesh.shape["kv"])
 
 
-def _as_mesh(setup: Setup) -> Any:
+def as_mesh(setup: Setup) -> Any:
+    """The setup's mesh where a real one is asked for."""
     # Sharding rules only read a mesh's shape, which an abstract one has.
     return setup.mesh
 

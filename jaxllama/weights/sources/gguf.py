@@ -105,7 +105,7 @@ def open_gguf(place: Place, name: str) -> Source:
     # The first part has the metadata; tensors may be in any.
     header = GgufHeader(headers[0].metadata, {name: t for part in headers for name, t in part.tensors.items()})
     architecture: Any = header.metadata.get("general.architecture")
-    if architecture not in _ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
         raise ConfigError(
             f"{path}: architecture {quote(architecture)} is not supported; supported: {', '.join(_ARCHITECTURES)}"
         )

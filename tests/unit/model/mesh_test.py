@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import reference
 import tiny
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxllama import EngineOptions, SamplingParams
 from jaxllama.decode.state import make_state, state_shapes, state_shardings
 from jaxllama.errors import ConfigError
-from jaxllama.model.mesh import MESH_AXES, RULES, make_mesh, param_shardings, partition_spec
+from jaxllama.model.mesh import MESH_AXES, RULES, make_mesh, mesh_shape, param_shardings, partition_spec, uneven_splits
 from jaxllama.model.params import get_param, param_specs
 
 pytestmark = pytest.mark.optimized
@@ -99,9 +99,32 @@ def test_what_the_mesh_does_not_divide_is_replicated():
     shardings = param_shardings(config, mesh)
     layer = shardings["layers"][0]
     assert shardings["embed_tokens"].is_fully_replicated
-    assert layer["q_proj"].is_fully_replicated
+    assert layer["q_proj"].spec == PartitionSpec(("kv",), None), "as far as the KV heads are"
     assert layer["k_proj"].spec == PartitionSpec(("kv",), None)
     assert layer["down_proj"].spec == PartitionSpec(None, ("kv", "rep"))
+
+
+# Query and KV heads of R1-Distill-Qwen 1.5B, 7B, 14B and 32B, and of a 70B: how many ways so many devices split them.
+@pytest.mark.parametrize(
+    ("heads", "parts"),
+    [
+        ((12, 2), {1: 1, 2: 2, 4: 4, 8: 2, 16: 2}),
+        ((28, 4), {1: 1, 2: 2, 4: 4, 8: 4, 16: 4}),
+        ((40, 8), {1: 1, 2: 2, 4: 4, 8: 8, 16: 8}),
+        ((64, 8), {1: 1, 2: 2, 4: 4, 8: 8, 16: 16}),
+    ],
+)
+def test_heads_that_devices_do_not_divide_are_on_several_and_it_is_said(heads, parts):
+    config = dataclasses.replace(EIGHT, num_heads=heads[0], num_kv_heads=heads[1], intermediate_size=64)
+    config = dataclasses.replace(config, vocab_size=160)
+    for tp, want in parts.items():
+        mesh = AbstractMesh(mesh_shape(config, tp=tp, data=1), MESH_AXES)
+        (entry,) = partition_spec(("heads",), config, mesh)
+        axes = (entry,) if isinstance(entry, str) else entry or ()
+        assert math.prod(mesh.shape[axis] for axis in axes) == want
+        told = [note for note in uneven_splits(config, mesh) if "query heads" in note]
+        same = f"{heads[0]} query heads are split over {want} of {tp} devices: {tp // want} hold the same"
+        assert told == ([] if want == tp else [same])
 
 
 @pytest.mark.parametrize(
