@@ -106,6 +106,9 @@ def test_systemd_finds_a_fault(tmp_path, broken):
     assert UNIT.name in verify(UNIT.read_text().replace("UMask=0077", broken), tmp_path)
 
 
-def test_the_readme_installs_the_keys_for_root_alone():
+def test_the_tutorial_installs_the_keys_for_root_alone():
     path = directives(UNIT.read_text())["EnvironmentFile"]
-    assert f"install -D -m 600 -o root -g root /dev/stdin {path}" in (ROOT / "serving" / "README.md").read_text()
+    assert (
+        f"install -D -m 600 -o root -g root /dev/stdin {path}"
+        in (ROOT / "docs" / "tutorials" / "tpu-vm.md").read_text()
+    )

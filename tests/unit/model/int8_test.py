@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from jaxllama.model.params import (
     stored_specs,
 )
 from jaxllama.model.platforms.cpu import PLAIN
+from jaxllama.weights.arrays import files as array_files
 from jaxllama.weights.checkpoint import MANIFEST, Checkpoint
 from jaxllama.weights.forms import unpack
 from jaxllama.weights.loading import load_params, restore_params
@@ -295,21 +298,20 @@ def test_plain_orbax_restores_an_int8_checkpoint(tmp_path, source):
 
 
 def test_an_interrupted_conversion_to_int8_resumes(tmp_path, source, monkeypatch):
-    from jaxllama_convert import convert, write
+    from jaxllama_convert import convert
 
     convert(source, tmp_path / "whole", quantize="int8")
-    read, calls = write._read_tensor, []
+    calls: list[int] = []
 
-    def fail_late(*args):
-        calls.append(args)
-        if len(calls) == 9:
-            raise OSError(28, "No space left on device", str(tmp_path))
-        return read(*args)
+    def fsync(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 30:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(write, "_read_tensor", fail_late)
-    with pytest.raises(ConversionError, match="resume"):
-        convert(source, tmp_path / "c", quantize="int8")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(array_files.os, "fsync", fsync)
+        with pytest.raises(ConversionError, match="resume"):
+            convert(source, tmp_path / "c", quantize="int8")
     # What was staged as int8 is of no use for another format.
     assert convert(source, tmp_path / "c", quantize="int8", verify=True).num_resumed > 4
     files = [Checkpoint.open(tmp_path / name).manifest.files for name in ("whole", "c")]

@@ -97,7 +97,9 @@ def check_completions(client: openai.OpenAI) -> None:
     assert answer.object == "text_completion"
     assert [choice.text for choice in answer.choices] == ["aParis is nice.", "bcParis is nice."]
     lists = answer.choices[1].logprobs
-    assert len(lists.tokens) == len(lists.token_logprobs) == len(lists.top_logprobs) == len(lists.text_offset) == 7
+    # The prompt's, the answer's and the stop token's, which has an entry beside an echo: lm-eval counts on one.
+    assert len(lists.tokens) == len(lists.token_logprobs) == len(lists.top_logprobs) == len(lists.text_offset) == 8
+    assert lists.token_logprobs[-1] is not None
     texts = ["", ""]
     for chunk in client.completions.create(model="default", prompt=[[5], [5, 5]], stream=True):
         for choice in chunk.choices:
