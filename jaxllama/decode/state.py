@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllama.decode.drafts import FIRST_ACCEPTANCE, SUFFIXES
@@ -183,13 +183,19 @@ def state_shapes(
 
 
 def state_shardings(config: LlamaConfig, mesh: Mesh, shapes: DecodeState) -> DecodeState:
-    """Rows over `data`, pages over `data` and `rep`, KV heads over `kv`, vocabulary over `kv` and `rep`."""
+    """Rows over `data`, pages over `data` and `rep`, KV heads over `kv`, vocabulary over `kv` and `rep`.
+
+    What has no element is everywhere: that is how a program gives it back, and with another sharding all would compile
+    a second time.
+    """
     axes = DecodeState(
         pool=kv_pool_axes(shapes.pool.pages.dtype),
         page_table=("rows", None),  # type: ignore[arg-type]
         rows=jax.tree.map(lambda leaf: ("rows", *(dim if dim in _SPLIT else None for dim in leaf.dims)), _ROW),
     )
     shardings: DecodeState = _shardings(axes, config, mesh, num_rows=shapes.page_table.shape[0])
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda shape, where: where if shape.size else everywhere, shapes, shardings)
     return shardings
 
 
