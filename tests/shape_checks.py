@@ -3,6 +3,9 @@ sizes of one call agree."""
 
 from __future__ import annotations
 
+import jax
+import jaxtyping
+import numpy as np
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
@@ -14,4 +17,6 @@ check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 def install() -> None:
     """Call it before anything of `PACKAGES` is imported. Programs are checked while they are traced."""
+    # A program takes NumPy's arrays too.
+    jaxtyping.Array = jax.Array | np.ndarray  # type: ignore[misc,assignment]
     install_import_hook(PACKAGES, "shape_checks.check")

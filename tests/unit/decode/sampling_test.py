@@ -506,7 +506,7 @@ def test_a_vanishing_temperature_is_greedy(temperature):
 def test_logprobs_are_of_the_raw_logits_and_sorted():
     logits = np.stack([random_logits(i) for i in range(6)])
     tokens = np.array([0, 5, 256, 100, 7, 3], np.int32)
-    got = jax.jit(top_logprobs)(logits, tokens, np.bool_(True))
+    got = jax.jit(top_logprobs)(logits, tokens, np.array(True))
     want = np.stack([reference.log_probabilities(row) for row in logits])
     np.testing.assert_allclose(got.chosen, want[np.arange(6), tokens], atol=1e-5)
     np.testing.assert_array_equal(got.ids, np.argsort(-logits, axis=1, kind="stable")[:, :20])
@@ -516,14 +516,14 @@ def test_logprobs_are_of_the_raw_logits_and_sorted():
 
 def test_logprobs_fit_a_vocabulary_below_twenty():
     logits = np.stack([random_logits(i, vocab=6) for i in range(2)])
-    got = top_logprobs(logits, np.array([1, 2], np.int32), np.bool_(True))
+    got = top_logprobs(logits, np.array([1, 2], np.int32), np.array(True))
     assert got.ids.shape == (2, 6)
     np.testing.assert_allclose(np.exp(got.values).sum(axis=1), 1, rtol=1e-5)
 
 
 def test_logprobs_of_huge_logits_stay_finite():
     logits = np.stack([random_logits(0) * 1e4, random_logits(1) - 1e6]).astype(np.float32)
-    got = top_logprobs(logits, np.array([1, 2], np.int32), np.bool_(True))
+    got = top_logprobs(logits, np.array([1, 2], np.int32), np.array(True))
     assert np.isfinite(got.chosen).all()
     assert np.isfinite(got.values).all()
 
