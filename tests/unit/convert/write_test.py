@@ -185,7 +185,7 @@ def test_a_full_disk_says_so_and_resumes(tmp_path: Path, monkeypatch: pytest.Mon
             convert(tmp_path / "src", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     report = convert(tmp_path / "src", tmp_path / "out")
-    assert 5 < report.num_resumed < 20
+    assert 0 < report.num_resumed < 20
     assert_same(restored(tmp_path / "out"), want)
 
 
