@@ -47,7 +47,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a reader would be: with the model, and a batch's input."""
     path = tmp_path_factory.mktemp("reader")
     (path / "models").mkdir()
-    (path / "smollm2").symlink_to(CHECKPOINT)
     (path / "models" / CHECKPOINT.name).symlink_to(CHECKPOINT)
     (path / "in.jsonl").write_text(
         '{"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": '
@@ -65,7 +64,7 @@ def port(folder: Path, environment: dict[str, str]) -> Iterator[int]:
         "-m",
         "jaxllama",
         "serve",
-        "smollm2",
+        f"models/{CHECKPOINT.name}",
         "--port",
         str(port),
         "--served-model-name",
