@@ -130,6 +130,12 @@ class Llama(Laboratory):
         if group is not None and not group.is_leader:
             answer_saves(config, params, group)
 
+    def __repr__(self) -> str:
+        """What a notebook shows: where the model is from, its size, and where it is spread."""
+        name = f"{self.checkpoint.path}: " if self.checkpoint else ""
+        axes = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+        return f"Llama({name}{self.num_params:,} parameters on {self.mesh.devices.flat[0].platform}, mesh {axes})"
+
     @property
     def max_context(self) -> int:
         """The most tokens that a prompt and its output may have together."""

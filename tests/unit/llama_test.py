@@ -58,6 +58,10 @@ def scripted(tokenizer_folder: Path) -> Iterator[Llama]:
         yield llama
 
 
+def test_a_notebook_shows_the_model_s_size_and_mesh(llama: Llama):
+    assert repr(llama) == f"Llama({llama.num_params:,} parameters on cpu, mesh data 1, kv 1, rep 1)"
+
+
 # ---- Whole, streamed and by hand ----
 
 

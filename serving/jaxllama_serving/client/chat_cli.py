@@ -36,7 +36,7 @@ Enter sends, Alt-Enter begins a new line, Ctrl-C stops an answer, Ctrl-D leaves.
 /fold on|off      whether reasoning becomes one line when the answer begins
 /save FILE        writes the conversation: .md as Markdown, else as JSON
 /load FILE        goes on with one that was saved as JSON
-/quit             leaves
+/quit, /exit      leaves
 """
 _HISTORY = Path("~/.cache/jaxllama/chat_history")
 
@@ -121,7 +121,7 @@ class Chat:
         if is_terminal:
             self._console.print(f"{self._conversation.model}: /help lists the commands", style="dim", highlight=False)
         async for line in _typed_lines() if is_terminal else _piped_lines():
-            if line.strip() == "/quit":
+            if line.strip() in ("/quit", "/exit"):
                 break
             await self._take(line.strip())
         return 0
