@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from jaxllama.errors import JaxLlamaError
 
@@ -29,7 +30,7 @@ class ServerConfig:
     needed. `peak_bandwidth` is that of one device's memory in GB/s; None: what is known of it. `request_timeout_s` None
     means no deadline. Past `max_pending_tokens`, prompt tokens of all running and waiting requests, another is refused.
     A stream whose reader is more than `max_stream_tokens` tokens behind, or takes nothing for `write_timeout_s`, is
-    dropped.
+    dropped. With a `profile_dir` whoever has a key may have traces recorded there.
 
     Raises: ServerConfigError naming the field, its range and the value.
     """
@@ -43,6 +44,7 @@ class ServerConfig:
     price_output: float | None = None
     peak_bandwidth: float | None = None
     exit_on_engine_failure: bool = False
+    profile_dir: Path | None = None
     generation_config: str = "none"
     strict_length: bool = False
     strict_fields: bool = False
@@ -71,6 +73,11 @@ class ServerConfig:
             raise ServerConfigError(f"reasoning_field must be one of {REASONING_FIELDS}, got {self.reasoning_field!r}")
         if self.tool_parser is not None and self.tool_parser not in TOOL_PARSERS:
             raise ServerConfigError(f"tool_parser must be one of {TOOL_PARSERS}, got {self.tool_parser!r}")
+        if self.profile_dir is not None and not self.api_keys:
+            raise ServerConfigError(
+                "profile_dir needs API keys: without one anybody who reaches the server could fill the disk. "
+                "Give --api-key-file or JAXLLAMA_API_KEYS"
+            )
         bounds = {
             "port": (0, 65_535),
             "max_n": (1, 16),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
+from jaxllama.system.profile import Profiler
 from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.metrics import Metrics
 from jaxllama_serving.protocol.errors import unavailable
@@ -38,6 +39,7 @@ class Service:
         self.requests = RunningRequests(config.max_pending_tokens, self.metrics)
         # Not among the workers: these wait for the engine, which scores as many at a time as it has rows.
         self.scorer = ThreadPoolExecutor(SCORERS, thread_name_prefix="jaxllama-score")
+        self.profiler = Profiler(config.profile_dir) if config.profile_dir is not None else None
         self._llama: Llama | None = None
         self._peak_bytes_per_s: float | None = None
         # Two: tokenising releases the GIL, and a long prompt must not hold up every short one.
@@ -129,6 +131,8 @@ class Service:
 
     async def close(self, app: web.Application) -> None:
         """Lets go of the worker threads; aiohttp calls it at cleanup."""
+        if self.profiler is not None:
+            self.profiler.stop()
         for pool in (self._workers, self.scorer):
             pool.shutdown(wait=False, cancel_futures=True)
 

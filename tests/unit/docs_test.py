@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import tomllib
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import documentation
 import pytest
@@ -90,7 +91,7 @@ def test_shell_is_shell_and_what_it_names_exists(block: Block):
 def test_a_request_is_one_that_the_server_takes(block: Block):
     words = shlex.split(block.text.replace("\\\n", " "))
     url = next(word for word in words if "localhost:" in word)
-    path = "/" + url.split("/v1/openai/" if "/v1/openai/" in url else "/v1/", 1)[1]
+    path = urlsplit(url).path.removeprefix("/v1").removeprefix("/openai")
     (route,) = [route for route in ROUTES if route.path == path and route.method == "POST"]
     assert route.body is not None
     body = json.loads(words[words.index("-d") + 1])

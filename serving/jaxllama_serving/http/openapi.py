@@ -19,6 +19,7 @@ ERRORS = {
     404: "Unknown model or route.",
     405: "The route does not take this method.",
     408: "The head or the body of the request came too slowly.",
+    409: "A profile is being recorded already.",
     413: "The body is too large.",
     415: "The body is not JSON in UTF-8, or is compressed.",
     417: "An Expect header other than 100-continue.",
@@ -46,8 +47,9 @@ def make_openapi(
     modes: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in dict.fromkeys(models)]
     _, schemas = models_json_schema(modes, ref_template="#/components/schemas/{model}")
     for body in {route.body.__name__ for route in routes if route.body is not None}:
-        model = schemas["$defs"][body]["properties"]["model"]
-        model["enum"] = [*model_names, *([None] if "anyOf" in model else [])]
+        model = schemas["$defs"][body]["properties"].get("model")
+        if model is not None:
+            model["enum"] = [*model_names, *([None] if "anyOf" in model else [])]
     if strict_fields:
         for schema in schemas["$defs"].values():
             if "properties" in schema:
@@ -82,7 +84,7 @@ def _operation(route: Route, prefix: str, path: str) -> dict[str, Any]:
         "summary": (route.handler.__doc__ or "").split("\n")[0].rstrip("."),
         "responses": {"200": {"description": "Success.", "headers": _HEADERS, "content": _content(route)}},
     }
-    statuses = {*_ALWAYS, *(_WITH_BODY if route.body else ()), *(_GENERATING if route.chunk else ())}
+    statuses = {*_ALWAYS, *(_WITH_BODY if route.body else ()), *(_GENERATING if route.chunk else ()), *route.errors}
     operation["responses"] |= {str(s): {"$ref": f"#/components/responses/Error{s}"} for s in sorted(statuses)}
     if route.is_open and not prefix:
         operation["security"] = []

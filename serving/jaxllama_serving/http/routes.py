@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from aiohttp import web
 from pydantic import BaseModel
 
-from jaxllama_serving.http import status
+from jaxllama_serving.http import admin, status
 from jaxllama_serving.protocol import responses
+from jaxllama_serving.protocol.admin import ProfileRequest
 from jaxllama_serving.protocol.chat import ChatRequest
 from jaxllama_serving.protocol.completions import CompletionRequest
 from jaxllama_serving.protocol.tokens import DetokenizeRequest, TokenizeRequest
@@ -28,7 +29,7 @@ class Route:
     """One route under each of `prefixes`.
 
     `body` and `response` are models of JSON, `chunk` that of a stream's events. An `is_open` route needs no key where
-    it has no prefix.
+    it has no prefix. `errors` are statuses that no other kind of route has.
     """
 
     method: str
@@ -40,6 +41,7 @@ class Route:
     chunk: type[BaseModel] | None = None
     media_type: str = "application/json"
     is_open: bool = False
+    errors: tuple[int, ...] = ()
 
 
 ROUTES = (
@@ -71,4 +73,7 @@ ROUTES = (
     Route("GET", "/metrics", status.metrics, media_type="text/plain"),
     Route("GET", "/version", status.version, response=responses.Version),
     Route("GET", "/openapi.json", status.openapi),
+    Route(
+        "POST", "/admin/profile", admin.profile, ("",), body=ProfileRequest, response=responses.Profile, errors=(409,)
+    ),
 )

@@ -185,6 +185,12 @@ def _add_operation(group: argparse._ArgumentGroup) -> None:
         help="exit with code 1 when the engine has failed, for a supervisor to restart (default: stay, /health is 503)",
     )
     group.add_argument(
+        "--profile-dir",
+        type=Path,
+        metavar="DIR",
+        help="POST /admin/profile records traces into it; needs API keys (default: off)",
+    )
+    group.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: %(default)s)"
     )
     group.add_argument(
@@ -234,6 +240,7 @@ def make_config(args: argparse.Namespace, environment: str | None) -> ServerConf
         cors_origins=tuple(args.cors_origin),
         peak_bandwidth=args.peak_bandwidth,
         exit_on_engine_failure=args.exit_on_engine_failure,
+        profile_dir=args.profile_dir,
         max_body_bytes=args.max_body_bytes,
         max_connections=args.max_connections,
         max_stream_tokens=args.max_stream_tokens,

@@ -288,6 +288,14 @@ class Status(_Response):
     status: Literal["ok", "ready"]
 
 
+class Profile(_Response):
+    """A trace in a folder of the server's machine: seconds recorded, and bytes written."""
+
+    folder: str
+    seconds: float
+    num_bytes: int
+
+
 class Version(_Response):
     """What runs."""
 
