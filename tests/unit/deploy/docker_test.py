@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
-import zipfile
+import urllib.request
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.http.app import make_app
+from processes import free_port
 from unit.deploy.files import DOCKERFILE, ROOT, command_of_dockerfile, instructions, parse
 from unit.serving.live import run
 
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 HADOLINT = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
 
 
@@ -118,17 +122,51 @@ def test_the_health_check_fails_when_nothing_answers():
 
 
 @pytest.mark.slow
-def test_what_is_copied_builds_the_wheel_with_everything_in_it(tmp_path):
-    """The build stage's first command, in a folder with what COPY brings."""
+@pytest.mark.skipif(not (MODEL / "manifest.json").exists(), reason="the default model is not converted: make test")
+def test_its_steps_make_a_healthy_server(tmp_path):
+    """Without a daemon: COPY and RUN of the build stage in folders of their own, ENTRYPOINT, CMD and HEALTHCHECK."""
+    text = DOCKERFILE.read_text()
     context = tmp_path / "src"
     context.mkdir()
-    for source in copied(DOCKERFILE.read_text()):
+    for source in copied(text):
         if (ROOT / source).is_dir():
             shutil.copytree(ROOT / source, context / source, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / source, context)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path / "dist", "."]
-    subprocess.run(command, cwd=context, check=True, capture_output=True)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {"jaxllama/__main__.py", "jaxllama_convert/cli.py", "jaxllama_serving/web/index.html"} <= set(names)
+    places = {"/dist": str(tmp_path / "dist"), "/opt/jaxllama": str(tmp_path / "opt"), "${EXTRAS}": "serve"}
+    build = next(rest for word, rest in instructions(text) if word == "RUN")
+    for path, instead in places.items():
+        assert path in build
+        build = build.replace(path, instead)
+    environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu"}
+    environ.pop("PYTHONPATH", None)
+    done = subprocess.run(["sh", "-ec", build], cwd=context, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+    port = str(free_port())
+    environ["PATH"] = f"{tmp_path}/opt/bin:{os.environ['PATH']}"
+    last = dict(instructions(text))
+    command = [*json.loads(last["ENTRYPOINT"]), *json.loads(last["CMD"])]
+    swapped = {"/checkpoint": str(MODEL), last["EXPOSE"]: port, "0.0.0.0": "127.0.0.1"}
+    command = [swapped.get(part, part) for part in command]
+    check = [part.replace(last["EXPOSE"], port) for part in json.loads(last["HEALTHCHECK"].split("CMD ", 1)[1])]
+    server = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(120):
+            assert server.poll() is None
+            if subprocess.run(check, cwd=tmp_path, env=environ, capture_output=True, check=False).returncode == 0:
+                break
+            time.sleep(0.5)
+        else:
+            pytest.fail("never healthy")
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as page:
+            assert b"<title>" in page.read()
+    finally:
+        server.terminate()
+        server.wait(60)
