@@ -91,7 +91,7 @@ def test_shell_is_shell_and_what_it_names_exists(block: Block):
 def test_a_request_is_one_that_the_server_takes(block: Block):
     words = shlex.split(block.text.replace("\\\n", " "))
     url = next(word for word in words if "localhost:" in word)
-    path = urlsplit(url).path.removeprefix("/v1").removeprefix("/openai")
+    path = urlsplit(url if "://" in url else f"http://{url}").path.removeprefix("/v1").removeprefix("/openai")
     (route,) = [route for route in ROUTES if route.path == path and route.method == "POST"]
     assert route.body is not None
     body = json.loads(words[words.index("-d") + 1])

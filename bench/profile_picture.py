@@ -1,6 +1,6 @@
-"""Draws `_static/profile.svg`, one decode step of a trace of the default model on a CPU.
+"""Draws `docs/_static/profile.svg`, one decode step of a trace of the default model on a CPU.
 
-    python docs/profile_picture.py DIR docs/_static/profile.svg
+    python bench/profile_picture.py DIR docs/_static/profile.svg
 
 `DIR` is what `POST /admin/profile` answered. Layers and the head are kernels of ours there, `ffi_call.N` in the trace.
 """
