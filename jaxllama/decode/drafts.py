@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 SUFFIXES = (2, 3, 4)
 """Lengths of what must be found again, in tokens."""
@@ -21,14 +22,37 @@ _WEIGHT = 1 / 8
 """Of the newest token in a row's acceptance: it follows the last eight or so."""
 
 
+class Paths(NamedTuple):
+    """What masked rows are thought to say in a dispatch: `tokens[row, :num[row]]`, each with the chance that it is
+    right if those before it are, and whether it was found in what the row was expected to resemble.
+
+    The host has made the masks along it (`SamplingArrays.token_mask`), so a row may go on while it keeps to its path.
+    NumPy's arrays on the host.
+    """
+
+    tokens: Int[Any, "rows drafts"]
+    num: Int[Any, " rows"]
+    chances: Float[Any, "rows drafts"]
+    is_predicted: Bool[Any, "rows drafts"]
+
+    @classmethod
+    def none(cls, num_rows: int, num_drafts: int) -> Paths:
+        """Those of rows that are not masked, or of which nothing is thought."""
+        shape = num_rows, num_drafts
+        zeros = np.zeros(shape, np.int32), np.zeros(num_rows, np.int32)
+        return cls(*zeros, np.zeros(shape, np.float32), np.zeros(shape, np.bool_))
+
+
 class Drafting(NamedTuple):
-    """What a dispatch with drafts is told: the most tokens for a row, and what steps cost (`best_depth`).
+    """What a dispatch with drafts is told: the most tokens for a row, what steps cost (`best_depth`), and the paths of
+    all rows.
 
     Where plain steps cost infinity, steps verify even where no drafts are found. NumPy's arrays on the host.
     """
 
     max_tokens: Int[Any, ""]
     costs: Float[Any, " depths"]
+    paths: Paths
 
 
 class Drafts(NamedTuple):
@@ -77,24 +101,70 @@ def look_up(
     return Drafts(tokens, jnp.where(length > 0, num_drafts, 0), jnp.maximum(length - min(SUFFIXES), 0), place < start)
 
 
-def best_depth(
+def chances(drafts: Drafts, acceptance: Float[Array, "rows suffixes"]) -> Float[Array, "rows depths"]:
+    """How likely it is of each row that its first 0, 1, … drafts are all right."""
+    each = jnp.take_along_axis(acceptance, drafts.suffix[:, None], axis=1)
+    return each ** jnp.arange(1 + drafts.tokens.shape[1])
+
+
+class Ahead(NamedTuple):
+    """What a step knows of its drafts: besides them their `chances`, and whether each was predicted."""
+
+    drafts: Drafts
+    chances: Float[Array, "rows depths"]
+    is_predicted: Bool[Array, "rows drafts"]
+
+
+def look_ahead(
+    paths: Paths,
+    num_tokens: Int[Array, " rows"],
+    is_masked: Bool[Array, " rows"],
     drafts: Drafts,
     acceptance: Float[Array, "rows suffixes"],
+) -> Ahead:
+    """The drafts that were looked up; of masked rows what is left of their paths after `num_tokens` tokens instead."""
+    num_drafts = drafts.tokens.shape[1]
+    places = jnp.minimum(num_tokens[:, None] + jnp.arange(num_drafts), num_drafts - 1)
+
+    def left(array: Shaped[Array, "rows drafts"]) -> Shaped[Array, "rows drafts"]:
+        return jnp.take_along_axis(jnp.asarray(array), places, axis=1)
+
+    chosen = is_masked[:, None]
+    likely = jnp.pad(jnp.cumprod(left(paths.chances), axis=1), ((0, 0), (1, 0)), constant_values=1)
+    return Ahead(
+        drafts._replace(
+            tokens=jnp.where(chosen, left(paths.tokens), drafts.tokens),
+            num=jnp.where(is_masked, jnp.maximum(paths.num - num_tokens, 0), drafts.num),
+        ),
+        jnp.where(chosen, likely, chances(drafts, acceptance)),
+        jnp.where(chosen, left(paths.is_predicted), drafts.is_predicted[:, None]),
+    )
+
+
+def keeps_to(paths: Paths, num_tokens: Int[Array, " rows"], last_token: Int[Array, " rows"]) -> Bool[Array, " rows"]:
+    """Whether rows are still on their paths after `num_tokens` tokens, of which all but the last were."""
+    before = jnp.maximum(num_tokens - 1, 0)[:, None]
+    expected = jnp.take_along_axis(jnp.asarray(paths.tokens), before, axis=1, mode="clip")[:, 0]
+    return (num_tokens == 0) | ((num_tokens <= paths.num) & (last_token == expected))
+
+
+def best_depth(
+    drafts: Drafts,
+    likely: Float[Array, "rows depths"],
     active: Bool[Array, " rows"],
     costs: Float[Array, " depths"],
     max_tokens: int,
 ) -> Int[Array, ""]:
     """How many drafts a row to verify at most, so that most tokens are expected in a time; 0 is a plain step.
 
-    `costs[d]` is what a step takes that verifies up to d drafts a row, whatever the unit. Of d drafts that are each
-    accepted with probability a, a + a² + … + a^d are expected to be. All rows together verify at most `max_tokens`,
-    their last ones included.
+    `costs[d]` is what a step takes that verifies up to d drafts a row, whatever the unit, and `likely` are the
+    `chances`: of d drafts that are each accepted with probability a, a + a² + … + a^d are expected to be. All rows
+    together verify at most `max_tokens`, their last ones included.
     """
-    each = jnp.take_along_axis(acceptance, drafts.suffix[:, None], axis=1)
     depths = jnp.arange(costs.shape[0])
     is_there = active[:, None] & (depths <= drafts.num[:, None])
     # At depth 0 it is 1: the token that every step gives.
-    expected = jnp.cumsum(jnp.sum(jnp.where(is_there, each**depths, 0), axis=0))
+    expected = jnp.cumsum(jnp.sum(jnp.where(is_there, likely, 0), axis=0))
     fits = jnp.cumsum(jnp.sum(is_there, axis=0)) <= max_tokens
     return jnp.argmax(jnp.where(fits | (depths == 0), expected / costs, -1))
 

@@ -33,7 +33,8 @@ class SamplingArrays(NamedTuple):
 
     `stop_ids` is padded with -1. `logit_bias` is dense: adding it is elementwise over a sharded vocabulary, a scatter
     of ids is not; `is_biased` spares reading it. `num_logprobs` is -1 where none are asked for. Where `is_masked`, only
-    the tokens whose bits are set in `token_mask` (bit i % 32 of word i // 32 for token i) may come.
+    the tokens whose bits are set in `token_mask` (bit i % 32 of word i // 32 for token i) may come; there is one for
+    each of the row's next tokens, as far as those are foreseen.
     """
 
     controls: ControlArrays
@@ -43,7 +44,7 @@ class SamplingArrays(NamedTuple):
     is_biased: Bool[Array, " rows"]
     num_logprobs: Int[Array, " rows"]
     is_masked: Bool[Array, " rows"]
-    token_mask: UInt32[Array, "rows words"]
+    token_mask: UInt32[Array, "rows masks words"]
 
 
 def apply_penalties(
@@ -83,6 +84,12 @@ def apply_token_mask(
     words = jnp.repeat(token_mask, 32, axis=1)[:, : logits.shape[1]]
     bits = words >> (jax.lax.broadcasted_iota(jnp.uint32, words.shape, 1) % 32) & 1
     return jnp.where(is_masked[:, None] & (bits == 0), -jnp.inf, logits)
+
+
+def _own_mask(token_mask: UInt32[Array, "rows masks words"], index: Int[Array, " rows"]) -> UInt32[Array, "rows words"]:
+    if token_mask.shape[1] == 1:
+        return token_mask[:, 0]
+    return jnp.take_along_axis(token_mask, index[:, None, None], axis=1, mode="clip")[:, 0]
 
 
 def keep_top_k(logits: Float[Array, "rows vocab"], top_k: Int[Array, " rows"]) -> Float[Array, "rows vocab"]:
@@ -210,12 +217,13 @@ def sample(
     suppress_stops: Bool[Array, " rows"],
     positions: Int[Array, " rows"],
     active: Bool[Array, " rows"],
+    mask_index: Int[Array, " rows"],
 ) -> Sampled:
     """One token a row: bias, penalties, min_tokens or mask, temperature, top-k, top-p, min-p, draw.
 
     Greedy at temperature 0. Work that no active row asks for is skipped, and a row that does not ask for it is not
     changed by it in any bit.
-    `positions` are those of the tokens being drawn.
+    `positions` are those of the tokens being drawn, `mask_index` says which of its masks holds for each row.
     """
     # As integers, because the largest of floats may pass over NaN; and one reduction is one exchange between devices.
     magnitudes = jax.lax.bitcast_convert_type(logits, jnp.int32) & 0x7FFFFFFF
@@ -232,7 +240,7 @@ def sample(
         logits = _when(biased, lambda x: x + s.logit_bias, logits)
         logits = _when(penalised, lambda x: apply_penalties(x, controls, generated_counts, prompt_mask), logits)
         logits = _when(suppressed, lambda x: suppress_stop_ids(x, s.stop_ids, suppressed), logits)
-        logits = _when(masked, lambda x: apply_token_mask(x, s.token_mask, masked), logits)
+        logits = _when(masked, lambda x: apply_token_mask(x, _own_mask(s.token_mask, mask_index), masked), logits)
         return jax.lax.cond(
             jnp.any(drawn),
             lambda x: jnp.where(controls.temperature > 0, _filter_and_draw(x, s, positions, drawn), argmax(x)),

@@ -135,7 +135,7 @@ _ROW: RowState = _row_of(
         is_biased=_Leaf("bool"),
         num_logprobs=_Leaf("int32"),
         is_masked=_Leaf("bool"),
-        token_mask=_Leaf("uint32", ("mask_words",)),
+        token_mask=_Leaf("uint32", ("masks", "mask_words")),
     ),
     steering=_steering_of(vector=_Leaf("float32", ("embed",)), layer=_Leaf("int32")),
 )
@@ -143,7 +143,7 @@ _SPLIT = ("vocab",)
 """The dimensions that a mesh may split."""
 
 
-def _dimensions(config: LlamaConfig, history_size: int) -> dict[str, int]:
+def _dimensions(config: LlamaConfig, history_size: int, num_masks: int = 1) -> dict[str, int]:
     return {
         "vocab": config.vocab_size,
         "embed": config.hidden_size,
@@ -151,6 +151,7 @@ def _dimensions(config: LlamaConfig, history_size: int) -> dict[str, int]:
         "suffixes": len(FIRST_ACCEPTANCE),
         "seed_words": 2,
         "stop_ids": MAX_STOP_TOKEN_IDS + len(config.eos_token_ids) + 1,
+        "masks": num_masks,
         "mask_words": num_mask_words(config.vocab_size),
     }
 
@@ -165,13 +166,15 @@ def state_shapes(
     dtype: Any,
     num_shards: int = 1,
     history_size: int = 0,
+    num_masks: int = 1,
 ) -> DecodeState:
     """The shapes and dtypes of a `DecodeState` with a pool of `dtype`.
 
     `num_pages` are those of each shard (see `ShardedAttention`) and count page 0, given to no row. `history_size` is
-    the number of tokens in which drafts are looked up for a row; 0 where there is no speculation.
+    the number of tokens in which drafts are looked up for a row; 0 where there is no speculation. For so many of its
+    next tokens, `num_masks`, a row can have masks.
     """
-    sizes = _dimensions(config, history_size)
+    sizes = _dimensions(config, history_size, num_masks)
     shapes: Any = DecodeState(
         pool=kv_pool_shapes(config, num_pages, page_size, dtype, num_shards),
         page_table=jax.ShapeDtypeStruct((num_rows, -(-max_context // page_size)), jnp.int32),  # type: ignore[arg-type]
@@ -268,7 +271,8 @@ def row_state(
             is_biased=bias.any(),
             num_logprobs=-1 if params.logprobs is None else params.logprobs,
             is_masked=False,
-            token_mask=np.full(sizes["mask_words"], 0xFFFFFFFF, np.uint32),
+            # One for all of the state's: `insert` repeats it.
+            token_mask=np.full((1, sizes["mask_words"]), 0xFFFFFFFF, np.uint32),
         ),
         steering=_steering_of(
             vector=np.zeros(sizes["embed"]) if params.steering is None else params.steering.vector,

@@ -8,6 +8,9 @@ logits go one position after another through the sampling of plain steps. A row 
 is the draft, for then the next position's logits are those that a plain step would have had. The noise of a draw
 depends on seed and position alone, so this is exact at any temperature. What rejected drafts leave in the cache lies
 past the row's end and is overwritten before anything attends to it.
+
+What a masked row may say is known along its path alone (`drafts.Paths`), for which there are masks, one a token. Where
+it has left that path it waits, and the dispatch ends.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxllama.decode.drafts import Drafting, Drafts, best_depth, learned, look_up
+from jaxllama.decode.drafts import Drafting, Drafts, best_depth, keeps_to, learned, look_ahead, look_up
 from jaxllama.decode.params import MAX_TOP_LOGPROBS
 from jaxllama.decode.sampling import sample, top_logprobs
 from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, Chunk, DecodeState, Place, RowState, SteeringArrays, StepOutput
@@ -145,14 +148,17 @@ def decode_steps(
 
     def has_room(carry: _Carry) -> jax.Array:
         rows = carry.state.rows.active[:num_rows]
-        return unfinished(carry[:2]) & jnp.all(~rows | (carry.num_tokens < limits.max_tokens))
+        has_room = jnp.all(~rows | (carry.num_tokens < limits.max_tokens))
+        return unfinished(carry[:2]) & has_room & ~jnp.any(carry.waits)
 
     num_tokens = num_rows * (num_drafts + 1)
     if platform.programs_agree:
         num_tokens = max(num_rows, min(num_tokens, platform.max_verified_tokens))
-    carry = _Carry(state, out, none, jnp.zeros((num_tokens, config.vocab_size)))
+    carry = _Carry(state, out, none, jnp.zeros(num_rows, jnp.bool_), jnp.zeros((num_tokens, config.vocab_size)))
     carry = jax.lax.while_loop(has_room, lambda carry: step.with_drafts(carry, num_drafts, limits), carry)
-    return carry.state, carry.out
+    rows = carry.state.rows
+    rows = rows._replace(active=rows.active.at[:num_rows].set(rows.active[:num_rows] | carry.waits))
+    return carry.state._replace(rows=rows), carry.out
 
 
 def steered(
@@ -191,11 +197,13 @@ def next_logits(
 
 
 class _Carry(NamedTuple):
-    """What goes from one step with drafts to the next: how many new tokens rows have, and `logits` to be written."""
+    """What goes from one step with drafts to the next: how many new tokens rows have, which of them need a mask before
+    they go on (their state is not active meanwhile), and `logits` to be written."""
 
     state: DecodeState
     out: StepOutput
     num_tokens: Int[Array, " rows"]
+    waits: Bool[Array, " rows"]
     logits: Float[Array, "tokens vocab"]
 
 
@@ -224,12 +232,15 @@ class _Step(NamedTuple):
         """One token of each active row, and one more for each draft that is right."""
         state, rows, logits = carry.state, self._own(carry.state.rows), carry.logits
         last = rows.history_start + rows.length
+        is_masked, num_rows = rows.sampling.is_masked, self.num_rows
+        paths = jax.tree.map(lambda x: jnp.asarray(x)[:num_rows], limits.paths)
         drafts = look_up(rows.history, rows.history_start, last, num_drafts)
+        drafts, likely, is_predicted = look_ahead(paths, carry.num_tokens, is_masked, drafts, rows.acceptance)
         room = jnp.minimum(rows.remaining, limits.max_tokens - carry.num_tokens) - 1
         wanted = jnp.where(jnp.isinf(limits.costs[0]), num_drafts, drafts.num)
         drafts = drafts._replace(num=jnp.where(rows.active, jnp.minimum(wanted, room), 0))
         if self.platform.programs_agree:
-            depth = best_depth(drafts, rows.acceptance, rows.active, limits.costs, logits.shape[0])
+            depth = best_depth(drafts, likely, rows.active, limits.costs, logits.shape[0])
             num = jnp.minimum(drafts.num, depth)
             logits, first, pool = self._either(state, logits, drafts, num, depth > 0)
         else:
@@ -246,18 +257,22 @@ class _Step(NamedTuple):
             all_rows, out, tokens = self._emit(all_rows, out, own, own, going, num_tokens)
             is_hit = tokens == jnp.take(drafts.tokens, index, axis=1, mode="clip")
             acceptance = all_rows.acceptance[: self.num_rows]
-            acceptance = learned(acceptance, drafts.suffix, going & (index < drafts.num), is_hit)
+            is_drafted = going & (index < drafts.num) & ~is_masked
+            acceptance = learned(acceptance, drafts.suffix, is_drafted, is_hit)
             all_rows = all_rows._replace(acceptance=all_rows.acceptance.at[: self.num_rows].set(acceptance))
             is_right = going & (index < num) & is_hit
             out = out._replace(
                 num_accepted=out.num_accepted + is_right,
-                num_predicted=out.num_predicted + (is_right & drafts.is_predicted),
+                num_predicted=out.num_predicted + (is_right & jnp.take(is_predicted, index, axis=1, mode="clip")),
             )
             return all_rows, out, num_tokens + going, is_right & all_rows.active[: self.num_rows], index + 1
 
         start = (state.rows, out, carry.num_tokens, rows.active, jnp.int32(0))
         all_rows, out, num_tokens, *_ = jax.lax.while_loop(lambda carry: jnp.any(carry[3]), draw, start)
-        return _Carry(state._replace(pool=pool, rows=all_rows), out, num_tokens, logits)
+        own = self._own(all_rows)
+        waits = is_masked & own.active & ~keeps_to(paths, num_tokens, own.last_token)
+        all_rows = all_rows._replace(active=all_rows.active.at[:num_rows].set(own.active & ~waits))
+        return _Carry(state._replace(pool=pool, rows=all_rows), out, num_tokens, carry.waits | waits, logits)
 
     def _either(
         self,
@@ -336,6 +351,8 @@ class _Step(NamedTuple):
             suppress_stops=rows.min_remaining > 0,
             positions=rows.length + 1,
             active=going,
+            # Plain steps have one mask, for the dispatch's only one.
+            mask_index=at if at.ndim else jnp.zeros_like(rows.length),
         )
         logprobs = top_logprobs(logits, tokens, jnp.any(going & (sampling.num_logprobs >= 0)))
         is_stop = jnp.any(tokens[:, None] == sampling.stop_ids, axis=1)

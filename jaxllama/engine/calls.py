@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, overload
 import numpy as np
 from jaxtyping import Bool, Int, UInt32
 
-from jaxllama.decode.drafts import Drafting
+from jaxllama.decode.drafts import Drafting, Paths
 from jaxllama.decode.scoring import Scores, Targets
 from jaxllama.decode.state import Chunk, Place, RowState, StepOutput
 
@@ -53,7 +53,7 @@ class Decode(NamedTuple):
     num_rows: np.int32
     steers: np.bool_ = np.bool_(False)
     num_drafts: np.int32 = np.int32(0)
-    drafting: Drafting = Drafting(np.int32(0), np.zeros(1, np.float32))
+    drafting: Drafting = Drafting(np.int32(0), np.zeros(1, np.float32), Paths.none(0, 0))
 
 
 class SetPageTable(NamedTuple):
@@ -65,7 +65,7 @@ class SetPageTable(NamedTuple):
 class SetMasks(NamedTuple):
     """Replace every row's `token_mask` and `is_masked`."""
 
-    token_mask: UInt32[np.ndarray, "rows words"]
+    token_mask: UInt32[np.ndarray, "rows masks words"]
     is_masked: Bool[np.ndarray, " rows"]
 
 

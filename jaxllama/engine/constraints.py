@@ -1,8 +1,10 @@
 """Requests whose next token depends on the last: how far they may run unseen, and the masks of those that may not.
 
 A constraint says how many tokens it can do without being asked (`num_free`). While any running request has none left,
-a dispatch is one step for all rows, and is launched only once that request's last token has been read: no row's bits
-depend on the number of steps in a dispatch. Masks go to the device before such a step, in one call for all rows.
+a dispatch is launched only once that request's last token has been read: no row's bits depend on the number of steps in
+a dispatch. Masks go to the device before it, in one call for all rows. Without speculation it is one step for all rows;
+with it there are masks along the path that a request is thought to take (`scheduling.foresight`), and the dispatch goes
+on until a row has left its path.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from jaxllama.decode.drafts import Paths
 from jaxllama.engine.calls import Programs, SetMasks
 from jaxllama.engine.scheduling.constraint import Constraint
+from jaxllama.engine.scheduling.foresight import Foresight
 from jaxllama.engine.scheduling.request import EngineRequest
 from jaxllama.errors import RequestError
 from jaxllama.text.structured import num_mask_words
@@ -21,41 +25,67 @@ from jaxllama.text.structured import num_mask_words
 class Constraints:
     """The constraints of all rows."""
 
-    def __init__(self, programs: Programs, num_rows: int, vocab_size: int) -> None:
+    def __init__(self, programs: Programs, num_rows: int, vocab_size: int, num_masks: int = 1) -> None:
+        """A row has up to `num_masks` masks, for so many tokens."""
         self._programs = programs
-        self._masks = np.full((num_rows, num_mask_words(vocab_size)), 0xFFFFFFFF, np.uint32)
+        self._masks = np.full((num_rows, num_masks, num_mask_words(vocab_size)), 0xFFFFFFFF, np.uint32)
         self._is_masked = np.zeros(num_rows, np.bool_)
 
     def max_steps(
-        self, running: Sequence[EngineRequest], max_steps: int, steps_in_flight: Callable[[EngineRequest], int]
+        self,
+        running: Sequence[EngineRequest],
+        max_steps: int,
+        steps_in_flight: Callable[[EngineRequest], int],
+        num_drafts: int = 0,
     ) -> int:
-        """How many of `max_steps` the next dispatch may run; 0 if what is in flight must be read first."""
+        """How many of `max_steps` the next dispatch may run; 0 if what is in flight must be read first.
+
+        With `num_drafts` of a row and step, the device knows where rows must wait for a mask.
+        """
         for request in running:
             if request.constraint is not None:
                 num_in_flight = steps_in_flight(request)
                 left = request.constraint.num_free - num_in_flight
                 if left <= 0 and num_in_flight:
                     return 0
-                max_steps = min(max_steps, max(left, 1))
+                if left > 0 or not num_drafts:
+                    max_steps = min(max_steps, max(left, 1))
         return max_steps
 
-    def send_masks(self, running: Sequence[EngineRequest]) -> list[tuple[EngineRequest, RequestError]]:
-        """Gives the devices the masks for the next step. Returns the requests that cannot go on, with the reason."""
+    def send_masks(
+        self, running: Sequence[EngineRequest], num_drafts: int = 0
+    ) -> tuple[Paths, list[tuple[EngineRequest, RequestError]]]:
+        """Gives the devices the masks for the next dispatch. Returns the paths of up to `num_drafts` tokens that these
+        are for, and the requests that cannot go on, with the reason."""
         failed = []
+        paths = Paths.none(len(self._masks), num_drafts)
         was_masked = self._is_masked.any()
         self._is_masked[:] = False
         for request in running:
             if request.constraint is not None and request.constraint.num_free <= 0:
                 assert request.row is not None
                 try:
-                    self._masks[request.row] = request.constraint.mask()
+                    self._foresee(request, request.constraint, request.row, paths)
                     self._is_masked[request.row] = True
                 except RequestError as error:
                     failed.append((request, error))
         if was_masked or self._is_masked.any():
             # A copy: the devices may read it after this returns.
             self._programs.run(SetMasks(self._masks.copy(), self._is_masked.copy()))
-        return failed
+        return paths, failed
+
+    def _foresee(self, request: EngineRequest, constraint: Constraint, row: int, paths: Paths) -> None:
+        if request.foresight is None:
+            request.foresight = Foresight(request.prediction, request.prompt, request.stop_ids)
+        foresight, most = request.foresight, paths.tokens.shape[1]
+        foresight.extend(constraint, request.generated, most)
+        drafts = foresight.drafts[:most]
+        paths.num[row] = len(drafts)
+        for place, draft in enumerate(drafts):
+            paths.tokens[row, place] = draft.token_id
+            paths.chances[row, place] = draft.chance
+            paths.is_predicted[row, place] = draft.is_predicted
+        self._masks[row, : len(drafts) + 1] = foresight.masks[: len(drafts) + 1]
 
 
 def attach(request: EngineRequest, constraint: Constraint | None) -> None:
@@ -71,6 +101,8 @@ def attach(request: EngineRequest, constraint: Constraint | None) -> None:
 
 def advance(request: EngineRequest, token_id: int) -> RequestError | None:
     """Tells a request's constraint of its next token. Returns why the request cannot go on, if it cannot."""
+    if request.foresight is not None:
+        request.foresight.see(token_id)
     try:
         if request.constraint is not None:
             request.constraint.advance(token_id)

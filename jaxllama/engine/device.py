@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Int
 
-from jaxllama.decode.drafts import Drafting
+from jaxllama.decode.drafts import Drafting, Paths
 from jaxllama.decode.scoring import Scores, Targets, prefill_scores
 from jaxllama.decode.state import (
     Chunk,
@@ -202,7 +202,8 @@ class Device:
 
         def lower_decode(bucket: int) -> Any:
             num_drafts = decoding[bucket]
-            options = self._decode_options(bucket, num_drafts, Drafting(zero, np.zeros(1 + num_drafts, np.float32)))
+            costs, paths = np.zeros(1 + num_drafts, np.float32), Paths.none(num_rows, num_drafts)
+            options = self._decode_options(bucket, num_drafts, Drafting(zero, costs, paths))
             return decode_steps.lower(config, params, state, zero, keep, **options)
 
         def lower_prefill(size: int) -> Any:

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxllama.decode.drafts import Drafting
+from jaxllama.decode.drafts import Drafting, Paths
 from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, RowState, StepOutput
 from jaxllama.engine.calls import Decode, Insert, Programs, SetPageTable
 from jaxllama.engine.constraints import Constraints, advance
@@ -135,13 +135,16 @@ class Dispatches:
         if not scheduler.running:
             return False
         max_steps = self._choose_steps(dispatch_s)
-        tokens_a_step = 1 + self._speculation.drafts(self._bucket(scheduler.running))
-        max_tokens = min(MAX_STEPS, max_steps * tokens_a_step)
-        max_tokens = self._constraints.max_steps(scheduler.running, max_tokens, self._tokens_in_flight)
+        # Setting some aside may leave rows that a smaller program has: this one does too.
+        num_rows = self._bucket(scheduler.running)
+        num_drafts = self._speculation.drafts(num_rows)
+        max_tokens = min(MAX_STEPS, max_steps * (1 + num_drafts))
+        max_tokens = self._constraints.max_steps(scheduler.running, max_tokens, self._tokens_in_flight, num_drafts)
         max_steps = min(max_steps, max_tokens)
         if not max_steps or not self._make_room(max_tokens):
             return False
-        for request, error in self._constraints.send_masks(scheduler.running):
+        paths, failed = self._constraints.send_masks(scheduler.running, num_drafts)
+        for request, error in failed:
             fail(request, error)
         running = scheduler.running
         if not running or all(self._is_spent(request) for request in running):
@@ -159,7 +162,8 @@ class Dispatches:
             self._programs.run(SetPageTable(table))
         # A program of its own, so that it costs nothing where nobody asks for it.
         steers = any(request.params.steering is not None for request in running)
-        call = self._decode(max_steps, max_tokens, keep, self._bucket(running))._replace(steers=np.bool_(steers))
+        call = self._decode(max_steps, max_tokens, keep, num_rows, paths)
+        call = call._replace(steers=np.bool_(steers))
         output = self._programs.run(call)
         for array in (output.tokens, output.num_steps, output.num_accepted, output.num_predicted):
             array.copy_to_host_async()
@@ -168,7 +172,8 @@ class Dispatches:
 
     def run_empty(self, num_rows: int) -> None:
         """Runs the program for `num_rows` rows, of which none is active."""
-        self._programs.run(self._decode(1, 1, np.zeros(len(self._page_table), np.bool_), num_rows))
+        nobody = np.zeros(len(self._page_table), np.bool_)
+        self._programs.run(self._decode(1, 1, nobody, num_rows, self._no_paths(num_rows)))
 
     def measure(self, row: RowState, max_tokens: int) -> None:
         """Measures what steps take that verify drafts, and plain ones, of up to `max_tokens` tokens: on copies of `row`
@@ -195,7 +200,8 @@ class Dispatches:
         keep = np.arange(len(self._page_table)) < num_active
         costs = np.full(1 + self._speculation.drafts(num_rows), np.inf, np.float32)
         costs[depth] = 1
-        call = self._decode(3, MAX_STEPS, keep, num_rows)._replace(drafting=Drafting(np.int32(MAX_STEPS), costs))
+        call = self._decode(3, MAX_STEPS, keep, num_rows, self._no_paths(num_rows))
+        call = call._replace(drafting=call.drafting._replace(costs=costs))
         started = time.perf_counter()
         num_steps = int(self._programs.run(call).num_steps)
         return (time.perf_counter() - started) / num_steps
@@ -205,9 +211,14 @@ class Dispatches:
         last = max(request.row or 0 for request in running)
         return next(size for size in self._row_buckets if size > last)
 
-    def _decode(self, max_steps: int, max_tokens: int, keep: Bool[np.ndarray, " rows"], num_rows: int) -> Decode:
+    def _no_paths(self, num_rows: int) -> Paths:
+        return Paths.none(len(self._page_table), self._speculation.drafts(num_rows))
+
+    def _decode(
+        self, max_steps: int, max_tokens: int, keep: Bool[np.ndarray, " rows"], num_rows: int, paths: Paths
+    ) -> Decode:
         speculation = self._speculation
-        drafting = Drafting(np.int32(max_tokens), speculation.costs(num_rows, int(keep.sum())))
+        drafting = Drafting(np.int32(max_tokens), speculation.costs(num_rows, int(keep.sum())), paths)
         sizes = (np.int32(max_steps), keep, np.int32(num_rows))
         return Decode(*sizes, num_drafts=np.int32(speculation.drafts(num_rows)), drafting=drafting)
 

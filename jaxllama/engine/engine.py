@@ -92,6 +92,7 @@ class Engine:
             num_pages=options.num_pages,
             min_rows=platform.min_rows,
             speculation=options.speculation,
+            max_drafts=platform.max_drafts,
         )
         platform.kernel.validate(
             page_size=sizes.page_size, num_rows=sizes.rows_per_shard, table_width=sizes.table_width
@@ -124,7 +125,7 @@ class Engine:
             self._programs,
             self._scheduler,
             self._placement,
-            Constraints(self._programs, sizes.num_rows, config.vocab_size),
+            Constraints(self._programs, sizes.num_rows, config.vocab_size, sizes.num_masks),
             table_shape=(sizes.num_rows, sizes.table_width),
             row_buckets=self._row_buckets,
             speculation=self._speculation,

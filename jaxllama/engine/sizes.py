@@ -19,7 +19,7 @@ class EngineSizes:
     """`rows_per_shard` rows and `num_pages` pages (page 0 is nobody's) on each of `num_shards`.
 
     A page table is wider than a context, because a prompt's last chunk may reach past it. `history_size` is the number
-    of tokens in which drafts are looked up for a row.
+    of tokens in which drafts are looked up for a row, and for `num_masks` of its next tokens it can have masks.
     """
 
     max_context: int
@@ -29,6 +29,7 @@ class EngineSizes:
     rows_per_shard: int
     num_pages: int
     history_size: int = 0
+    num_masks: int = 1
 
     @property
     def num_rows(self) -> int:
@@ -51,6 +52,7 @@ class EngineSizes:
             dtype=kv_dtype,
             num_shards=self.num_shards,
             history_size=self.history_size,
+            num_masks=self.num_masks,
         )
 
 
@@ -65,11 +67,13 @@ def size_engine(
     tokens_per_row: int = TOKENS_PER_ROW,
     min_rows: int = 2,
     speculation: SpeculationMode = "off",
+    max_drafts: int = 0,
 ) -> EngineSizes:
     """The sizes for `max_rows` rows; every shard has equally many, one alone at least `min_rows` (see `Platform`).
 
     Chunks of a size that no context fills are left out. `num_pages` None holds `tokens_per_row` tokens of each row, and
-    at least one context. With `speculation` rows have room for their tokens, with "auto" for a prediction too.
+    at least one context. With `speculation` rows have room for their tokens, with "auto" for a prediction too, and for
+    the masks of a token and `max_drafts` more.
 
     Raises: ConfigError for chunks that are not whole pages, or pages that hold no context.
     """
@@ -88,7 +92,9 @@ def size_engine(
         )
     predicted = min(max_context, MAX_PREDICTION_TOKENS)
     history_size = {"off": 0, "lookup": max_context, "auto": max_context + predicted}[speculation]
-    return EngineSizes(max_context, page_size, chunk_sizes, num_shards, rows_per_shard, num_pages, history_size)
+    num_masks = 1 + max_drafts if history_size else 1
+    pages = (max_context, page_size, chunk_sizes, num_shards, rows_per_shard, num_pages)
+    return EngineSizes(*pages, history_size, num_masks)
 
 
 def _num_pages(num_tokens: int, page_size: int) -> int:

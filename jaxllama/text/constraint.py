@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 from jaxtyping import UInt32
@@ -145,6 +147,16 @@ class OutputConstraint:
             return
         if self._state is not None and token_id not in self._stop_ids:
             self._state.advance(token_id)
+
+    def fork(self) -> Self | None:
+        """A copy to look ahead with; None while tags that are text may come, which take decoding."""
+        if self._splitter is not None and (self._in_reasoning or self._may_open):
+            return None
+        ahead = copy.copy(self)
+        # Nothing of the reasoning comes any more.
+        ahead._splitter = None
+        ahead._state = None if self._state is None else self._state.fork()
+        return ahead
 
     def begin(self, ids: Sequence[int]) -> None:
         """Takes tokens that the prompt already has of the content.

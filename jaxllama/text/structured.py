@@ -243,6 +243,10 @@ class GrammarState:
         self._matcher = matcher
         self._num_words = num_words
 
+    def fork(self) -> GrammarState:
+        """A copy that goes its own way."""
+        return GrammarState(self._matcher.deep_copy(), self._num_words)
+
     def mask(self) -> UInt32[np.ndarray, " words"]:
         """The tokens that may come next, bit i % 32 of word i // 32 for token i: a stop id where the output may end.
 

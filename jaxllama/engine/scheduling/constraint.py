@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from jaxtyping import UInt32
@@ -24,3 +24,6 @@ class Constraint(Protocol):
 
     def advance(self, token_id: int) -> None:
         """Takes the token that has come. Raises: RequestError."""
+
+    def fork(self) -> Self | None:
+        """A copy to look ahead with, which changes nothing of this one; None where that cannot be."""

@@ -10,6 +10,7 @@ from typing import Literal
 
 from jaxllama.decode.params import SamplingParams
 from jaxllama.engine.scheduling.constraint import Constraint
+from jaxllama.engine.scheduling.foresight import Foresight
 from jaxllama.errors import ContextLengthError, RequestError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -78,7 +79,8 @@ class EngineRequest:
     `num_cached_tokens` is how much of the prompt was found in the cache, None until the request is admitted.
     `num_accepted` of the tokens were drafts that had been right (speculation), `num_predicted` of those were found in
     `prediction`, what the output may resemble.
-    `page_keys` name the full pages of the prompt less its last token. `saved_as` numbers the copy that the devices'
+    `page_keys` name the full pages of the prompt less its last token. `foresight` is what is thought to come where it
+    has a constraint. `saved_as` numbers the copy that the devices'
     hosts keep of the pages of a request that was set aside. With `scoring` it ends when its prompt is in the cache.
     """
 
@@ -95,6 +97,7 @@ class EngineRequest:
     scoring: Scoring | None = None
     scope: bytes = b""
     page_keys: list[bytes] = field(default_factory=list)
+    foresight: Foresight | None = None
     id: str = field(default_factory=lambda: f"req-{secrets.token_hex(8)}")
     seed: int = 0
     generated: list[int] = field(default_factory=list)

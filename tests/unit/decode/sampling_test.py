@@ -79,6 +79,7 @@ def sample_rows(rows: Sequence[Row], *, repeat: int = 1, seeds: Any = None, posi
         suppress_stops=np.asarray(stacked.min_remaining) > 0,
         positions=at,
         active=np.repeat([row.active for row in rows], repeat),
+        mask_index=np.zeros(len(at), np.int32),
     )
     return Drawn(np.asarray(result.tokens), np.asarray(result.is_finite))
 

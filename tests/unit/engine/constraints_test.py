@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import queue
 
 import numpy as np
@@ -10,7 +11,8 @@ import tiny
 
 from jaxllama import SamplingParams, Structured
 from jaxllama.decode.sampling import apply_token_mask
-from jaxllama.engine.constraints import Constraints
+from jaxllama.engine.constraints import Constraints, advance
+from jaxllama.engine.scheduling.request import EngineRequest
 from jaxllama.errors import GrammarError, RequestError
 
 WORDS = -(-tiny.MODELS["divisible"]["vocab_size"] // 32)
@@ -34,6 +36,9 @@ class Rule:
         for token in self.script[len(self.seen) - self.free]:
             mask[token // 32] |= np.uint32(1 << token % 32)
         return mask
+
+    def fork(self):
+        return copy.deepcopy(self)
 
     def advance(self, token_id):
         self.seen.append(token_id)
@@ -134,18 +139,15 @@ def test_masks_go_to_the_device_only_when_there_are_any():
         def run(self, call):
             sent.append(call)
 
-    class Request:
-        row = 1
-        constraint = None
-
-    request = Request()
+    request = EngineRequest([1], PARAMS, print, 1, frozenset(), 0, 0, print, row=1)
     constraints = Constraints(Programs(), 4, 280)
-    assert constraints.send_masks([request]) == []
+    assert constraints.send_masks([request])[1] == []
     assert not sent
     request.constraint = Rule([{5}])
     constraints.send_masks([request])
+    advance(request, 5)
     assert sent[0][1].tolist() == [False, True, False, False]
-    assert sent[0][0][1].tolist() == [32, *[0] * (WORDS - 1)]
+    assert sent[0][0][1].tolist() == [[32, *[0] * (WORDS - 1)]]
     request.constraint = None
     constraints.send_masks([request])
     constraints.send_masks([request])
@@ -165,6 +167,10 @@ def test_no_dispatch_goes_past_the_free_tokens():
     assert constraints.max_steps([free, bound], 32, lambda _: 10) == 0
     assert constraints.max_steps([free, masked], 32, lambda _: 0) == 1
     assert constraints.max_steps([free, masked], 32, lambda _: 1) == 0
+    # With speculation the device knows how far a row may go.
+    assert constraints.max_steps([free, masked], 32, lambda _: 0, num_drafts=7) == 32
+    assert constraints.max_steps([bound, masked], 32, lambda _: 0, num_drafts=7) == 10
+    assert constraints.max_steps([free, masked], 32, lambda _: 1, num_drafts=7) == 0
 
 
 @pytest.mark.parametrize("vocab", [31, 32, 33, 280])
