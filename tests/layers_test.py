@@ -39,6 +39,7 @@ LAYERS = (
         "jaxllama.weights.places",
     ),
     (
+        "jaxllama.hosts.watch",
         "jaxllama.model.int8",
         "jaxllama.weights.arrays",
         "jaxllama.weights.parts",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, overload
@@ -40,6 +41,7 @@ from jaxllama.engine.calls import (
     SetPageTable,
 )
 from jaxllama.engine.compilation import OnProgress, announced, compile_all
+from jaxllama.hosts.watch import DeviceWatch
 from jaxllama.model.cache import KVPool, clear_pages, put_pages, read_pages
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import Params
@@ -86,17 +88,25 @@ class Device:
     """`Programs` on this process's share of `mesh`. The state is made at the first call.
 
     `on_progress` is told how far a `Compile` has come. With `shows_compilation` people are told what is compiled when
-    that takes long, at the first call of each program; of a `Compile` only where nobody else is told.
+    that takes long, at the first call of each program; of a `Compile` only where nobody else is told. `watch` learns of
+    every wait; the first call of each kind, which may compile for minutes, is none.
     """
 
     def __init__(
-        self, config: LlamaConfig, params: Params, mesh: Mesh, shapes: DecodeState, platform: Platform
+        self,
+        config: LlamaConfig,
+        params: Params,
+        mesh: Mesh,
+        shapes: DecodeState,
+        platform: Platform,
+        watch: DeviceWatch | None = None,
     ) -> None:
         self.on_progress: OnProgress | None = None
         self.shows_compilation = False
         self._called: set[str] = set()
         self._config = config
         self._platform = platform
+        self._watch = watch
         self.params = params
         self._shapes = shapes
         self._shardings = state_shardings(config, mesh, shapes)
@@ -117,12 +127,14 @@ class Device:
     def run(self, call: Call) -> StepOutput | Scores | None:
         """Makes `call`. All but `Compile` and `SavePages` return before the device is done."""
         program = self._program_of(call)
+        kind = program or type(call).__name__
         # What a trace (`system.profile`) shows; without one it costs less than a microsecond.
-        with jax.profiler.TraceAnnotation(program or type(call).__name__):
-            if program is None or not self.shows_compilation or program in self._called:
-                return self._run(call)
-            self._called.add(program)
-            with announced(program):
+        with jax.profiler.TraceAnnotation(kind):
+            if kind in self._called:
+                with self._waiting(may_work=True):
+                    return self._run(call)
+            self._called.add(kind)
+            with announced(program) if program is not None and self.shows_compilation else nullcontext():
                 return self._run(call)
 
     def _program_of(self, call: Call) -> str | None:
@@ -187,7 +199,11 @@ class Device:
 
     def wait(self) -> None:
         """Returns when the devices have done all that was asked."""
-        jax.block_until_ready(self._state)
+        with self._waiting():
+            jax.block_until_ready(self._state)
+
+    def _waiting(self, *, may_work: bool = False) -> AbstractContextManager[None]:
+        return nullcontext() if self._watch is None else self._watch.waiting(may_work=may_work)
 
     def _decode_options(self, num_rows: int, num_drafts: int, drafting: Drafting) -> dict[str, Any]:
         options = {"num_rows": num_rows, "platform": self._platform}

@@ -18,15 +18,7 @@ from jax.sharding import Mesh
 
 from jaxllama.decode.params import MAX_TOP_LOGPROBS, SamplingParams
 from jaxllama.decode.state import MAX_STEPS, any_row
-from jaxllama.engine.calls import (
-    CALLS,
-    ClearPages,
-    Compile,
-    Insert,
-    Programs,
-    RestorePages,
-    SavePages,
-)
+from jaxllama.engine.calls import CALLS, Compile, Programs
 from jaxllama.engine.compilation import OnProgress, num_compilations, use_compilation_cache
 from jaxllama.engine.constraints import Constraints, attach, needs_new_row
 from jaxllama.engine.device import Device
@@ -46,14 +38,10 @@ from jaxllama.engine.scheduling.request import (
 from jaxllama.engine.scheduling.scheduler import Scheduler
 from jaxllama.engine.scheduling.speculation import Speculation
 from jaxllama.engine.sizes import size_engine
-from jaxllama.errors import (
-    EngineStoppedError,
-    LockstepError,
-    QueueFullError,
-    RequestError,
-)
+from jaxllama.errors import EngineStoppedError, LockstepError, QueueFullError, RequestError
 from jaxllama.hosts.group import Group
 from jaxllama.hosts.lockstep import Leading, check_processes, follow
+from jaxllama.hosts.watch import DeviceWatch
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.mesh import uneven_splits
 from jaxllama.model.params import Params
@@ -101,7 +89,8 @@ class Engine:
         num_drafts = {rows: platform.num_drafts(rows) if sizes.history_size else 0 for rows in self._row_buckets}
         self._speculation = Speculation(sizes.history_size, num_drafts)
         self._shapes = sizes.state_shapes(config, self.kv_dtype)
-        self._device = Device(config, params, mesh, self._shapes, platform)
+        self._watch = DeviceWatch(mesh, options.device_timeout_s, group)
+        self._device = Device(config, params, mesh, self._shapes, platform, self._watch)
         self._device.shows_compilation = options.show_compilation
         self._programs: Programs = self._device if group is None else Leading(self._device, group)
         self._plan = ChunkPlan(tuple(sorted(sizes.chunk_sizes)), sizes.page_size, platform.programs_agree)
@@ -246,12 +235,7 @@ class Engine:
         scored = self._make_request([0, 0], SamplingParams(), lambda _: None, 0, b"", Scoring(first=1, num_top=0))
         for request in (nothing, scored):
             self._placement.prefill(request, Span(0, 0, min(self.chunk_sizes)))
-        zero, none = np.int32(0), np.zeros(1, np.int32)
-        programs.run(Insert(zero, any_row(self.config, self._speculation.history_size)))
-        programs.run(SavePages(zero, none, zero))
-        programs.run(RestorePages(zero, none, zero))
-        if self.platform.needs_clean_pages:
-            programs.run(ClearPages(np.zeros(self.sizes.table_width, np.int32), zero, zero))
+        self._placement.run_each()
         for num_rows in self._row_buckets:
             self._dispatches.run_empty(num_rows)
         programs.wait()
@@ -289,14 +273,17 @@ class Engine:
             num_prompt_tokens_cached=scheduler.num_hit_tokens,
             has_failed=self._failure is not None,
             num_compilations=num_compilations() - self._compilations_before,
+            device_hangs=self._watch.hang is not None,
             ready=self._is_warm and self.health() is None and self._is_accepting,
         )
 
     def health(self) -> str | None:
         """None if all is well, else what is wrong."""
         if self._failure is not None:
-            is_named = isinstance(self._failure, LockstepError)
+            is_named = isinstance(self._failure, (LockstepError, EngineStoppedError))
             return f"the engine has failed: {self._failure if is_named else type(self._failure).__name__}"
+        if (hang := self._watch.hang) is not None:
+            return hang
         idle_s = time.monotonic() - self._last_progress
         if self._scheduler.has_work and idle_s > self.options.stall_timeout_s:
             return f"no step has finished for {idle_s:.0f} s"
@@ -317,8 +304,18 @@ class Engine:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         atexit.unregister(self.close)
+        self._watch.close()
         if self.group is not None:
             self.group.close()
+
+    def give_up(self, reason: str) -> None:
+        """Fails every request now and takes no more: a device hangs (`health`), and the engine's thread with it.
+
+        Of a group all processes end.
+        """
+        self._abandon(error := EngineStoppedError(reason))
+        if self.group is not None:
+            self.group.leave(error)
 
     def follow(self) -> None:
         """What every process but 0 does: runs process 0's programs until it closes its engine.
@@ -326,6 +323,7 @@ class Engine:
         A process that is lost, this one included, is named on stderr, and this one ends with code 1.
         """
         assert self.group is not None
+        self._watch.answer_process_0()
         try:
             follow(self._device.run, CALLS, self.group)
         except Exception as error:
@@ -390,7 +388,7 @@ class Engine:
         finally:
             self._end_all()
 
-    def _abandon(self, error: LockstepError) -> None:
+    def _abandon(self, error: LockstepError | EngineStoppedError) -> None:
         """Ends every request, on another thread than the engine's, which may hang in a program that never returns."""
         with self._changed:
             self._failure = error
@@ -428,11 +426,14 @@ class Engine:
         while self._placement.scored:
             scored = self._placement.scored.popleft()
             if not scored.request.is_finished:
-                self._deliver(scored.request, scored.take())
+                with self._watch.waiting():
+                    output = scored.take()
+                self._deliver(scored.request, output)
                 self._last_progress = time.monotonic()
 
     def _read(self, dispatch: Dispatch) -> None:
-        num_steps = dispatch.num_steps
+        with self._watch.waiting():
+            num_steps = dispatch.num_steps
         now = time.monotonic()
         if num_steps:
             step_s = (now - max(dispatch.launched, self._last_progress)) / num_steps

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from jaxllama.engine.scheduling.speculation import MODES, SpeculationMode
 from jaxllama.errors import ConfigError
+from jaxllama.hosts.watch import TIMEOUT_S
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,10 @@ class EngineOptions:
     the prefill programs, in tokens, multiples of `page_size`; None leaves both to the platform (CPU: 16 and
     32, 128, 512; TPU kernels: 128 and 128, 512, 2,048). A dispatch runs as many steps as take about `dispatch_s`
     seconds, at most 32: longer is less host work, shorter a smoother stream. With work pending and no step finished for
-    `stall_timeout_s`, `Engine.health` says so. `kv_dtype` None caches keys and values in the model's dtype, "int8" with
-    a float32 scale a token and head: half of bfloat16's memory and a little more.
+    `stall_timeout_s`, `Engine.health` says so; a device that does not finish a program for `device_timeout_s`, or for
+    longer where its programs are known to take long, is named there (`hosts.watch`). `kv_dtype` None caches keys and
+    values in the model's dtype, "int8" with a float32 scale a token and head: half of bfloat16's memory and a little
+    more.
 
     Compiled programs are kept in the folder `compilation_cache` for later processes. None is `~/.cache/jaxllama/xla`,
     unless JAX has been told of a folder of its own (`JAX_COMPILATION_CACHE_DIR`) or to keep nothing; "off" leaves it to
@@ -39,6 +42,7 @@ class EngineOptions:
     chunk_sizes: tuple[int, ...] | None = None
     dispatch_s: float = 0.05
     stall_timeout_s: float = 15.0
+    device_timeout_s: float = TIMEOUT_S
     kv_dtype: str | None = None
     compilation_cache: str | os.PathLike[str] | None = None
     show_compilation: bool = True
@@ -49,6 +53,8 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
+        if not self.device_timeout_s > 0:
+            raise ConfigError(f"device_timeout_s must be above 0, got {self.device_timeout_s}")
         if self.kv_dtype not in (None, "int8"):
             raise ConfigError(f"kv_dtype must be 'int8' or None, got {self.kv_dtype!r}")
         if self.speculation not in MODES:
@@ -57,7 +63,8 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """The engine's load at one moment. `has_failed`: it has ended for good; `Engine.health` says why.
+    """The engine's load at one moment. `has_failed`: it has ended for good; `Engine.health` says why, and
+    which device it is if one hangs.
 
     `num_cached_pages` can be found by later requests. Of all prompts so far, `num_prompt_tokens` in length,
     `num_prompt_tokens_cached` were found. `num_compilations` is the process's since the engine was made.
@@ -72,6 +79,7 @@ class EngineStats:
     num_prompt_tokens: int = 0
     num_prompt_tokens_cached: int = 0
     has_failed: bool = False
+    device_hangs: bool = False
     num_compilations: int = 0
 
 

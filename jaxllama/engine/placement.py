@@ -8,7 +8,7 @@ from collections import deque
 import numpy as np
 from jaxtyping import Int
 
-from jaxllama.decode.state import Chunk, Place, row_state
+from jaxllama.decode.state import Chunk, Place, any_row, row_state
 from jaxllama.engine.calls import ClearPages, ForgetPages, Insert, Prefill, Programs, RestorePages, SavePages
 from jaxllama.engine.scheduling.chunks import Span
 from jaxllama.engine.scheduling.request import EngineRequest
@@ -63,6 +63,15 @@ class Placement:
                 self._scheduler.advance(request, span)
             if request.scoring is None:
                 self.activate(request)
+
+    def run_each(self) -> None:
+        """Runs what moves rows and pages once, on row 0 and page 0, before any request."""
+        zero, none = np.int32(0), np.zeros(1, np.int32)
+        self._programs.run(Insert(zero, any_row(self._config, self._history_size)))
+        self._programs.run(SavePages(zero, none, zero))
+        self._programs.run(RestorePages(zero, none, zero))
+        if self._needs_clean_pages:
+            self._programs.run(ClearPages(np.zeros(self._table_width, np.int32), zero, zero))
 
     def prefill(self, request: EngineRequest, span: Span) -> None:
         """Writes `span` of a request's prompt into the cache."""

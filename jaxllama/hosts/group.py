@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class Group:
         self._relay = relay
         self._timeout_s = heartbeat_timeout_s if process_id == 0 else heartbeat_timeout_s + _PATIENCE_S
         self._inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._questions: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._questions: defaultdict[str, queue.SimpleQueue[bytes]] = defaultdict(queue.SimpleQueue)
         self._answers: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
         self._asking = threading.Lock()
         self._lock = threading.Lock()
@@ -104,18 +105,24 @@ class Group:
         while (message := self._inbox.get()) is not None:
             yield message
 
-    def ask(self, question: bytes) -> list[bytes]:
-        """Process 0 asks all others. Returns what each answers (`answer_with`), by process id. Raises: as `publish`."""
+    def ask(self, topic: str, question: bytes = b"") -> list[bytes]:
+        """Process 0 asks all others. Returns what each answers to questions of `topic` (`answer_with`), by process id.
+
+        Raises: as `publish`.
+        """
         with self._asking:
-            self._send_all(QUESTION, question)
+            self._send_all(QUESTION, topic.encode() + b"\n" + question)
             return [answer for _, answer in sorted(self._answers.get() for _ in self._links)]
 
-    def answer_with(self, answer: Callable[[bytes], bytes]) -> None:
-        """Answers process 0's questions, those asked already too, on a thread of its own. `answer` must not raise."""
+    def answer_with(self, topic: str, answer: Callable[[bytes], bytes]) -> None:
+        """Answers process 0's questions of `topic`, those asked already too, on a thread of its own.
+
+        `answer` must not raise.
+        """
 
         def run() -> None:
             while True:
-                reply = answer(self._questions.get())
+                reply = answer(self._questions[topic].get())
                 with contextlib.suppress(OSError):  # The reader of this link says so.
                     self._links[0].send(ANSWER, reply)
 
@@ -168,7 +175,8 @@ class Group:
                 if kind == MESSAGE and not self.is_leader:
                     self._inbox.put(payload)
                 elif kind == QUESTION and not self.is_leader:
-                    self._questions.put(payload)
+                    topic, _, question = payload.partition(b"\n")
+                    self._questions[topic.decode()].put(question)
                 elif kind == ANSWER and self.is_leader:
                     self._answers.put((link.process_id, payload))
                 elif kind == STOP:

@@ -33,6 +33,8 @@ from jaxllama.weights.places.upload import Upload, open_upload
 
 # What a process has in flight: as many shards in memory, as many files that wait for the disk.
 _NUM_WRITERS = 4
+_SAVE = "save"
+"""What a group's process 0 asks the others about."""
 
 
 def save_params(
@@ -104,7 +106,7 @@ def answer_saves(config: LlamaConfig, params: Params, group: Group) -> None:
         where, token = json.loads(question)
         return json.dumps(_try_write(config, params, where, token)).encode()
 
-    group.answer_with(answer)
+    group.answer_with(_SAVE, answer)
 
 
 def _write_all(config: LlamaConfig, params: Params, where: Path | Upload, group: Group | None) -> dict[str, FileRecord]:
@@ -118,7 +120,7 @@ def _write_all(config: LlamaConfig, params: Params, where: Path | Upload, group:
         files |= writer.begin(part, get_whole(params, part))
     with ThreadPoolExecutor(1) as asker:
         question = json.dumps([str(where if isinstance(where, Path) else where.place), token]).encode()
-        others = asker.submit(lambda: [] if group is None else group.ask(question))
+        others = asker.submit(lambda: [] if group is None else group.ask(_SAVE, question))
         results = [_try_write(config, params, where, token), *map(json.loads, others.result())]
     errors = [f"process {i}: {result['error']}" for i, result in enumerate(results) if "error" in result]
     if errors:

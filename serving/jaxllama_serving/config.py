@@ -44,6 +44,7 @@ class ServerConfig:
     price_output: float | None = None
     peak_bandwidth: float | None = None
     exit_on_engine_failure: bool = False
+    exit_on_device_hang: bool = False
     profile_dir: Path | None = None
     generation_config: str = "none"
     strict_length: bool = False

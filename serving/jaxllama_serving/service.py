@@ -87,12 +87,22 @@ class Service:
             "jaxllama_kv_pages": stats.num_pages,
             "jaxllama_kv_pages_cached": stats.num_cached_pages,
             "jaxllama_compilations": stats.num_compilations,
+            "jaxllama_device_hangs": stats.device_hangs,
         }
         if stats.num_prompt_tokens:
             values["jaxllama_cache_hit_ratio"] = stats.num_prompt_tokens_cached / stats.num_prompt_tokens
         if self._peak_bytes_per_s is not None and rate is not None:
             values["jaxllama_decode_roofline_ratio"] = rate / self._peak_bytes_per_s
         return values
+
+    async def device_hang(self) -> str:
+        """Waits until a device hangs, has every request end with an error, and returns what is known of it."""
+        while self._llama is None or not self._llama.engine.stats().device_hangs:
+            await asyncio.sleep(FAILURE_POLL_S)
+        reason = self.unhealthy_reason() or "A device hangs."
+        # A thread of its own: the group's other processes are told, which may take a while.
+        await asyncio.to_thread(self._llama.engine.give_up, reason)
+        return reason
 
     async def engine_failure(self) -> str:
         """Waits until the engine has failed for good and returns the reason."""

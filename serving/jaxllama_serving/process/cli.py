@@ -185,6 +185,11 @@ def _add_operation(group: argparse._ArgumentGroup) -> None:
         help="exit with code 1 when the engine has failed, for a supervisor to restart (default: stay, /health is 503)",
     )
     group.add_argument(
+        "--exit-on-device-hang",
+        action="store_true",
+        help="exit with code 1 when a device does not answer (default: stay, /health is 503 and names it)",
+    )
+    group.add_argument(
         "--profile-dir",
         type=Path,
         metavar="DIR",
@@ -240,6 +245,7 @@ def make_config(args: argparse.Namespace, environment: str | None) -> ServerConf
         cors_origins=tuple(args.cors_origin),
         peak_bandwidth=args.peak_bandwidth,
         exit_on_engine_failure=args.exit_on_engine_failure,
+        exit_on_device_hang=args.exit_on_device_hang,
         profile_dir=args.profile_dir,
         max_body_bytes=args.max_body_bytes,
         max_connections=args.max_connections,

@@ -26,6 +26,8 @@ logger = logging.getLogger("jaxllama.serving")
 
 CLOSE_TIMEOUT_S = 10.0
 FAILURE_GRACE_S = 2.0
+_ON_FAILURE = "--exit-on-engine-failure"
+_ON_HANG = "--exit-on-device-hang"
 
 
 def serve(config: ServerConfig, load: Callable[[], Llama], *, started: float | None = None) -> int:
@@ -72,9 +74,12 @@ async def _serve(config: ServerConfig, load: Callable[[], Llama], sock: socket.s
             check_model(llama, config)
             service.set_llama(llama)
             _announce(config, address, time.perf_counter() - started)
-            if await _failed_before(stop, service, config):
+            flag = await _failed_before(stop, service, config)
+            if flag is not None:
                 # Every request has its error by now; it only has to reach the client.
                 await service.drain(FAILURE_GRACE_S)
+                if flag == _ON_HANG:
+                    _exit_now(1)  # The engine's thread will not come back.
                 return 1
             ended = await service.drain(config.drain_timeout_s)
             if ended:
@@ -87,19 +92,24 @@ async def _serve(config: ServerConfig, load: Callable[[], Llama], sock: socket.s
     return 0
 
 
-async def _failed_before(stop: asyncio.Future[None], service: Service, config: ServerConfig) -> bool:
-    """Waits for a signal; with `--exit-on-engine-failure` returns True if the engine fails before it."""
-    if not config.exit_on_engine_failure:
-        await stop
-        return False
-    failure = asyncio.ensure_future(service.engine_failure())
-    waits: list[asyncio.Future[Any]] = [stop, failure]
-    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+async def _failed_before(stop: asyncio.Future[None], service: Service, config: ServerConfig) -> str | None:
+    """Waits for a signal; returns the flag that asks to exit if what it is about happens before it."""
+    failures: dict[asyncio.Future[Any], str] = {}
+    # The hang first: it makes the engine fail.
+    if config.exit_on_device_hang:
+        failures[asyncio.ensure_future(service.device_hang())] = _ON_HANG
+    if config.exit_on_engine_failure:
+        failures[asyncio.ensure_future(service.engine_failure())] = _ON_FAILURE
+    await asyncio.wait([stop, *failures], return_when=asyncio.FIRST_COMPLETED)
+    flag = next((flag for failure, flag in failures.items() if failure.done()), None)
     if stop.done():
+        flag = None
+    if flag is not None:
+        reason = next(failure.result() for failure in failures if failure.done())
+        print(f"{reason} Exiting ({flag}).", file=sys.stderr, flush=True)
+    for failure in failures:
         failure.cancel()
-        return False
-    print(f"{failure.result()} Exiting (--exit-on-engine-failure).", file=sys.stderr, flush=True)
-    return True
+    return flag
 
 
 def check_model(llama: Llama, config: ServerConfig) -> None:

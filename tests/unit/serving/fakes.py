@@ -209,6 +209,7 @@ class FakeEngine:
     predictions: list[list[int]] = field(default_factory=list)
     logprobs: dict[int, float] = field(default_factory=dict)
     failed: bool = False
+    hangs: bool = False
     on_steps: Any = None
 
     def submit(
@@ -265,8 +266,12 @@ class FakeEngine:
             num_prompt_tokens_cached=self.num_cached_tokens,
             ready=self.unhealthy is None,
             has_failed=self.failed,
+            device_hangs=self.hangs,
             num_compilations=7,
         )
+
+    def give_up(self, reason: str) -> None:
+        self.failure, self.fail_after = EngineStoppedError(reason), 0
 
     def drain(self, timeout_s: float) -> bool:
         return True

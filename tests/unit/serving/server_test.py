@@ -30,14 +30,18 @@ from jaxllama_serving.process.server import serve
 def load():
     time.sleep(float(sys.argv[1]))
     llama = FakeLlama(["a"] * int(sys.argv[2]), delay_s=0.05)
+    def hang():
+        llama.engine.hangs, llama.engine.unhealthy = True, "device 3 (TPU v6 lite) does not answer, on host x."
+        llama.close = lambda: time.sleep(100)
     def fail():
         llama.engine.failed, llama.engine.unhealthy = True, "a program failed"
         llama.engine.failure, llama.engine.fail_after = RuntimeError(), 0
     if sys.argv[4] != "never":
-        threading.Timer(1.0, fail).start()
+        threading.Timer(1.0, hang if "hang" in sys.argv[4] else fail).start()
     return llama
 config = ServerConfig(
-    ("default",), port=0, drain_timeout_s=float(sys.argv[3]), exit_on_engine_failure=sys.argv[4] == "exit"
+    ("default",), port=0, drain_timeout_s=float(sys.argv[3]), exit_on_engine_failure=sys.argv[4] == "exit",
+    exit_on_device_hang=sys.argv[4] == "hang"
 )
 sys.exit(serve(config, load))
 """
@@ -168,6 +172,23 @@ def test_a_failed_engine_ends_the_process_only_if_asked():
         assert server.code() == 0
 
 
+def test_a_device_that_hangs_ends_the_process_only_if_asked():
+    """Though the engine cannot be closed."""
+    with Process(tokens=10_000, fails="hang") as server:
+        url = server.read_until("Ready in").split(": ")[1].split()[0]
+        status, text = fetch(url + "/v1/chat/completions", {"stream": True})
+        assert (status, "service_unavailable" in text) == (200, True)
+        line = server.read_until("The engine is not healthy: device 3 (TPU v6 lite) does not answer, on host x.")
+        assert "(--exit-on-device-hang)" in line
+        assert server.code() == 1
+    with Process(fails="hang, and stay") as server:
+        url = server.read_until("Ready in").split(": ")[1].split()[0]
+        time.sleep(2.0)
+        status, text = fetch(url + "/health")
+        assert (status, "device 3" in text, fetch(url + "/version")[0]) == (503, True, 200)
+        assert server.process.poll() is None
+
+
 def parse(*flags):
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
@@ -179,7 +200,7 @@ def test_flags_make_one_config(tmp_path):
     flags = "ckpt --served-model-name default org/model --port 0 --price-input 0.59 --price-output 0.79 --max-n 4"
     flags += " --strict-length --stop-in-reasoning --generation-config auto --request-timeout 60 --drain-timeout 5"
     flags += " --strict-fields"
-    flags += " --peak-bandwidth 819 --exit-on-engine-failure"
+    flags += " --peak-bandwidth 819 --exit-on-engine-failure --exit-on-device-hang"
     config = cli.make_config(parse(*flags.split(), "--cors-origin", "https://a.example"), "k1, k2")
     assert config == ServerConfig(
         ("default", "org/model"),
@@ -197,6 +218,7 @@ def test_flags_make_one_config(tmp_path):
         drain_timeout_s=5,
         peak_bandwidth=819,
         exit_on_engine_failure=True,
+        exit_on_device_hang=True,
     )
     assert "k1" not in repr(config)
 

@@ -188,7 +188,7 @@ def test_a_model_of_no_checkpoint_and_a_follower_cannot_save(tmp_path, model):
 def test_another_process_that_cannot_write_is_named(tmp_path, model, monkeypatch, other_folder, reason):
     answers: list[Any] = []
 
-    def ask(question: bytes) -> list[bytes]:
+    def ask(_: str, question: bytes) -> list[bytes]:
         folder, token = json.loads(question)
         with pytest.MonkeyPatch.context() as patch:
             if reason.endswith("left"):
@@ -199,7 +199,7 @@ def test_another_process_that_cannot_write_is_named(tmp_path, model, monkeypatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     with load(model) as llama:
-        group: Any = SimpleNamespace(is_leader=True, ask=ask, answer_with=answers.append)
+        group: Any = SimpleNamespace(is_leader=True, ask=ask, answer_with=lambda _, answer: answers.append(answer))
         jaxllama.weights.saving.answer_saves(llama.config, llama.params, group)
         with pytest.raises(CheckpointError, match=reason):
             save_params(llama.checkpoint, llama.params, tmp_path / "saved", group)
