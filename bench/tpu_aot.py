@@ -4,7 +4,7 @@
     python bench/tpu_aot.py --only 70b:v6e:2x4   # cases whose name contains it
 
 Needs libtpu (pip install 'jaxllama[tpu]'), not a TPU. Times are estimates from the schedule, see
-`jaxllama.plan.measure`; links between chips are not in them.
+`jaxllama.plan.measure`, with messages between chips beside them: the links' time, and what of it nothing hides.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ COLUMNS = (
     "HBM / least",
     "async",
     "ms",
+    "messages ms",
+    "waited ms",
     "bar ms",
     "roofline ms",
     "compile s",
@@ -140,6 +142,8 @@ def run(case: Case) -> dict[str, object]:
         "HBM / least": round(m.hbm_bytes / least_bytes, 3) if is_decode else "-",
         "async": round(m.async_share, 2),
         "ms": round(ms, 1),
+        "messages ms": round(1e3 * m.message_s, 2),
+        "waited ms": round(1e3 * m.exposed_s, 2),
         "misses": ", ".join(misses(case, setup, got, ms, least_bytes)) or "none",
     }
 

@@ -108,6 +108,7 @@ def start(
         page_size=page_size,
         max_context=pages_per_row * page_size,
         dtype=model.params["norm"].dtype,
+        layout=platform.head_layout,
     )
     shardings = state_shardings(model.config, model.mesh, shapes)
     state = make_state(shapes, shardings)

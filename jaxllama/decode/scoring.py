@@ -119,7 +119,8 @@ def logits_of(
     num_chunks = max(_LEAST_CHUNKS, 1 << (-(-len(tokens) // chunk) - 1).bit_length())
     num_chunks = min(num_chunks, -(-config.max_position_embeddings // chunk))
     num_pages = num_chunks * chunk // page_size
-    pool = make_pool(config, mesh, num_pages=num_pages, page_size=page_size, dtype=kv_dtype)
+    sizes = {"num_pages": num_pages, "page_size": page_size}
+    pool = make_pool(config, mesh, **sizes, dtype=kv_dtype, layout=platform.head_layout)
     place = Place(np.arange(num_pages, dtype=np.int32), np.int32(0))
     for start in range(0, len(tokens), chunk):
         part = tokens[start : start + chunk]

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxllama.decode.drafts import FIRST_ACCEPTANCE, SUFFIXES
 from jaxllama.decode.params import CONTROLS, MAX_STOP_TOKEN_IDS, SamplingParams
 from jaxllama.decode.sampling import ControlArrays, SamplingArrays
-from jaxllama.model.cache import KVPool, kv_pool_axes, kv_pool_shapes
+from jaxllama.model.cache import HeadLayout, KVPool, kv_pool_axes, kv_pool_shapes
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.mesh import num_page_shards, partition_spec
 from jaxllama.text.structured import num_mask_words
@@ -167,8 +167,9 @@ def state_shapes(
     num_shards: int = 1,
     history_size: int = 0,
     num_masks: int = 1,
+    layout: HeadLayout | None = None,
 ) -> DecodeState:
-    """The shapes and dtypes of a `DecodeState` with a pool of `dtype`.
+    """The shapes and dtypes of a `DecodeState` with a pool of `dtype`, whose pages hold heads in `layout`.
 
     `num_pages` are those of each shard (see `ShardedAttention`) and count page 0, given to no row. `history_size` is
     the number of tokens in which drafts are looked up for a row; 0 where there is no speculation. For so many of its
@@ -176,7 +177,7 @@ def state_shapes(
     """
     sizes = _dimensions(config, history_size, num_masks)
     shapes: Any = DecodeState(
-        pool=kv_pool_shapes(config, num_pages, page_size, dtype, num_shards),
+        pool=kv_pool_shapes(config, num_pages, page_size, dtype, num_shards, layout),
         page_table=jax.ShapeDtypeStruct((num_rows, -(-max_context // page_size)), jnp.int32),  # type: ignore[arg-type]
         rows=jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((num_rows, *(sizes[dim] for dim in leaf.dims)), leaf.dtype), _ROW
@@ -210,9 +211,17 @@ def _shardings(axes: Any, config: LlamaConfig, mesh: Mesh, num_rows: int | None 
     )
 
 
-def make_pool(config: LlamaConfig, mesh: Mesh, *, num_pages: int, page_size: int, dtype: Any) -> KVPool:
+def make_pool(
+    config: LlamaConfig,
+    mesh: Mesh,
+    *,
+    num_pages: int,
+    page_size: int,
+    dtype: Any,
+    layout: HeadLayout | None = None,
+) -> KVPool:
     """An empty pool by itself, for `prefill_logits`."""
-    shapes = kv_pool_shapes(config, num_pages, page_size, dtype, num_page_shards(mesh))
+    shapes = kv_pool_shapes(config, num_pages, page_size, dtype, num_page_shards(mesh), layout)
     shardings = _shardings(kv_pool_axes(dtype), config, mesh)
     pool: KVPool = jax.tree.map(lambda s, where: jnp.zeros(s.shape, s.dtype, device=where), shapes, shardings)
     return pool

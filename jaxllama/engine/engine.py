@@ -88,7 +88,7 @@ class Engine:
         self._row_buckets = platform.row_buckets(sizes.num_rows)
         num_drafts = {rows: platform.num_drafts(rows) if sizes.history_size else 0 for rows in self._row_buckets}
         self._speculation = Speculation(sizes.history_size, num_drafts)
-        self._shapes = sizes.state_shapes(config, self.kv_dtype)
+        self._shapes = sizes.state_shapes(config, self.kv_dtype, platform.head_layout)
         self._watch = DeviceWatch(mesh, options.device_timeout_s, group)
         self._device = Device(config, params, mesh, self._shapes, platform, self._watch)
         self._device.shows_compilation = options.show_compilation

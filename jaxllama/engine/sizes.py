@@ -8,6 +8,7 @@ from typing import Any
 from jaxllama.decode.state import DecodeState, state_shapes
 from jaxllama.engine.scheduling.speculation import MAX_PREDICTION_TOKENS, SpeculationMode
 from jaxllama.errors import ConfigError
+from jaxllama.model.cache import HeadLayout
 from jaxllama.model.config import LlamaConfig
 
 TOKENS_PER_ROW = 2048
@@ -41,8 +42,8 @@ class EngineSizes:
         """Pages of a row's page table."""
         return _num_pages(self.max_context, self.page_size) + max(self.chunk_sizes) // self.page_size
 
-    def state_shapes(self, config: LlamaConfig, kv_dtype: Any) -> DecodeState:
-        """The arrays of the decode state."""
+    def state_shapes(self, config: LlamaConfig, kv_dtype: Any, layout: HeadLayout | None = None) -> DecodeState:
+        """The arrays of the decode state, with heads in `layout` (`Platform.head_layout`)."""
         return state_shapes(
             config,
             num_rows=self.num_rows,
@@ -53,6 +54,7 @@ class EngineSizes:
             num_shards=self.num_shards,
             history_size=self.history_size,
             num_masks=self.num_masks,
+            layout=layout,
         )
 
 

@@ -6,11 +6,14 @@ a table's unused entries are 0.
 
 Pages of floats hold tokens of heads, pages of int8 heads of tokens: a TPU pads the last but one dimension of int8 to a
 multiple of 32, which one head a device is not.
+
+A TPU also pads the last dimension to 128 lanes. Its pages hold heads that are narrower side by side (`HeadLayout`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,17 +47,96 @@ class KVPool(NamedTuple):
         return int(self.pages.shape[2 if self.heads_first else 1])
 
 
+@dataclass(frozen=True)
+class HeadLayout:
+    """KV heads side by side: `per_row` of a device's in one row of `width`, and zeros where there is none.
+
+    All devices together have `num_rows` rows of keys and as many of values, which alternate. Keys of several heads are
+    one key to a kernel, whose queries are padded with zeros to the same width; of what it returns each query takes its
+    own head's part. Scales of int8 stay those of heads, a row's one after another.
+    """
+
+    num_rows: int
+    per_row: int
+    width: int
+
+    @classmethod
+    def in_lanes(cls, config: LlamaConfig, num_shards: int, num_lanes: int = 128) -> HeadLayout:
+        """As many in a row as there is room for, of those that each of `num_shards` has."""
+        own = config.num_kv_heads // num_shards
+        per_row = max(1, min(num_lanes // config.head_dim, own))
+        width = -(-per_row * config.head_dim // num_lanes) * num_lanes
+        return cls(num_shards * -(-own // per_row), per_row, width)
+
+    def pack(self, kv: Shaped[Array, "*batch kv2 head_dim"]) -> Shaped[Array, "*batch rows2 width"]:
+        """Interleaved keys and values of one device, as pages hold them."""
+        return self._padded(self._side_by_side(kv), self.width)
+
+    def pack_scales(self, scales: Float[Array, "*batch kv2"]) -> Float[Array, "*batch rows2_heads"]:
+        """The scales of such keys and values."""
+        packed = self._side_by_side(scales[..., None])
+        return packed.reshape(*scales.shape[:-1], -1)
+
+    def pack_queries(
+        self, q: Float[Array, "*batch heads head_dim"], kv_heads: int
+    ) -> Float[Array, "*batch row_heads width"]:
+        """Queries of one device's `kv_heads`, those of a row one after another."""
+        *batch, heads, head_dim = q.shape
+        group = heads // kv_heads
+        rows = -(-kv_heads // self.per_row)
+        missing = (rows * self.per_row - kv_heads) * group
+        q = jnp.pad(q, [(0, 0)] * len(batch) + [(0, missing), (0, 0)])
+        q = q.reshape(*batch, rows, self.per_row, group, 1, head_dim)
+        is_own = jnp.eye(self.per_row, dtype=bool)[:, None, :, None]
+        packed = jnp.where(is_own, q, 0).reshape(*batch, rows * self.per_row * group, -1)
+        return self._padded(packed, self.width)
+
+    def unpack(
+        self, out: Float[Array, "*batch row_heads width"], heads: int, kv_heads: int, head_dim: int
+    ) -> Float[Array, "*batch heads head_dim"]:
+        """Of what attention gives for packed queries, each head's own part."""
+        *batch, row_heads, _ = out.shape
+        group = heads // kv_heads
+        out = out[..., : self.per_row * head_dim].reshape(
+            *batch, row_heads // (self.per_row * group), self.per_row, group, self.per_row, head_dim
+        )
+        own = jnp.stack([out[..., head, :, head, :] for head in range(self.per_row)], axis=-3)
+        return own.reshape(*batch, row_heads, head_dim)[..., :heads, :]
+
+    def _side_by_side(self, kv: Shaped[Array, "*batch kv2 part"]) -> Shaped[Array, "*batch rows2 parts"]:
+        *batch, kv2, part = kv.shape
+        rows = -(-kv2 // (2 * self.per_row))
+        missing = 2 * rows * self.per_row - kv2
+        kv = jnp.pad(kv, [(0, 0)] * len(batch) + [(0, missing), (0, 0)])
+        return kv.reshape(*batch, rows, self.per_row, 2, part).swapaxes(-3, -2).reshape(*batch, 2 * rows, -1)
+
+    @staticmethod
+    def _padded(x: Shaped[Array, "*batch part"], width: int) -> Shaped[Array, "*batch width"]:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
+
+
 # A tree of the same form that holds something else than arrays: shapes, axes.
 _pool_of: Any = KVPool
 
 
-def kv_pool_shapes(config: LlamaConfig, num_pages: int, page_size: int, dtype: Any, num_shards: int = 1) -> KVPool:
-    """The shapes and dtypes of a pool with `num_pages` pages of `dtype` on each of `num_shards`."""
-    num_pages, kv2 = num_shards * config.num_layers * num_pages, 2 * config.num_kv_heads
-    shape, scales = (num_pages, page_size, kv2, config.head_dim), None
+def kv_pool_shapes(
+    config: LlamaConfig,
+    num_pages: int,
+    page_size: int,
+    dtype: Any,
+    num_shards: int = 1,
+    layout: HeadLayout | None = None,
+) -> KVPool:
+    """The shapes and dtypes of a pool with `num_pages` pages of `dtype` on each of `num_shards`.
+
+    `layout` None: each head by itself.
+    """
+    layout = HeadLayout(config.num_kv_heads, 1, config.head_dim) if layout is None else layout
+    num_pages, rows2 = num_shards * config.num_layers * num_pages, 2 * layout.num_rows
+    shape, scales = (num_pages, page_size, rows2, layout.width), None
     if dtype == jnp.int8:
-        shape = (num_pages, kv2, page_size, config.head_dim)
-        scales = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
+        shape = (num_pages, rows2, page_size, layout.width)
+        scales = jax.ShapeDtypeStruct((num_pages, rows2 * layout.per_row, page_size), jnp.float32)
     pool: KVPool = _pool_of(jax.ShapeDtypeStruct(shape, dtype), scales)
     return pool
 
@@ -68,9 +150,9 @@ def kv_pool_axes(dtype: Any) -> KVPool:
     return pool
 
 
-def kv_bytes_per_token(config: LlamaConfig, dtype: Any) -> int:
+def kv_bytes_per_token(config: LlamaConfig, dtype: Any, layout: HeadLayout | None = None) -> int:
     """Bytes that one token takes in all layers, scales included."""
-    pool = kv_pool_shapes(config, 1, 1, dtype)
+    pool = kv_pool_shapes(config, 1, 1, dtype, layout=layout)
     return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(pool))
 
 
@@ -115,8 +197,9 @@ def write_pages(
     page_table: Int[Array, " max_pages"],
     start: Int[Array, ""],
     num_tokens: Int[Array, ""],
+    layout: HeadLayout | None = None,
 ) -> KVPool:
-    """Writes a chunk of one row from position `start`, whole pages at a time.
+    """Writes a chunk of one row from position `start`, whole pages at a time, in the pool's `layout`.
 
     `start` and the chunk's length are multiples of the page size. Of the chunk, `num_tokens` are real: pages past them
     are not written, and what the last page holds past them is never read before it is overwritten.
@@ -132,7 +215,7 @@ def write_pages(
         new = new.reshape(chunk_pages, page_size, *new.shape[1:])
         return old.at[pages].set(new.swapaxes(1, 2) if pool.heads_first else new, mode="drop")
 
-    return jax.tree.map(write, pool, stored(kv, pool))
+    return jax.tree.map(write, pool, stored(kv, pool, layout))
 
 
 @partial(jax.jit, donate_argnames="pool", static_argnames=("num_layers", "mesh"))
@@ -264,9 +347,13 @@ def _in_every_layer(pool: KVPool, pages: Int[Array, " some"], num_layers: int) -
     return (first[:, None] + pages).ravel()
 
 
-def stored(kv: Float[Array, "tokens kv2 head_dim"], pool: KVPool) -> KVPool:
-    """Tokens as `pool` keeps them, [tokens, 2K, D] and [tokens, 2K]. NaN or infinity makes a scale NaN, which attention
-    carries on."""
+def stored(kv: Float[Array, "tokens kv2 head_dim"], pool: KVPool, layout: HeadLayout | None = None) -> KVPool:
+    """Tokens as `pool` keeps them, without `layout` [tokens, 2K, D] and [tokens, 2K]. NaN or infinity makes a scale
+    NaN, which attention carries on."""
     if pool.scales is None:
-        return KVPool(kv.astype(pool.pages.dtype), None)
-    return KVPool(*quantize_rows(kv))
+        values, scales = kv.astype(pool.pages.dtype), None
+    else:
+        values, scales = quantize_rows(kv)
+    if layout is None:
+        return KVPool(values, scales)
+    return KVPool(layout.pack(values), None if scales is None else layout.pack_scales(scales))

@@ -36,6 +36,7 @@ from jaxllama.model.platforms.describe import describe_platform
 from jaxllama.model.platforms.platform import Platform
 from jaxllama.model.platforms.startup import keep_weights_as_they_are
 from jaxllama.plan import roofline
+from jaxllama.plan.links import Links
 from jaxllama.plan.measure import KernelWork, LargeCopy, Measurement, measure
 from jaxllama.plan.setup import Setup
 from jaxllama.plan.topology import Topology
@@ -171,6 +172,7 @@ def _compile(setup: Setup, program: str) -> Compiled:
         text = texts[-1].read_text()
     memory = compiled.memory_analysis()
     kernels, trips = _work(setup, program, platform)
+    links = Links(setup.topology, tuple(tuple(device.coords) for device in mesh.devices.flat))
     return Compiled(
         compile_s=compile_s,
         fits=True,
@@ -178,7 +180,7 @@ def _compile(setup: Setup, program: str) -> Compiled:
         output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
-        measurement=measure(text, generation, kernels=kernels, unknown_trips=trips),
+        measurement=measure(text, generation, kernels=kernels, unknown_trips=trips, links=links),
     )
 
 

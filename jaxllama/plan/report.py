@@ -66,6 +66,9 @@ def _program(p: Plan) -> Iterator[str]:
         yield ""
         yield f"the compiled {_WHAT[name]}, on one device:"
         yield f"  collectives    {_counts(found['per_layer'])} a layer; {_counts(found['outside_layers'])} outside"
+        if m.message_s:
+            waited = f"{1e3 * m.exposed_s:.2f} ms of it waited for"
+            yield f"  messages       {1e3 * m.message_s:.2f} ms on the links between chips, {waited}"
         yield f"  HBM traffic    {m.hbm_bytes / 1e9:.2f} GB, {m.async_share:.0%} of it copied beside computation"
         yield f"  large copies   {copies or 'none'}{most}"
         yield f"  temporaries    {program.temporary_bytes / _GIB:.2f} GiB, compiled in {program.compile_s:.0f} s"

@@ -47,14 +47,14 @@ def mean_prefill_context(setup: Setup) -> float:
 
 def decode_kernels(setup: Setup) -> KernelWork:
     """What attention kernels do in one decode step: the one place where a Pallas kernel's KV bytes are counted."""
-    return KernelWork(setup.rows_per_shard * setup.context * kv_bytes_per_token(setup))
+    return KernelWork(setup.rows_per_shard * setup.context * kv_bytes_per_token(setup, as_kept=True))
 
 
 def prefill_kernels(setup: Setup) -> KernelWork:
     """The same for one chunk in the middle of a prompt, whose arithmetic counts too."""
     keys = mean_prefill_context(setup)
     peak = setup.topology.generation.flops_per_s * _KERNEL_FLOPS_EFFICIENCY
-    return KernelWork(keys * kv_bytes_per_token(setup), _chunk_attention_flops(setup) / peak)
+    return KernelWork(keys * kv_bytes_per_token(setup, as_kept=True), _chunk_attention_flops(setup) / peak)
 
 
 def temporary_bytes(setup: Setup) -> int:

@@ -15,6 +15,7 @@ from jaxllama.decode.state import DecodeState, state_shardings
 from jaxllama.engine.sizes import EngineSizes, size_engine
 from jaxllama.errors import PlanError
 from jaxllama.model import cache
+from jaxllama.model.cache import HeadLayout
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.mesh import MESH_AXES, mesh_shape, num_page_shards, partition_spec
 from jaxllama.model.params import Params, ParamSpec, build_params, param_specs, stored_specs
@@ -83,6 +84,11 @@ class Setup:
         return jnp.dtype(jnp.bfloat16 if self.kv == "bf16" else self.kv)
 
     @property
+    def head_layout(self) -> HeadLayout | None:
+        """As `Platform.head_layout`."""
+        return tpu.head_layout(self.config, self.kv_dtype.name, int(self.mesh.shape["kv"]))
+
+    @property
     def num_rows(self) -> int:
         """`rows`, and those that the engine adds so that every shard of the cache has equally many."""
         return self._sizes.num_rows
@@ -115,7 +121,7 @@ class Setup:
 
     def state_shapes(self) -> DecodeState:
         """The arrays of the decode state as the engine would make them."""
-        return self._sizes.state_shapes(self.config, self.kv_dtype)
+        return self._sizes.state_shapes(self.config, self.kv_dtype, self.head_layout)
 
     def inputs(self, mesh: Mesh, platform: Platform) -> tuple[Params, DecodeState]:
         """Shapes, dtypes and shardings of the real programs' weights and state, for ahead-of-time compilation."""
@@ -174,9 +180,13 @@ def _weight_bytes(config: LlamaConfig, mesh: Any, quantize: str | None, parts: t
     return total
 
 
-def kv_bytes_per_token(setup: Setup) -> float:
-    """Bytes of one token's keys and values, all layers, on one device that holds them."""
-    return cache.kv_bytes_per_token(setup.config, setup.kv_dtype) / int(setup.mesh.shape["kv"])
+def kv_bytes_per_token(setup: Setup, *, as_kept: bool = False) -> float:
+    """Bytes of one token's keys and values, all layers, on one device that holds them.
+
+    `as_kept`: with the zeros beside heads that do not fill their place (`HeadLayout`).
+    """
+    layout = setup.head_layout if as_kept else None
+    return cache.kv_bytes_per_token(setup.config, setup.kv_dtype, layout) / int(setup.mesh.shape["kv"])
 
 
 def as_mesh(setup: Setup) -> Any:

@@ -34,8 +34,20 @@ class Topology:
         return f"{self.generation.name}:{self.size}"
 
     @property
+    def sides(self) -> tuple[int, ...]:
+        """Chips along each axis."""
+        return tuple(int(side) for side in self.size.split("x"))
+
+    @property
+    def wraps(self) -> tuple[bool, ...]:
+        """Whether each axis's last chip is linked to its first: a flat pod's whole side, and slices of whole cubes."""
+        if len(self.sides) == 2:
+            return tuple(side == 16 for side in self.sides)
+        return (all(side % 4 == 0 for side in self.sides),) * len(self.sides)
+
+    @property
     def num_chips(self) -> int:
-        return math.prod(int(side) for side in self.size.split("x"))
+        return math.prod(self.sides)
 
     @property
     def num_devices(self) -> int:

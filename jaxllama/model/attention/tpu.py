@@ -1,19 +1,20 @@
 """Paged attention by flywheel-tpu's Pallas kernels: one call a layer writes the new keys and values and attends.
 
-The kernels take bfloat16, heads of a multiple of 128 and pages of a multiple of 128 tokens, and read the pool in the
-layout that all implementations share. bench/LOG.md has the TPU compiler's figures.
+The kernels take bfloat16, heads of 128 or 256 and pages of a multiple of 128 tokens. Narrower heads lie side by side in
+the pool (`HeadLayout`), which the kernels take for fewer and wider ones. bench/LOG.md has the TPU compiler's figures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllama.errors import ConfigError, MissingExtraError
-from jaxllama.model.cache import KVPool
+from jaxllama.model.cache import HeadLayout, KVPool
 
 _MAX_TABLE_BYTES = 2**20
 _DECODE_VMEM_BYTES = 16 * 2**20
@@ -21,10 +22,14 @@ _DECODE_VMEM_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class TpuAttention:
-    """`Attention` by those kernels. `interpret` runs them in Pallas's interpreter, on any backend."""
+    """`Attention` by those kernels. `interpret` runs them in Pallas's interpreter, on any backend.
+
+    `layout` is the pool's; None: each head by itself.
+    """
 
     num_layers: int
     interpret: bool = False
+    layout: HeadLayout | None = None
 
     def validate(self, *, page_size: int, num_rows: int, table_width: int) -> None:
         """As `Attention.validate`: the kernels read the page table from the scalar memory."""
@@ -50,17 +55,7 @@ class TpuAttention:
         assert window is None, "windows have no kernel here"
         page_table, positions = self.without_inactive(page_table, positions, active, pool)
         kv = jnp.where(active[:, None, None], kv, 0)
-        out, pages = _kernel()(
-            q[:, None],
-            pool.pages,
-            None,
-            kv[:, None, 0::2],
-            kv[:, None, 1::2],
-            cache_seqlens=positions,
-            block_table=page_table,
-            causal=True,
-            interpret=self.interpret,
-        )
+        out, pages = self._run(q[:, None], kv[:, None], pool.pages, cache_seqlens=positions, block_table=page_table)
         return out[:, 0], pool._replace(pages=pages)
 
     def verify(
@@ -79,17 +74,7 @@ class TpuAttention:
         page_table, positions = self.without_inactive(page_table, positions, num_tokens > 0, pool)
         is_real = jnp.arange(q.shape[1]) < num_tokens[:, None]
         kv = jnp.where(is_real[..., None, None], kv, 0)
-        out, pages = _kernel()(
-            q,
-            pool.pages,
-            None,
-            kv[:, :, 0::2],
-            kv[:, :, 1::2],
-            cache_seqlens=positions,
-            block_table=page_table,
-            causal=True,
-            interpret=self.interpret,
-        )
+        out, pages = self._run(q, kv, pool.pages, cache_seqlens=positions, block_table=page_table)
         return out, pool._replace(pages=pages)
 
     def without_inactive(
@@ -130,19 +115,37 @@ class TpuAttention:
         num_tokens: Int[Array, ""],
     ) -> tuple[Float[Array, "tokens heads head_dim"], Float[Array, "pages page_size kv2 head_dim"]]:
         """`prefill` of a pool's pages."""
+        return self._run(
+            q,
+            kv,
+            pages,
+            cache_seqlens=start[None],
+            block_table=table[None],
+            cu_seqlens_q=jnp.stack((jnp.zeros_like(num_tokens), num_tokens)),
+        )
+
+    def _run(
+        self,
+        q: Float[Array, "*batch heads head_dim"],
+        kv: Float[Array, "*batch kv2 head_dim"],
+        pages: Float[Array, "pages page_size rows2 width"],
+        **where: Any,
+    ) -> tuple[Float[Array, "*batch heads head_dim"], Float[Array, "pages page_size rows2 width"]]:
+        (heads, head_dim), kv_heads = q.shape[-2:], kv.shape[-2] // 2
+        if self.layout is not None:
+            q, kv = self.layout.pack_queries(q, kv_heads), self.layout.pack(kv)
         out, pages = _kernel()(
             q,
             pages,
             None,
-            kv[:, 0::2],
-            kv[:, 1::2],
-            cache_seqlens=start[None],
-            block_table=table[None],
-            cu_seqlens_q=jnp.stack((jnp.zeros_like(num_tokens), num_tokens)),
+            kv[..., 0::2, :],
+            kv[..., 1::2, :],
+            softmax_scale=head_dim**-0.5,
             causal=True,
             interpret=self.interpret,
+            **where,
         )
-        return out, pages
+        return out if self.layout is None else self.layout.unpack(out, heads, kv_heads, head_dim), pages
 
 
 def _kernel() -> Callable[..., tuple[Array, Array]]:

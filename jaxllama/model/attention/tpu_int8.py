@@ -1,4 +1,4 @@
-"""Paged attention over an int8 cache on TPUs: a Pallas kernel of our own for decode, flywheel-tpu's for prefill.
+"""Paged attention over an int8 cache on TPUs, by Pallas kernels of our own: decode here, prefill in `tpu_int8_prefill`.
 
 The kernel reads a row's pages as int8, four at a time through a ring of buffers that runs ahead over row borders, and
 writes the new token into the row's last page while it is there: one call a layer, and no copy of the cache.
@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllama.model.attention.tpu import TpuAttention
+from jaxllama.model.attention.tpu_int8_prefill import attend_chunk
 from jaxllama.model.cache import KVPool, stored, write_pages
 
 BLOCK_PAGES = 4
@@ -44,7 +45,7 @@ class Int8TpuAttention(TpuAttention):
         """As `Attention.decode`, without windows. Rows that are not active write to page 0, which no row is given."""
         assert window is None, "windows have no kernel here"
         page_table, positions = self.without_inactive(page_table, positions, active, pool)
-        return _decode(q, stored(kv, pool), pool, page_table, positions, interpret=self.interpret)
+        return self._decode(q, kv, pool, page_table, positions)
 
     def verify(
         self,
@@ -74,21 +75,39 @@ class Int8TpuAttention(TpuAttention):
         num_tokens: Int[Array, ""],
         window: int | None = None,
     ) -> tuple[Float[Array, "tokens heads head_dim"], KVPool]:
-        """As `Attention.prefill`, without windows, over a bfloat16 copy of the row's pages."""
+        """As `Attention.prefill`, without windows."""
         assert window is None, "windows have no kernel here"
-        pool = write_pages(pool, kv, page_table, start, num_tokens)
-        copied = _floats(jax.tree.map(lambda part: part[page_table], pool), q.dtype).swapaxes(1, 2)
-        # Past the row's end pages may hold a failed row's scales; the kernel wants them finite.
-        is_own = jnp.arange(copied.shape[0] * copied.shape[1]).reshape(copied.shape[:2]) < start + num_tokens
-        copied = jnp.where(is_own[..., None, None], copied, 0)
-        own_table = jnp.arange(page_table.shape[0], dtype=jnp.int32)
-        new = _floats(stored(kv, pool), q.dtype)
-        return self.prefill_pages(q, new, copied, own_table, start, num_tokens)[0], pool
+        pool = write_pages(pool, kv, page_table, start, num_tokens, self.layout)
+        (heads, head_dim), kv_heads, per_row = q.shape[1:], kv.shape[1] // 2, 1
+        if self.layout is not None:
+            q, per_row = self.layout.pack_queries(q, kv_heads), self.layout.per_row
+        out = attend_chunk(
+            q,
+            pool,
+            page_table,
+            start,
+            num_tokens,
+            scale=head_dim**-0.5,
+            per_row=per_row,
+            interpret=self.interpret,
+        )
+        return out if self.layout is None else self.layout.unpack(out, heads, kv_heads, head_dim), pool
 
-
-def _floats(pool: KVPool, dtype: Any) -> Float[Array, "*tokens head_dim"]:
-    assert pool.scales is not None
-    return (pool.pages.astype(jnp.float32) * pool.scales[..., None]).astype(dtype)
+    def _decode(
+        self,
+        q: Float[Array, "rows heads head_dim"],
+        kv: Float[Array, "rows kv2 head_dim"],
+        pool: KVPool,
+        page_table: Int[Array, "rows max_pages"],
+        positions: Int[Array, " rows"],
+    ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
+        (heads, head_dim), kv_heads = q.shape[1:], kv.shape[1] // 2
+        new, per_row = stored(kv, pool, self.layout), 1
+        if self.layout is not None:
+            q, per_row = self.layout.pack_queries(q, kv_heads), self.layout.per_row
+        scale = head_dim**-0.5
+        out, pool = _decode(q, new, pool, page_table, positions, scale=scale, per_row=per_row, interpret=self.interpret)
+        return out if self.layout is None else self.layout.unpack(out, heads, kv_heads, head_dim), pool
 
 
 def _decode(
@@ -98,9 +117,15 @@ def _decode(
     page_table: Int[Array, "rows max_pages"],
     positions: Int[Array, " rows"],
     *,
+    scale: float,
+    per_row: int,
     interpret: bool,
 ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
-    """`new` is each row's token: values [rows, 2K, D], scales [rows, 2K]."""
+    """`new` is each row's token: values [rows, 2K, D], scales [rows, 2K × per_row].
+
+    A KV head may stand for `per_row` of them side by side, of which each has as many of its query heads. Scores are
+    multiplied by `scale`.
+    """
     assert pool.scales is not None
     assert new.scales is not None
     rows, heads, head_dim = q.shape
@@ -111,7 +136,7 @@ def _decode(
     row_block = partial(pl.BlockSpec, memory_space=pltpu.VMEM)
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     out, pages, scales = pl.pallas_call(
-        partial(_decode_kernel, table_width=page_table.shape[1], ring=ring),
+        partial(_decode_kernel, table_width=page_table.shape[1], ring=ring, scale=scale, per_row=per_row),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(rows,),
@@ -128,7 +153,7 @@ def _decode(
             ],
             scratch_shapes=[
                 pltpu.VMEM((ring, BLOCK_PAGES, kv2, page_size, head_dim), jnp.int8),
-                pltpu.VMEM((ring, BLOCK_PAGES, kv2, page_size), jnp.float32),
+                pltpu.VMEM((ring, BLOCK_PAGES, kv2 * per_row, page_size), jnp.float32),
                 pltpu.SMEM((3,), jnp.int32),
                 pltpu.SemaphoreType.DMA((ring, 2)),
                 pltpu.SemaphoreType.DMA((2,)),
@@ -224,6 +249,8 @@ def _decode_kernel(
     *,
     table_width: int,
     ring: int,
+    scale: float,
+    per_row: int,
 ) -> None:
     row, num_rows = pl.program_id(0), pl.num_programs(0)
     _, kv_heads, group, head_dim = q.shape
@@ -260,10 +287,12 @@ def _decode_kernel(
         for head in range(2 * kv_heads):
             old = page_buffers[slot, last_page, head].astype(jnp.int32)
             page_buffers[slot, last_page, head] = jnp.where(is_new, new[0, head : head + 1], old).astype(jnp.int8)
-            own = pl.ds(head, 1)
+        num_scales = 2 * kv_heads * per_row
+        for index in range(num_scales):
+            own = pl.ds(index, 1)
             old_scale = scale_buffers[slot, last_page, own]
             scale_buffers[slot, last_page, own] = jnp.where(
-                is_new_scale, new_scales[row * 2 * kv_heads + head], old_scale
+                is_new_scale, new_scales[row * num_scales + index], old_scale
             )
         for copy in writes(slot):
             copy.start()
@@ -288,7 +317,9 @@ def _decode_kernel(
         tokens = first + jax.lax.broadcasted_iota(jnp.int32, (1, BLOCK_PAGES * page_size), 1)
         visible = tokens <= position
         carry = tuple(
-            _attend_head(q[0, head], page_buffers, scale_buffers, slot, head, visible, carry[head])
+            _attend_head(
+                q[0, head], page_buffers, scale_buffers, slot, head, visible, carry[head], scale=scale, per_row=per_row
+            )
             for head in range(kv_heads)
         )
 
@@ -310,22 +341,35 @@ def _decode_kernel(
 
 
 def _attend_head(
-    q: Any, page_buffers: Any, scale_buffers: Any, slot: Any, head: int, visible: Any, carry: tuple[Any, Any, Any]
+    q: Any,
+    page_buffers: Any,
+    scale_buffers: Any,
+    slot: Any,
+    head: int,
+    visible: Any,
+    carry: tuple[Any, Any, Any],
+    *,
+    scale: float,
+    per_row: int,
 ) -> tuple[Any, Any, Any]:
     """One KV head's query heads over a block of pages, with an online softmax."""
     largest, total, weighted = carry
     page_size = page_buffers.shape[3]
-    head_dim = q.shape[-1]
+    of_query = jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], page_size), 0) // (q.shape[0] // per_row)
 
     def page(index: int, kind: int) -> tuple[Any, Any]:
-        values = page_buffers[slot, index, 2 * head + kind].astype(jnp.float32).astype(q.dtype)
-        return values, scale_buffers[slot, index, pl.ds(2 * head + kind, 1)]
+        at = 2 * head + kind
+        values = page_buffers[slot, index, at].astype(jnp.float32).astype(q.dtype)
+        scales = scale_buffers[slot, index, pl.ds(at * per_row, 1)]
+        for other in range(1, per_row):
+            scales = jnp.where(of_query == other, scale_buffers[slot, index, pl.ds(at * per_row + other, 1)], scales)
+        return values, scales
 
     scores = []
     for index in range(BLOCK_PAGES):
-        keys, scale = page(index, 0)
+        keys, scales = page(index, 0)
         product = jax.lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        scores.append(product * (scale * head_dim**-0.5))
+        scores.append(product * (scales * scale))
     # Where nothing is visible, buffers hold whatever was there, a scale of NaN perhaps.
     masked = jnp.where(visible, jnp.concatenate(scores, axis=1), _MASKED)
     new_largest = jnp.maximum(largest, masked.max(axis=1, keepdims=True))
@@ -333,8 +377,8 @@ def _attend_head(
     decay = jnp.exp(largest - new_largest)
     weighted = weighted * decay
     for index in range(BLOCK_PAGES):
-        values, scale = page(index, 1)
+        values, scales = page(index, 1)
         own = slice(index * page_size, (index + 1) * page_size)
-        shares = jnp.where(visible[:, own], probs[:, own] * scale, 0.0).astype(q.dtype)
+        shares = jnp.where(visible[:, own], probs[:, own] * scales, 0.0).astype(q.dtype)
         weighted += jax.lax.dot_general(shares, values, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     return new_largest, total * decay + probs.sum(axis=1, keepdims=True), weighted

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jax.sharding import Mesh
 
 from jaxllama.model.attention import Attention, ReferenceAttention, ShardedAttention
+from jaxllama.model.cache import HeadLayout
 from jaxllama.model.config import LlamaConfig
 
 type CompilerOptions = tuple[tuple[str, str | bool | int], ...]
@@ -39,6 +40,7 @@ class Platform:
     because a compiler may plan its copies well for a few layers and badly for 80; None: all in one piece.
     `has_layer_kernel`: a layer is one call of `native.run_layer`.
     `compiler_options` are XLA's, for every program that runs the layers.
+    `head_layout` is how the kernel wants the cache's pages to hold KV heads; None: each by itself.
 
     The weights:
     `packs_weights`: matrices are reordered for `native.multiply`. `max_part_bytes`: feed-forward matrices are
@@ -60,6 +62,7 @@ class Platform:
     layers_per_loop: int | None = None
     has_layer_kernel: bool = False
     compiler_options: CompilerOptions = ()
+    head_layout: HeadLayout | None = None
     packs_weights: bool = False
     max_part_bytes: int | None = None
     page_size: int = 16

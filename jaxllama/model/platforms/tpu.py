@@ -1,4 +1,4 @@
-"""TPUs: Pallas kernels for a cache in bfloat16 or int8, heads of a multiple of 128 and no windows; else plain JAX."""
+"""TPUs: Pallas kernels for a cache in bfloat16 or int8, heads of up to 256 and no windows; else plain JAX."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from jax.sharding import Mesh
 from jaxllama.model.attention import ShardedAttention
 from jaxllama.model.attention.tpu import TpuAttention
 from jaxllama.model.attention.tpu_int8 import Int8TpuAttention
+from jaxllama.model.cache import HeadLayout
+from jaxllama.model.config import LlamaConfig
 from jaxllama.model.platforms.platform import Case, Platform
+
+_KERNELS = {"bfloat16": TpuAttention, "int8": Int8TpuAttention}
+_MAX_HEAD_DIM = 256
 
 PAGE_SIZE = 128
 CHUNK_SIZES = (128, 512, 2048)
@@ -17,10 +22,18 @@ MAX_PART_BYTES = 32 * 2**20
 
 def describe(case: Case) -> Platform:
     """What the compiled 70B was measured to want (bench/LOG.md)."""
-    kernel = {"bfloat16": TpuAttention, "int8": Int8TpuAttention}.get(case.kv_dtype)
-    if kernel is None or case.config.head_dim % 128 or case.config.windows:
+    layout = head_layout(case.config, case.kv_dtype, case.mesh.shape["kv"])
+    if layout is None:
         return Platform("tpu", case.reference(), max_part_bytes=MAX_PART_BYTES)
-    return with_kernel(kernel(case.config.num_layers), case.mesh)
+    return with_kernel(_KERNELS[case.kv_dtype](case.config.num_layers, layout=layout), case.mesh)
+
+
+def head_layout(config: LlamaConfig, kv_dtype: str, num_shards: int) -> HeadLayout | None:
+    """How pages hold the KV heads that each of `num_shards` has; None where no kernel takes them."""
+    if kv_dtype not in _KERNELS or config.windows:
+        return None
+    layout = HeadLayout.in_lanes(config, num_shards)
+    return layout if layout.width <= _MAX_HEAD_DIM else None
 
 
 def with_kernel(kernel: TpuAttention, mesh: Mesh) -> Platform:
@@ -30,6 +43,7 @@ def with_kernel(kernel: TpuAttention, mesh: Mesh) -> Platform:
         ShardedAttention(kernel, mesh),
         keeps_float32=False,
         layers_per_loop=20,
+        head_layout=kernel.layout,
         max_part_bytes=MAX_PART_BYTES,
         page_size=PAGE_SIZE,
         chunk_sizes=CHUNK_SIZES,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -16,7 +17,7 @@ from jaxllama.model import native
 from jaxllama.model.attention import ReferenceAttention
 from jaxllama.model.attention.tpu import TpuAttention
 from jaxllama.model.attention.tpu_int8 import Int8TpuAttention
-from jaxllama.model.cache import KVPool
+from jaxllama.model.cache import HeadLayout, KVPool
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.int8 import quantize_rows
 from jaxllama.model.mesh import make_mesh
@@ -40,11 +41,25 @@ class Case:
     page_size: int
     lengths: tuple[int, ...]
     kv_dtype: str = "bfloat16"
+    head_dim: int = 128
 
 
 def config_of(case: Case) -> LlamaConfig:
-    changes = {"num_attention_heads": case.heads, "num_key_value_heads": case.kv_heads, "head_dim": 128}
+    changes = {"num_attention_heads": case.heads, "num_key_value_heads": case.kv_heads, "head_dim": case.head_dim}
     return tiny.config_of("divisible", num_hidden_layers=LAYERS, **changes)
+
+
+def layout_of(case: Case) -> HeadLayout:
+    return HeadLayout.in_lanes(config_of(case), 1)
+
+
+def packed(case: Case, pool: KVPool) -> KVPool:
+    """What the kernels keep where the reference keeps `pool`."""
+    layout = layout_of(case)
+    if pool.scales is None:
+        return KVPool(layout.pack(pool.pages), None)
+    scales = layout.pack_scales(pool.scales.swapaxes(1, 2)).swapaxes(1, 2)
+    return KVPool(layout.pack(pool.pages.swapaxes(1, 2)).swapaxes(1, 2), scales)
 
 
 def random_lengths(rng: np.random.Generator, count: int, most: int) -> tuple[int, ...]:
@@ -64,7 +79,7 @@ class Inputs:
         self.width = max(-(-length // case.page_size) for length in case.lengths) + 1
         counts = [-(-length // case.page_size) for length in case.lengths]
         self.pages_per_layer = 1 + sum(counts)
-        shape = (LAYERS * self.pages_per_layer, case.page_size, 2 * case.kv_heads, 128)
+        shape = (LAYERS * self.pages_per_layer, case.page_size, 2 * case.kv_heads, case.head_dim)
         pool = rng.standard_normal(shape)
         order = rng.permutation(np.arange(1, self.pages_per_layer))
         self.table = np.zeros((len(case.lengths), self.width), np.int32)
@@ -85,7 +100,7 @@ class Inputs:
 
 def kernel_of(case: Case, config: LlamaConfig) -> TpuAttention:
     kind = Int8TpuAttention if case.kv_dtype == "int8" else TpuAttention
-    return kind(config.num_layers, interpret=True)
+    return kind(config.num_layers, interpret=True, layout=layout_of(case))
 
 
 def assert_near(got: jax.Array, want: jax.Array) -> None:
@@ -97,6 +112,9 @@ RNG = np.random.default_rng(7)
 DECODE = [
     Case(8, 1, 128, (1, 2, 127, 128, 129, 300, 700)),
     Case(8, 2, 128, (1, 2, 127, 128, 129, 512, 513, 1100), kv_dtype="int8"),
+    # Two heads in a row, and one with a row for itself.
+    Case(6, 3, 128, (1, 128, 300), head_dim=64),
+    Case(6, 3, 128, (1, 128, 300), "int8", head_dim=64),
     *(
         pytest.param(case, marks=pytest.mark.slow)
         for case in (
@@ -106,6 +124,13 @@ DECODE = [
             *(Case(8, 2, 128, random_lengths(RNG, 6, 8192)) for _ in range(3)),
             Case(8, 8, 256, (8192, 1, 4097, 5), kv_dtype="int8"),
             *(Case(6, 2, 128, random_lengths(RNG, 6, 8192), kv_dtype="int8") for _ in range(3)),
+            Case(32, 8, 128, random_lengths(RNG, 5, 2000), head_dim=64),
+            Case(32, 8, 128, random_lengths(RNG, 5, 2000), "int8", head_dim=64),
+            Case(8, 8, 128, random_lengths(RNG, 5, 900), head_dim=32),
+            Case(4, 1, 128, random_lengths(RNG, 5, 900), head_dim=64),
+            Case(8, 2, 128, random_lengths(RNG, 5, 900), head_dim=96),
+            Case(8, 2, 128, random_lengths(RNG, 5, 900), "int8", head_dim=80),
+            Case(4, 2, 128, random_lengths(RNG, 5, 900), head_dim=160),
         )
     ),
 ]
@@ -116,14 +141,15 @@ def test_decode_writes_and_attends_as_the_reference(case):
     config, inputs = config_of(case), Inputs(case, seed=len(case.lengths))
     kernel = kernel_of(case, config)
     rows = len(case.lengths)
-    q, kv = inputs.array(rows, case.heads, 128), inputs.array(rows, 2 * case.kv_heads, 128)
+    q, kv = inputs.array(rows, case.heads, case.head_dim), inputs.array(rows, 2 * case.kv_heads, case.head_dim)
     positions = jnp.asarray(case.lengths, jnp.int32) - 1
     active = jnp.asarray([row != 1 for row in range(rows)])
-    args = (q, kv, inputs.pool, jnp.asarray(inputs.table), positions, active)
-    want, want_pool = jax.jit(REFERENCE.decode)(*args)
-    got, got_pool = jax.jit(kernel.decode)(*args)
+    where = (jnp.asarray(inputs.table), positions, active)
+    want, want_pool = jax.jit(REFERENCE.decode)(q, kv, inputs.pool, *where)
+    got, got_pool = jax.jit(kernel.decode)(q, kv, packed(case, inputs.pool), *where)
     is_active = np.asarray(active)
     assert_near(got[is_active], want[is_active])
+    want_pool = packed(case, want_pool)
     given = np.ones(len(got_pool.pages), bool)
     given[inputs.pages_per_layer] = False  # the second layer's page 0 takes what inactive rows write
     for part, want_part in zip(jax.tree.leaves(got_pool), jax.tree.leaves(want_pool), strict=True):
@@ -142,6 +168,9 @@ def test_decode_writes_and_attends_as_the_reference(case):
                 (Case(4, 2, 128, (640,)), 128, 512, 1),
                 (Case(16, 8, 128, (384,)), 128, 256, 100),
                 (Case(16, 8, 128, (384,), kv_dtype="int8"), 128, 256, 100),
+                (Case(6, 3, 128, (301,), head_dim=64), 256, 128, 173),
+                (Case(6, 3, 128, (301,), "int8", head_dim=64), 256, 128, 173),
+                (Case(4, 2, 128, (301,), head_dim=80), 256, 128, 173),
             )
         ),
     ],
@@ -150,12 +179,13 @@ def test_decode_writes_and_attends_as_the_reference(case):
 def test_prefill_writes_and_attends_as_the_reference(case, size, start, num_tokens):
     config, inputs = config_of(case), Inputs(case, seed=size)
     kernel = kernel_of(case, config)
-    q, kv = inputs.array(size, case.heads, 128), inputs.array(size, 2 * case.kv_heads, 128)
+    q, kv = inputs.array(size, case.heads, case.head_dim), inputs.array(size, 2 * case.kv_heads, case.head_dim)
     table = np.pad(inputs.table[0], (0, size // case.page_size))
-    args = (q, kv, inputs.pool, jnp.asarray(table), jnp.int32(start), jnp.int32(num_tokens))
-    want, want_pool = jax.jit(REFERENCE.prefill)(*args)
-    got, got_pool = jax.jit(kernel.prefill)(*args)
+    where = (jnp.asarray(table), jnp.int32(start), jnp.int32(num_tokens))
+    want, want_pool = jax.jit(REFERENCE.prefill)(q, kv, inputs.pool, *where)
+    got, got_pool = jax.jit(kernel.prefill)(q, kv, packed(case, inputs.pool), *where)
     assert_near(got[:num_tokens], want[:num_tokens])
+    want_pool = packed(case, want_pool)
     for part, want_part in zip(jax.tree.leaves(got_pool), jax.tree.leaves(want_pool), strict=True):
         got_part, want_part = np.asarray(part), np.asarray(want_part)
         for position in range(start + num_tokens):
@@ -187,15 +217,26 @@ def test_what_the_kernels_cannot_do_is_refused_or_left_to_the_reference(monkeypa
     with pytest.raises(ConfigError, match="64 rows × 4096 pages"):
         kernel.validate(page_size=128, num_rows=64, table_width=4096)
     kernel.validate(page_size=128, num_rows=64, table_width=2048)
+    windowed = dataclasses.replace(config, windows=(64,) * config.num_layers)
+    for model, kv_dtype in (
+        (windowed, "bfloat16"),
+        (config, "float32"),
+        (config_of(Case(2, 1, 128, (1,), head_dim=288)), "int8"),
+    ):
+        assert tpu.head_layout(model, kv_dtype, 1) is None
     monkeypatch.setattr(native, "is_available", lambda: False)
     assert describe_platform(config, make_mesh(config, tp=1), dtype=jnp.bfloat16).kernel == ReferenceAttention()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
-def test_an_engine_on_the_kernels_generates_and_a_failed_row_poisons_nobody(kv_dtype, monkeypatch):
+@pytest.mark.parametrize(("kv_dtype", "head_dim"), [(None, 128), ("int8", 128), (None, 64), ("int8", 64)])
+def test_an_engine_on_the_kernels_generates_and_a_failed_row_poisons_nobody(kv_dtype, head_dim, monkeypatch):
     """Three pages in all: every request gets the pages of the one before it."""
-    hf = tiny.MODELS["divisible"] | {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
+    hf = tiny.MODELS["divisible"] | {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 128 // head_dim,
+        "head_dim": head_dim,
+    }
     hf["tie_word_embeddings"] = False
     config = LlamaConfig.from_hf(hf)
     weights, mesh = tiny.random_weights(hf, 1), make_mesh(config, tp=1)
@@ -213,7 +254,8 @@ def test_an_engine_on_the_kernels_generates_and_a_failed_row_poisons_nobody(kv_d
     seen = {token_id for ids in (*want, *prompts) for token_id in ids}
     bad = next(token_id for token_id in range(config.vocab_size) if token_id not in seen)
     weights["model.embed_tokens.weight"][bad] = np.nan
-    kernel = (TpuAttention if kv_dtype is None else Int8TpuAttention)(config.num_layers, interpret=True)
+    kind, layout = TpuAttention if kv_dtype is None else Int8TpuAttention, HeadLayout.in_lanes(config, 1)
+    kernel = kind(config.num_layers, interpret=True, layout=layout)
     platform = tpu.with_kernel(kernel, mesh)
     monkeypatch.setattr("jaxllama.engine.engine.describe_platform", lambda *_, **__: platform)
     with Llama(config, tiny.make_params(config, weights, mesh, jnp.bfloat16), mesh, options=options) as model:

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxllama.model.cache import KVPool, interleave_kv, kv_bytes_per_token, kv_pool_shapes, write_pages, write_tokens
+from jaxllama.model.cache import (
+    HeadLayout,
+    KVPool,
+    interleave_kv,
+    kv_bytes_per_token,
+    kv_pool_shapes,
+    write_pages,
+    write_tokens,
+)
 
 pytestmark = pytest.mark.optimized
 
@@ -170,3 +178,58 @@ def test_a_token_is_written_in_place(rows):
     program = jax.jit(lambda pool, n: jax.lax.fori_loop(0, n, step, pool), donate_argnums=0).lower(pool, 3).compile()
     copied = [line for line in program.as_text().splitlines() if " copy(" in line]
     assert not [line for line in copied if "[64,4" in line or "[256,6" in line]
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "head_dim", "shards", "want"),
+    [
+        (8, 128, 2, HeadLayout(8, 1, 128)),
+        (8, 64, 1, HeadLayout(4, 2, 128)),
+        (8, 64, 8, HeadLayout(8, 1, 128)),  # one head a device has nothing beside it
+        (3, 64, 1, HeadLayout(2, 2, 128)),
+        (15, 64, 5, HeadLayout(10, 2, 128)),
+        (4, 80, 1, HeadLayout(4, 1, 128)),
+        (4, 160, 1, HeadLayout(4, 1, 256)),
+        (3, 32, 1, HeadLayout(1, 3, 128)),
+    ],
+)
+def test_heads_lie_side_by_side_as_far_as_they_fill_the_lanes(kv_heads, head_dim, shards, want):
+    config = tiny.config_of(
+        "divisible", num_attention_heads=2 * kv_heads, num_key_value_heads=kv_heads, head_dim=head_dim
+    )
+    layout = HeadLayout.in_lanes(config, shards)
+    assert layout == want
+    pool = kv_pool_shapes(config, 7, 16, jnp.bfloat16, layout=layout)
+    assert pool.pages.shape == (config.num_layers * 7, 16, 2 * want.num_rows, want.width)
+    scales = kv_pool_shapes(config, 7, 16, jnp.int8, layout=layout).scales
+    assert scales.shape == (config.num_layers * 7, 2 * want.num_rows * want.per_row, 16)
+
+
+@pytest.mark.parametrize(("kv_heads", "head_dim"), [(8, 64), (3, 64), (2, 48), (1, 64), (3, 32), (2, 80), (2, 128)])
+def test_attention_over_heads_side_by_side_is_that_of_each(kv_heads, head_dim):
+    """Scores are equal, each query gets values of its own head, and scales are of the lanes they were made for."""
+    group, tokens = 3, 5
+    config = tiny.config_of(
+        "divisible", num_attention_heads=group * kv_heads, num_key_value_heads=kv_heads, head_dim=head_dim
+    )
+    layout = HeadLayout.in_lanes(config, 1)
+    rng = np.random.default_rng(kv_heads)
+    kv = rng.integers(-9, 9, (tokens, 2 * kv_heads, head_dim)).astype(np.float32)
+    q = rng.integers(-9, 9, (tokens, group * kv_heads, head_dim)).astype(np.float32)
+    packed, packed_q = np.asarray(layout.pack(kv)), np.asarray(layout.pack_queries(q, kv_heads))
+    rows = packed.shape[1] // 2
+    assert packed.shape == (tokens, 2 * layout.num_rows, layout.width)
+    scores = np.einsum("tgd,sgd->gts", q, np.repeat(kv[:, 0::2], group, axis=1))
+    by_row = np.repeat(packed[:, 0::2], packed_q.shape[1] // rows, axis=1)
+    packed_scores = np.einsum("tgd,sgd->gts", packed_q, by_row)
+    np.testing.assert_array_equal(packed_scores[: len(scores)], scores)
+    values = np.einsum("gts,sgd->tgd", scores, np.repeat(kv[:, 1::2], group, axis=1))
+    packed_values = np.einsum(
+        "gts,sgd->tgd", packed_scores, np.repeat(packed[:, 1::2], packed_q.shape[1] // rows, axis=1)
+    )
+    got = layout.unpack(packed_values, group * kv_heads, kv_heads, head_dim)
+    np.testing.assert_array_equal(np.asarray(got), values)
+    scales = rng.standard_normal((tokens, 2 * kv_heads)).astype(np.float32)
+    lanes = np.repeat(np.asarray(layout.pack_scales(scales)).reshape(*packed.shape[:2], -1), head_dim, axis=2)
+    lanes = np.pad(lanes, [(0, 0), (0, 0), (0, layout.width - lanes.shape[2])])
+    np.testing.assert_array_equal(lanes * packed, np.asarray(layout.pack(kv * scales[..., None])))
