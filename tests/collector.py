@@ -87,7 +87,7 @@ def run(engine: Engine, prompt: Sequence[int], params: SamplingParams, *, cache_
     return Collector(engine, prompt, params, cache_scope=cache_scope).wait()
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> bool:
     """Whether `condition` came true in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():

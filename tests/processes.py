@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 START_TIMEOUT_S = 120.0
-END_TIMEOUT_S = 15.0
+END_TIMEOUT_S = 60.0
 
 
 class Process:

@@ -306,7 +306,7 @@ def test_generate_waits_where_others_fill_the_queue():
             thread.join(0.3)
         for other in others:
             other.wait()
-        thread.join(5)
+        thread.join(60)
         assert results, "generate hangs although the queue is empty"
 
 

@@ -59,7 +59,7 @@ def test_a_stalled_step_shows_in_health():
 
         llama.engine.submit(prompt(3), SamplingParams(ignore_eos=True), hold)
         assert is_held.wait(TIMEOUT_S)
-        assert wait_until(lambda: llama.engine.health() is not None, 3.0)
+        assert wait_until(lambda: llama.engine.health() is not None)
         assert "no step has finished" in (llama.engine.health() or "")
         assert not llama.engine.stats().ready
         release.set()

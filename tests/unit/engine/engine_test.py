@@ -344,7 +344,7 @@ def test_drain_gives_up_in_time(engine: Engine):
         waiting = Collector(engine, prompt(3), GREEDY)
         started = time.monotonic()
         assert not engine.drain(0.2)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < TIMEOUT_S
     assert len(waiting.wait().tokens) == 8
 
 

@@ -450,7 +450,7 @@ def test_two_processes_answer_as_one_each_reading_its_own_shards(model, cache, t
         assert all(entry["logprob"] < 0 for each in others for entry in each.values())
         # A follower's signal alone changes nothing; process 0's ends both.
         processes[1].process.send_signal(signal.SIGTERM)
-        processes[1].wait_for("Process 0 decides", 5)
+        processes[1].wait_for("Process 0 decides", 60)
         assert processes[0].fetch("/ready")[0] == 200
         processes[0].process.send_signal(signal.SIGTERM)
         assert [process.code() for process in processes] == [0, 0], [process.text for process in processes]
@@ -495,7 +495,7 @@ def lose(processes: list[Server], lost: int, how: signal.Signals, name: str) -> 
 def test_a_killed_process_is_named_and_the_server_fails(model, cache, tmp_path):
     with started(model, tmp_path, cache) as processes:
         took_s = lose(processes, 1, signal.SIGKILL, "process 1 (host ")
-        assert took_s < 5
+        assert took_s < NAMED_WITHIN_S
         assert "is gone: its connection closed" in processes[0].text
 
 

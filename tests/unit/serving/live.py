@@ -60,7 +60,7 @@ class Live:
             assert response.status == 200, await response.text()
             return parse_events(await response.text())
 
-    async def raw(self, data: bytes, *, wait_s: float = 5.0) -> tuple[int, dict[str, str], Any]:
+    async def raw(self, data: bytes, *, wait_s: float = 30.0) -> tuple[int, dict[str, str], Any]:
         """Sends bytes as they are; returns the status, the headers (lower case) and the JSON of the first response."""
         reader, writer = await asyncio.open_connection(self.host, self.port)
         try:
@@ -124,7 +124,7 @@ def serving_in_thread(llama: Any, **config: Any) -> Iterator[str]:
         thread.join(10)
 
 
-async def until(condition: Any, timeout_s: float = 3.0) -> None:
+async def until(condition: Any, timeout_s: float = 30.0) -> None:
     """Waits until `condition()` holds."""
     async with asyncio.timeout(timeout_s):
         while not condition():

@@ -120,8 +120,8 @@ def test_tokens_and_times_are_those_of_the_choices():
             assert found["jaxllama_time_to_first_token_seconds_count"] == 3
             assert found["jaxllama_time_per_output_token_seconds_count"] == 2
             assert found["jaxllama_queue_wait_seconds_count"] == 4
-            assert 0.3 <= found["jaxllama_time_to_first_token_seconds_sum"] < 1.5
-            assert 0.05 <= found["jaxllama_time_per_output_token_seconds_sum"] < 0.5
+            assert 0.3 <= found["jaxllama_time_to_first_token_seconds_sum"] < 30
+            assert 0.05 <= found["jaxllama_time_per_output_token_seconds_sum"] < 10
 
     run(test())
 

@@ -88,7 +88,7 @@ class Process:
     def signal(self):
         self.process.send_signal(signal.SIGTERM)
 
-    def code(self, timeout_s=10):
+    def code(self, timeout_s=60):
         return self.process.wait(timeout_s)
 
 

@@ -104,7 +104,7 @@ def test_hostile_templates_are_refused_in_time(source: str) -> None:
     start = time.monotonic()
     with pytest.raises(ChatTemplateError):
         render(source, content="<a>", timeout_s=0.5)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
 
 
 def test_an_error_names_the_reason() -> None:
