@@ -176,17 +176,12 @@ def _drop_caches() -> bool:
 
 @contextlib.contextmanager
 def _store(source: Path) -> Iterator[str]:
-    """tests/bucket.py in a process of its own, its objects the files of `source`, for as long as the body runs."""
-    code = (
-        "import sys, mmap; sys.path.insert(0, sys.argv[1]); import bucket; from pathlib import Path\n"
-        "with bucket.running() as store:\n"
-        " for p in Path(sys.argv[2]).iterdir():\n"
-        "  f = p.open('rb'); store.objects[f'models/src/{p.name}'] = p.read_bytes()\n"
-        " print(store.url, flush=True); sys.stdin.read()"
-    )
-    tests = Path(__file__).parents[1] / "tests"
+    """bench/store.py, its objects the files of `source`, for as long as the body runs."""
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tests), str(source)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, str(Path(__file__).with_name("store.py")), str(source)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stdout is not None
@@ -195,7 +190,8 @@ def _store(source: Path) -> Iterator[str]:
         os.environ["AWS_REGION"] = "us-east-1"
         yield url
     finally:
-        process.kill()
+        assert process.stdin is not None
+        process.stdin.close()
         process.wait(10)
 
 
