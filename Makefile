@@ -59,9 +59,10 @@ release: $(VENV)/.dev  ## Wheel and sdist, checked and tried on every supported 
 docs: $(VENV)/.dev  ## The documentation in docs/_build/html; a warning or a broken link inside is an error
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
 
-oracle: $(ORACLE)/.done $(GGUF)  ## Makes tests/golden again, with transformers, in an environment of its own
+oracle: $(ORACLE)/.done $(GGUF)  ## Makes tests/golden again, with transformers and peft, in an environment of its own
 	$(ORACLE)/bin/python tests/oracle/make_tiny.py --out tests/golden
 	$(ORACLE)/bin/python tests/oracle/make_families.py --out tests/golden
+	$(ORACLE)/bin/python tests/oracle/make_adapters.py --out tests/golden
 	$(ORACLE)/bin/python tests/oracle/make_goldens.py --gguf $(GGUF) --out tests/golden
 
 clean:  ## Removes environments, models and caches
@@ -94,5 +95,5 @@ $(MODEL)/manifest.json: $(GGUF) | $(VENV)/.serve
 $(ORACLE)/.done: tests/oracle/constraints.txt
 	PYENV_VERSION=3.11 $(ORACLE_PYTHON) -m venv $(ORACLE)
 	$(ORACLE)/bin/python -m pip install --quiet $(TORCH)
-	$(ORACLE)/bin/python -m pip install --quiet --constraint tests/oracle/constraints.txt transformers gguf tokenizers sentencepiece numpy
+	$(ORACLE)/bin/python -m pip install --quiet --constraint tests/oracle/constraints.txt transformers peft gguf tokenizers sentencepiece numpy
 	@touch $@

@@ -3,7 +3,6 @@
     python tests/oracle/make_adapters.py --out tests/golden
 
 Writes adapters/CASE/ and adapters.npz. The bases are tiny models whose weights a rule makes. See the README there.
-Needs peft 0.21.2 beside what constraints.txt names.
 """
 
 from __future__ import annotations
