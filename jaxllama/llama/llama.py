@@ -36,6 +36,7 @@ from jaxllama.text.constraint import ConstraintMaker
 from jaxllama.text.encoding.tokenizer import Tokenizer
 from jaxllama.weights.checkpoint import Checkpoint
 from jaxllama.weights.exporting.export import export_params
+from jaxllama.weights.exporting.rows import answer_rows
 from jaxllama.weights.exporting.shards import MAX_SHARD_BYTES
 from jaxllama.weights.loading import MAX_IN_FLIGHT_BYTES, load_params
 from jaxllama.weights.opening import load_text, open_model
@@ -129,6 +130,7 @@ class Llama(Laboratory):
         self.engine = Engine(config, params, mesh, options or EngineOptions(), group)
         if group is not None and not group.is_leader:
             answer_saves(config, params, group)
+            answer_rows(config, params, group)
 
     def __repr__(self) -> str:
         """What a notebook shows: where the model is from, its size, and where it is spread."""
@@ -182,14 +184,14 @@ class Llama(Laboratory):
         """Writes the weights as they are now as a Hugging Face folder, and returns where: see `jaxllama export`.
 
         `dtype` None keeps them as they are, int8 as compressed-tensors' W8A16. The host holds one tensor at a time.
-        Nothing is at `place` before all is complete; `force` replaces an earlier export. Requests run meanwhile.
+        Nothing is at `place` before all is complete; `force` replaces an earlier export. Requests run meanwhile. Of
+        many processes, 0 calls this and writes everything; the others send it what their devices hold.
 
         Raises: ConversionError for `place` and a value that `dtype` cannot hold; CheckpointError for a model of no
-            checkpoint, or one that is spread over several processes; StoreError when writing fails.
+            checkpoint; StoreError when writing fails.
         """
-        written = export_params(
-            self.checkpoint, self.params, place, dtype=dtype, max_shard_size=max_shard_size, force=force
-        )
+        options: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "force": force}
+        written = export_params(self.checkpoint, self.params, place, self.engine.group, **options)
         return written.where
 
     def __enter__(self) -> Self:

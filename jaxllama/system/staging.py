@@ -46,6 +46,29 @@ def check_apart(source: Path, destination: Path, error: type[JaxLlamaError]) -> 
         raise error(f"{destination}: holds the source {source}; choose another folder")
 
 
+def check_replaceable(
+    destination: Path, error: type[JaxLlamaError], *, is_known: Callable[[Path], bool], expected: str, force: bool
+) -> None:
+    """Refuses a destination that something is at: all but an empty folder, and with `force` one that `is_known`.
+
+    `expected` says in the message what the folder is not, as in "is not a checkpoint".
+
+    Raises: `error`.
+    """
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise error(f"{destination}: exists and is not a folder")
+    if os.path.ismount(destination):
+        raise error(f"{destination}: is a mount point, which cannot be replaced in one step; give a folder inside it")
+    if not any(destination.iterdir()):
+        return
+    if not is_known(destination):
+        raise error(f"{destination}: exists, is not empty and {expected}; choose another folder")
+    if not force:
+        raise error(f"{destination}: exists; give --force to replace it")
+
+
 def _is_within(path: Path, folder: Path) -> bool:
     """Whether `path` is `folder` or would lie in it, by whatever name: links, mounts, letters in another case."""
     if not folder.exists():

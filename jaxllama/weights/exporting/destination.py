@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxllama.errors import ConversionError, StoreError
-from jaxllama.system.staging import is_ours, locked_folder, put_in_place
+from jaxllama.system.staging import check_replaceable, is_ours, locked_folder, put_in_place
 from jaxllama.system.strict_json import parse_object
 from jaxllama.weights.exporting.shards import INDEX, WRITER
 from jaxllama.weights.places.upload import Upload, open_upload
@@ -119,22 +119,8 @@ def _open_folder(destination: Path, *, force: bool) -> Iterator[Destination]:
 
 
 def _check_destination(destination: Path, force: bool) -> None:
-    if not destination.exists():
-        return
-    if not destination.is_dir():
-        raise ConversionError(f"{destination}: exists and is not a folder")
-    if os.path.ismount(destination):
-        raise ConversionError(
-            f"{destination}: is a mount point, which cannot be replaced in one step; give a folder inside it"
-        )
-    if not any(destination.iterdir()):
-        return
-    if not _is_export(destination):
-        raise ConversionError(
-            f"{destination}: exists, is not empty and was not written by jaxllama export; choose another folder"
-        )
-    if not force:
-        raise ConversionError(f"{destination}: exists; give --force to replace it")
+    expected = "was not written by jaxllama export"
+    check_replaceable(destination, ConversionError, is_known=_is_export, expected=expected, force=force)
 
 
 def _is_export(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxllama.errors import CheckpointError, ConversionError, StoreError, quote
+from jaxllama.errors import CheckpointError, ConversionError, LockstepError, StoreError, quote
+from jaxllama.hosts.group import Group
 from jaxllama.model.config.families import BY_MODEL_TYPE
 from jaxllama.model.params import Params, num_params, stored_specs
 from jaxllama.system.progress import OnBytes
@@ -81,6 +83,7 @@ def export_params(
     checkpoint: Checkpoint | None,
     params: Params,
     dst: str | os.PathLike[str],
+    group: Group | None,
     *,
     dtype: str | None = None,
     max_shard_size: str | int = MAX_SHARD_BYTES,
@@ -89,12 +92,18 @@ def export_params(
 ) -> ExportReport:
     """`export` of weights on a mesh, of a model of `checkpoint`. The host holds one tensor at a time.
 
-    Raises: as `export`; CheckpointError for a model of no checkpoint, or one that is spread over several processes.
+    Of a group, process 0 calls this, and the others answer with `answer_rows`: only process 0 writes.
+
+    Raises: as `export`; CheckpointError for a model of no checkpoint; LockstepError.
     """
+    if group is not None and not group.is_leader:
+        raise LockstepError(f"process {group.process_id} follows process 0, which alone exports")
     if checkpoint is None:
         raise CheckpointError(f"{dst}: this model is of no checkpoint, whose config and tokenizer could be exported")
     destination = _resolve(dst, checkpoint.place)
-    return _export(checkpoint, DeviceRows(params), destination, dtype, max_shard_size, force, progress)
+    rows = DeviceRows(params, group)
+    with contextlib.closing(rows):
+        return _export(checkpoint, rows, destination, dtype, max_shard_size, force, progress)
 
 
 def _resolve(dst: str | os.PathLike[str], source: Place | None) -> Path | str:

@@ -220,9 +220,11 @@ def write_shards(writer, part, array):
     global num_written
     num_written += 1
     files = original(writer, part, array)
-    if "saved-2" not in str(writer._files.folder):
-        sys.stdout.write("".join(f"{name}\\n" for name in files))
-    elif num_written > 50:
+    folder = str(getattr(writer._files, "folder", ""))
+    if "saved-2" not in folder:
+        sys.stdout.write("".join(f"{'folder' if folder else 'bucket'}:{name}\\n" for name in files))
+        num_written = 0
+    elif num_written > 12:
         os.kill(os.getpid(), signal.SIGKILL)
     return files
 
@@ -233,13 +235,15 @@ group = distributed.join(address, num_processes=2, process_id=int(process_id), j
 llama = jaxllama.load(model, dtype="bfloat16", quantize="int8", group=group)
 if group.is_leader:
     print("saved", llama.save(out).path, flush=True)
+    print("in a bucket", llama.save("s3://models/saved").place, flush=True)
+    print("exported", llama.export(out + "-exported"), flush=True)
     llama.save(out + "-2")
 else:
     llama.engine.follow()
 """
 
 
-def test_two_processes_save_as_one_and_one_killed_half_way_leaves_no_checkpoint(tmp_path, model):
+def test_two_processes_save_and_export_as_one_and_one_killed_half_way_leaves_no_checkpoint(tmp_path, model, store):
     address, out = f"127.0.0.1:{free_port()}", tmp_path / "saved"
     processes = [Process(tmp_path, f"{i}", "-c", PROGRAM, address, i, model, out) for i in range(2)]
     try:
@@ -251,10 +255,16 @@ def test_two_processes_save_as_one_and_one_killed_half_way_leaves_no_checkpoint(
             process.end()
     # Of four devices process 1 has the last two, and wrote their half of the ffn's eight chunks.
     written = {name for name in processes[1].text.split() if "layers.0.gate_proj.values" in name}
-    assert written == {f"params/layers.0.gate_proj.values/{i}.0" for i in (4, 5, 6, 7)}
+    files = {f"params/layers.0.gate_proj.values/{i}.0" for i in (4, 5, 6, 7)}
+    assert written == {f"{where}:{name}" for where in ("folder", "bucket") for name in files}
     with load(model, dtype=jnp.bfloat16, quantize="int8", tp=4) as llama:
         want = bits(llama)
         assert bits(on_one_device(out)) == want
+        assert bits(on_one_device("s3://models/saved")) == want
+        assert not any(".partial" in name for name in store.objects)
+        llama.export(tmp_path / "exported")
+        exported = {path.name: path.read_bytes() for path in (tmp_path / "exported").iterdir()}
+        assert {path.name: path.read_bytes() for path in (tmp_path / "saved-exported").iterdir()} == exported
         assert not (tmp_path / "saved-2").exists()
         assert (tmp_path / ".saved-2.saving" / "checkpoint").exists()
         # What was left is in nobody's way.
