@@ -131,6 +131,7 @@ PUBLIC_TO = {
         "jaxllama.weights.arrays",
         "jaxllama.weights.checkpoint",
         "jaxllama.weights.exporting",
+        "jaxllama.weights.opening",
         "jaxllama.weights.places",
         "jaxllama.weights.sources",
     ),

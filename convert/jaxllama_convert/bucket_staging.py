@@ -39,9 +39,10 @@ class BucketStaging:
     def check_space(self, num_bytes: int) -> None:
         """A bucket has no end."""
 
-    def record(self, name: str, files: Mapping[str, FileRecord]) -> None:
-        """Notes that a tensor's objects are there."""
-        self._upload.record(name, files, {key: asdict(value) for key, value in files.items()})
+    def record(self, tensors: Mapping[str, Mapping[str, FileRecord]]) -> None:
+        """Notes that the objects of these tensors are there."""
+        for name, files in tensors.items():
+            self._upload.record(name, files, {key: asdict(value) for key, value in files.items()})
 
     def write_manifest(
         self, dtype: str, quantize: str | None, source: Mapping[str, Any], files: Mapping[str, FileRecord]

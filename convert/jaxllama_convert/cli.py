@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "src",
         metavar="SRC",
-        help="a folder of safetensors with config.json, quantised or not, or a GGUF file (any part of it): "
+        help="a folder of safetensors with config.json, quantised or not, a GGUF file (any part of it), or a "
+        "checkpoint, to copy it or to change its dtype: "
         f"{PLACE_HELP}",
     )
     parser.add_argument(

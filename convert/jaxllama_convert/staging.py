@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxllama.errors import ConversionError
-from jaxllama.system.staging import is_ours, locked_folder, put_in_place
+from jaxllama.system.staging import check_replaceable, is_ours, locked_folder, put_in_place
 from jaxllama.weights.arrays.files import FileRecord
 from jaxllama.weights.checkpoint import FORMAT, MANIFEST, write_manifest
 from jaxllama.weights.places.upload import Upload
 
 _PARTIAL_FORMAT = "jaxllama-partial"
-# Files that wait for the disk at a time.
-_NUM_WRITERS = 4
+# Files that wait for the disk at a time: many share one commit of the file system's journal.
+_NUM_WRITERS = 16
 # Metadata and rounding of the file system, beyond the tensors.
 _SPARE_DISK_BYTES = 16 * 2**20
 
@@ -75,12 +75,13 @@ class Staging:
                 "Free some and run the same command again"
             )
 
-    def record(self, name: str, files: Mapping[str, FileRecord]) -> None:
-        """Notes that a tensor's files are on disk."""
-        line = json.dumps({"name": name, "files": {key: asdict(value) for key, value in files.items()}})
+    def record(self, tensors: Mapping[str, Mapping[str, FileRecord]]) -> None:
+        """Notes that the files of these tensors are on disk."""
         try:
             with self._journal.open("a") as file:
-                file.write(line + "\n")
+                for name, files in tensors.items():
+                    records = {key: asdict(value) for key, value in files.items()}
+                    file.write(json.dumps({"name": name, "files": records}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -148,22 +149,8 @@ def open_staging(destination: Path, *, force: bool) -> Iterator[Staging]:
 
 
 def _check_destination(destination: Path, force: bool) -> None:
-    if not destination.exists():
-        return
-    if not destination.is_dir():
-        raise ConversionError(f"{destination}: exists and is not a folder")
-    if os.path.ismount(destination):
-        raise ConversionError(
-            f"{destination}: is a mount point, which cannot be replaced in one step; give a folder inside it"
-        )
-    if not any(destination.iterdir()):
-        return
-    if not _is_checkpoint(destination):
-        raise ConversionError(
-            f"{destination}: exists, is not empty and is not a jaxllama checkpoint; choose another folder"
-        )
-    if not force:
-        raise ConversionError(f"{destination}: exists; give --force to replace it")
+    expected = "is not a jaxllama checkpoint"
+    check_replaceable(destination, ConversionError, is_known=_is_checkpoint, expected=expected, force=force)
 
 
 def _is_checkpoint(folder: Path) -> bool:

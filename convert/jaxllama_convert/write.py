@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jaxllama.errors import CheckpointError, ConversionError, quote
+from jaxllama.errors import CheckpointError, ConversionError, StoreError, quote
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import QUANTIZATIONS, num_params
 from jaxllama.system.staging import check_apart, resolve_destination
@@ -22,6 +24,7 @@ from jaxllama.weights.checkpoint import (
     read_configs,
     versions,
 )
+from jaxllama.weights.opening import is_checkpoint, open_checkpoint_source
 from jaxllama.weights.places import LocalPlace, PlaceLike, open_place
 from jaxllama.weights.sources.adapters.merging import Merged, merge_adapters
 from jaxllama.weights.sources.detect import open_source
@@ -41,7 +44,9 @@ type Progress = Callable[[int, int, str], None]
 MAX_IN_FLIGHT_BYTES = 2 * 2**30
 """What a conversion holds of weights at most, as `jaxllama.load`."""
 MIN_IN_FLIGHT_BYTES = 8 * 2**20
-_LOCAL_IN_FLIGHT_BYTES = 48 * 2**20
+# What a kill costs at most; each time the disk is waited for.
+_RECORD_EVERY_S = 0.25
+_LOCAL_IN_FLIGHT_BYTES = 80 * 2**20
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,11 @@ def convert(
 ) -> ConversionReport:
     """Converts a folder of safetensors or a GGUF file to a checkpoint that `jaxllama.load` reads.
 
-    `src` is a path, `org/name[@revision][:file.gguf]` on the hub, or in a bucket (`gs://…`, `s3://…`).
-    `dtype` None keeps float32 if every matrix of the source is float32 and means bfloat16 otherwise. `quantize` "int8"
-    rounds the matrices, once they have that dtype, as `jaxllama.load` with `quantize` does: the same bits. `adapters`
-    of PEFT, at places as `src`, are merged into the weights, in order: in float32, rounded once to what is stored.
+    `src` is a path, `org/name[@revision][:file.gguf]` on the hub, or in a bucket (`gs://…`, `s3://…`). A checkpoint is
+    copied, in another `dtype` or rounded if asked; int8 stays int8. Of other sources, `dtype` None keeps float32 if
+    every matrix is float32 and means bfloat16 otherwise. `quantize` "int8" rounds the matrices, once they have that
+    dtype, as `jaxllama.load` with `quantize` does: the same bits. `adapters` of PEFT, at places as `src`, are merged
+    into the weights, in order: in float32, rounded once to what is stored.
 
     `dst` is a folder of this machine or of a bucket. It is no checkpoint before it is complete; a killed conversion
     resumes when it is started again. `force` replaces an existing checkpoint: in a folder that one stays until the new
@@ -105,15 +111,20 @@ def convert(
         place = open_place(src)
         if isinstance(place, LocalPlace) and isinstance(destination, Path):
             check_apart(Path(place / place.file if place.file else place.where), destination, ConversionError)
-        source = open_source(place)
+        if is_checkpoint(place):
+            source, pairs, storage = open_checkpoint_source(place)
+        else:
+            source = open_source(place)
+            pairs, storage = (), None
     except OSError as error:
         raise ConversionError(f"{error.filename or src}: cannot be read ({error.strerror or error})") from None
     except RuntimeError as error:
         raise ConversionError(f"{src}: cannot be read ({error})") from None
     try:
-        config = LlamaConfig.from_hf(source.config)
-        pairs = match_tensors(config, source.tensors, source.name)
-        dtype = dtype or default_dtype(pairs)
+        if storage is None:
+            pairs = match_tensors(LlamaConfig.from_hf(source.config), source.tensors, source.name)
+            storage = Storage(default_dtype(pairs), None)
+        storage = Storage(dtype or storage.dtype, quantize or storage.quantize)
         merged = merge_adapters(source, pairs, adapters)
         config = LlamaConfig.from_hf(merged.source.config)
         with contextlib.ExitStack() as stack:
@@ -125,7 +136,7 @@ def convert(
             if not is_bucket and isinstance(place, LocalPlace):
                 # No latency to hide: more only takes memory.
                 max_in_flight_bytes = min(max_in_flight_bytes, _LOCAL_IN_FLIGHT_BYTES)
-            job = _Job(merged, config, Storage(dtype, quantize), staging, progress, max_in_flight_bytes)
+            job = _Job(merged, config, storage, staging, progress, max_in_flight_bytes)
             warnings = job.run()
     except OSError as error:
         raise OutputError(
@@ -138,8 +149,8 @@ def convert(
         _verify(destination, progress)
     return ConversionReport(
         destination,
-        dtype,
-        quantize,
+        storage.dtype,
+        storage.quantize,
         num_params(config),
         job.storage.num_bytes(merged.pairs),
         job.num_resumed,
@@ -188,7 +199,10 @@ class _Job:
         check_tokenizer(folder, self.config.vocab_size, self.source.name)
         warnings += check_chat_template(folder)
         writer = ParamsWriter(self.staging.where, self.config, self.storage.dtype, self.storage.quantize)
+        # Orbax takes as long to import as a gigabyte to convert; the disk is waited for meanwhile.
+        threading.Thread(target=writer.prepare_commit).start()
         files = self._write_tensors(writer, done)
+        self.source.check()
         source_hashes = {file.name: FileRecord(file.size, file.hash()) for file in self.source.files}
         files |= self._commit(writer)
         self._write_manifest(files, source_hashes)
@@ -217,11 +231,25 @@ class _Job:
             num_writers=self.staging.num_writers,
             max_in_flight_bytes=self.max_in_flight_bytes,
         )
-        for pair, records in copier.copy(todo):
-            self.progress(written, total, pair[0].name)
-            self.staging.record(pair[0].name, records)
-            files.update(records)
-            written += self.storage.num_bytes([pair])
+        pending: dict[str, Mapping[str, FileRecord]] = {}
+        recorded_s = -math.inf
+        try:
+            for copied in copier.copy(todo):
+                self.progress(written, total, copied[0][0][0].name)
+                for pair, records in copied:
+                    pending[pair[0].name] = records
+                    files.update(records)
+                    written += self.storage.num_bytes([pair])
+                if time.monotonic() - recorded_s > _RECORD_EVERY_S:
+                    self.staging.record(pending)
+                    pending, recorded_s = {}, time.monotonic()
+        except BaseException as error:
+            if not isinstance(error, StoreError):
+                # The error is what matters, not that this fails too.
+                with contextlib.suppress(OSError, StoreError):
+                    self.staging.record(pending)
+            raise
+        self.staging.record(pending)
         self.progress(total, total, "")
         return files
 

@@ -20,12 +20,12 @@ from jaxllama.text.encoding.tokenizer import Tokenizer, load_tokenizer
 from jaxllama.weights.arrays.files import PARAMS, FileRecord
 from jaxllama.weights.checkpoint import MANIFEST, Checkpoint, Manifest, read_configs, versions
 from jaxllama.weights.places import Place, PlaceLike, is_remote, open_place
-from jaxllama.weights.reading import CheckpointReader, SourceReader, array_tensor
+from jaxllama.weights.reading import CheckedReader, CheckpointReader, SourceReader, array_tensor
 from jaxllama.weights.sources.adapters.merging import Merged, merge_adapters
 from jaxllama.weights.sources.detect import open_source
 from jaxllama.weights.sources.names import match_tensors
-from jaxllama.weights.sources.source import Source
-from jaxllama.weights.sources.stored import Storage, default_dtype
+from jaxllama.weights.sources.source import Source, SourceFile
+from jaxllama.weights.sources.stored import Pairs, Storage, default_dtype
 
 logger = logging.getLogger("jaxllama")
 
@@ -43,6 +43,13 @@ def open_model(place: PlaceLike, adapters: Sequence[PlaceLike] = ()) -> Checkpoi
             return _as_checkpoint(open_source(opened), opened, adapters)
         checkpoint = Checkpoint.open(place)
         return _with_adapters(checkpoint, adapters) if adapters else checkpoint
+
+
+def is_checkpoint(place: Place) -> bool:
+    """Whether there is a checkpoint of ours. Some sources have a manifest.json of their own."""
+    if place.file is not None or place.stat(MANIFEST) is None:
+        return False
+    return not any(name.endswith((".safetensors", ".gguf")) for name in place.names())
 
 
 def load_text(checkpoint: Checkpoint) -> tuple[Tokenizer | None, ChatTemplate | None]:
@@ -86,31 +93,42 @@ def _as_checkpoint(source: Source, place: Place, adapters: Sequence[PlaceLike]) 
     return _read_through(merge_adapters(source, pairs, adapters), storage, provenance, place.num_readers)
 
 
+def open_checkpoint_source(place: Place) -> tuple[Source, Pairs, Storage]:
+    """A checkpoint as a source whose tensors are its arrays, and how those are stored; the manifest stands for its
+    files. What is read is hashed.
+
+    Raises: CheckpointError when it is damaged or of another version; PlaceError.
+    """
+    return _as_source(Checkpoint.open(place), CheckedReader)
+
+
 def _with_adapters(checkpoint: Checkpoint, adapters: Sequence[PlaceLike]) -> Checkpoint:
-    """A checkpoint as a source whose tensors are its arrays, with adapters."""
-    arrays, path, place = checkpoint.reader, checkpoint.path, checkpoint.place
-    assert isinstance(arrays, CheckpointReader)
+    source, pairs, storage = _as_source(checkpoint, CheckpointReader)
+    # The manifest's hash names all the rest.
+    stored = {MANIFEST: asdict(FileRecord.of(checkpoint.manifest_bytes()))}
+    provenance = {"kind": source.kind, "name": source.name, "files": stored}
+    return _read_through(merge_adapters(source, pairs, adapters), storage, provenance, checkpoint.reader.num_readers)
+
+
+def _as_source(checkpoint: Checkpoint, reader: type[CheckpointReader]) -> tuple[Source, Pairs, Storage]:
+    path, place, manifest = checkpoint.path, checkpoint.place, checkpoint.manifest
     assert place is not None
+    arrays = reader(place, manifest.files, manifest.quantize)
     specs = param_specs(checkpoint.config)
     with ThreadPoolExecutor(arrays.num_readers) as pool:
         arrays.prepare([part for spec in specs for part in stored_specs(spec, arrays.quantize)], pool)
-    sidecars = {
-        name: (path / name).read_bytes() for name in checkpoint.manifest.files if not name.startswith(f"{PARAMS}/")
-    }
+    sidecars = {name: (path / name).read_bytes() for name in manifest.files if not name.startswith(f"{PARAMS}/")}
     source = Source(
         kind="jaxllama",
         name=place.name,
         config=parse_object(sidecars["config.json"], path / "config.json", ConfigError),
         tensors={},
-        files=(),
+        files=(SourceFile(place, MANIFEST),),
         sidecars=sidecars,
+        check=arrays.check if isinstance(arrays, CheckedReader) else lambda: None,
     )
     pairs = tuple((spec, array_tensor(place, arrays, spec, checkpoint.dtype)) for spec in specs)
-    storage = Storage(checkpoint.dtype, checkpoint.manifest.quantize)
-    # The manifest's hash names all the rest.
-    stored = {MANIFEST: asdict(FileRecord.of(checkpoint.manifest_bytes()))}
-    provenance = {"kind": source.kind, "name": source.name, "files": stored}
-    return _read_through(merge_adapters(source, pairs, adapters), storage, provenance, arrays.num_readers)
+    return source, pairs, Storage(checkpoint.dtype, manifest.quantize)
 
 
 def _read_through(merged: Merged, storage: Storage, provenance: Mapping[str, Any], num_readers: int) -> Checkpoint:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllama.errors import CheckpointError, PlaceError, StoreError
+from jaxllama.errors import CheckpointError, PlaceError, StoreError, listed
 from jaxllama.model.params import ParamSpec, QuantizedWeight, stored_specs
-from jaxllama.weights.arrays.files import PARAMS
+from jaxllama.weights.arrays.files import PARAMS, FileRecord
 from jaxllama.weights.places import Place
 from jaxllama.weights.sources.quantized.interface import Int8Tensor
 from jaxllama.weights.sources.source import SourceFile, SourceTensor
@@ -130,12 +131,13 @@ class CheckpointReader:
 
     def _read_rows(self, part: ParamSpec, chunk: str, start: int, out: np.ndarray, width: int) -> None:
         """Whole rows of a chunk, from its row `start`."""
-        name = f"{PARAMS}/{part.name}/{chunk}"
+        self._read_into(f"{PARAMS}/{part.name}/{chunk}", start * width * out.itemsize, out.reshape(-1).view(np.uint8))
+
+    def _read_into(self, name: str, offset: int, out: np.ndarray) -> None:
         file = self._place.stat(name)
         if file is None:
             raise CheckpointError(f"{self._place / name}: missing. Convert the model again")
-        data = memoryview(out.reshape(-1).view(np.uint8))
-        self._place.read_into(file, start * width * out.itemsize, data)
+        self._place.read_into(file, offset, memoryview(out))
 
     def _open(self, part: ParamSpec) -> _Stored:
         name = f"{PARAMS}/{part.name}/.zarray"
@@ -162,6 +164,37 @@ class CheckpointReader:
         if not is_plain or len(stored.chunk) != len(part.shape) or any(stored.chunk[2:]):
             raise CheckpointError(f"{where}: not an array as jaxllama writes them. Convert the model again")
         return stored
+
+
+class CheckedReader(CheckpointReader):
+    """The arrays of a checkpoint, hashed as they are read, each byte once."""
+
+    def __init__(self, place: Place, files: Mapping[str, FileRecord], quantize: str | None) -> None:
+        super().__init__(place, files, quantize)
+        self._hashed: dict[str, SourceFile] = {}
+        self._lock = threading.Lock()
+
+    def check(self) -> None:
+        """Compares the hashes of all files of arrays with the manifest's; reads what has not been read.
+
+        Raises: CheckpointError listing those that differ; StoreError.
+        """
+        problems = []
+        for name in sorted(name for name in self._files if name.startswith(f"{PARAMS}/")):
+            got, want = self._file(name).hash(), self._files[name].hash
+            if got != want:
+                problems.append(f"{name}: {got[:19]}…, expected {want[:19]}…")
+        if problems:
+            raise CheckpointError(f"{self._place}: {len(problems)} damaged file(s): {listed(problems)}")
+
+    def _file(self, name: str) -> SourceFile:
+        with self._lock:
+            if name not in self._hashed:
+                self._hashed[name] = SourceFile(self._place, name, self._files[name].hash.partition(":")[0])
+            return self._hashed[name]
+
+    def _read_into(self, name: str, offset: int, out: np.ndarray) -> None:
+        self._file(name).read_hashed(offset, len(out), out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,8 +280,10 @@ class SourceReader:
         return part.shape[1] if len(part.shape) > 1 else 1
 
     def read(self, part: ParamSpec, rows: slice, columns: slice, out: np.ndarray | None) -> np.ndarray:
-        array = read_stored(self._tensors[part.hf_key], rows.start, rows.stop, self._storage.numpy_dtype)
-        return array if array.ndim == 1 else array[:, columns]
+        is_whole = len(part.shape) == 1 or columns == slice(0, part.shape[1])
+        tensor, dtype = self._tensors[part.hf_key], self._storage.numpy_dtype
+        array = read_stored(tensor, rows.start, rows.stop, dtype, out=out if is_whole else None)
+        return array if is_whole else array[:, columns]
 
     def read_rounded(self, spec: ParamSpec, rows: slice) -> QuantizedWeight:
         return read_rounded(self._tensors[spec.hf_key], rows.start, rows.stop, self._storage.numpy_dtype)

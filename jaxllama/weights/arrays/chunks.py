@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -42,14 +42,28 @@ def chunk_of_shards(part: ParamSpec, array: jax.Array) -> tuple[int, ...]:
     return tuple(map(cut, sizes, array.sharding.shard_shape(array.shape), array.shape))
 
 
-def chunks(array: np.ndarray, chunk: tuple[int, ...], start: tuple[int, ...]) -> Iterator[tuple[str, memoryview]]:
-    """The zarr name and the bytes of every chunk of a piece that begins at `start`, the last padded with zeros."""
+def chunks(array: np.ndarray, chunk: tuple[int, ...], start: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray]]:
+    """The zarr name and the values of every chunk of a piece that begins at `start`; they may be less than a chunk."""
     for index in np.ndindex(*map(math.ceil, np.divide(array.shape, chunk))):
-        part = array[tuple(slice(i * n, (i + 1) * n) for i, n in zip(index, chunk, strict=True))]
-        if part.shape != chunk:
-            part = np.pad(part, [(0, n - have) for n, have in zip(chunk, part.shape, strict=True)])
-        name = ".".join(str(i + begin // n) for i, begin, n in zip(index, start, chunk, strict=True))
-        yield name, memoryview(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
+        block = array[tuple(slice(i * n, (i + 1) * n) for i, n in zip(index, chunk, strict=True))]
+        yield ".".join(str(i + begin // n) for i, begin, n in zip(index, start, chunk, strict=True)), block
+
+
+def _new_memory(num_bytes: int) -> np.ndarray:
+    return np.empty(num_bytes, np.uint8)
+
+
+def chunk_bytes(
+    block: np.ndarray, chunk: tuple[int, ...], memory: Callable[[int], np.ndarray] = _new_memory
+) -> memoryview:
+    """The bytes of a chunk's file, padded with zeros where there are too few values; copied to `memory` if need be."""
+    if block.shape != chunk or not block.flags.c_contiguous:
+        whole = memory(math.prod(chunk) * block.dtype.itemsize).view(block.dtype).reshape(chunk)
+        if block.shape != chunk:
+            whole[...] = 0
+        whole[tuple(map(slice, block.shape))] = block
+        block = whole
+    return memoryview(block.reshape(-1).view(np.uint8))
 
 
 def zarr_metadata(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +11,10 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
+import numpy as np
+
 from jaxllama.errors import quote
+from jaxllama.system.buffers import PAGE_BYTES
 from jaxllama.system.hashing import HASHES, Hasher, hash_bytes, is_hash
 from jaxllama.weights.places.bucket import BucketPlace
 from jaxllama.weights.places.upload import Upload
@@ -20,6 +24,7 @@ type WriteTree = Callable[[Path, Callable[[str, Path], None]], None]
 
 PARAMS = "params"
 _HASHED_BYTES = 8 * 2**20
+_MIN_DIRECT_BYTES = 2**18
 
 
 @dataclass(frozen=True)
@@ -123,16 +128,42 @@ class BucketFiles:
 def write_file(path: Path, data: bytes | memoryview) -> FileRecord:
     """Writes a file and waits until it is on the disk. Raises: OSError, which names the file."""
     try:
-        with path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            # A full disk on a network file system shows here or never.
-            os.fsync(file.fileno())
+        if not _write_direct(path, data):
+            with path.open("wb") as file:
+                file.write(data)
+                file.flush()
+                # A full disk on a network file system shows here or never.
+                os.fsync(file.fileno())
     except OSError as error:
         # Writes and fsync do not say which file it was.
         error.filename = error.filename or str(path)
         raise
     return FileRecord.of(data)
+
+
+def _write_direct(path: Path, data: bytes | memoryview) -> bool:
+    """Writes a large file past the system's cache. False where data, file system or system do not allow that.
+
+    Memory for all of a model, new as it is, costs more time than converting it where a virtual machine gets it from
+    its host (bench/LOG.md), and takes that of what others read.
+    """
+    address = np.frombuffer(data, np.uint8).ctypes.data if len(data) >= _MIN_DIRECT_BYTES else 1
+    if address % PAGE_BYTES or len(data) % PAGE_BYTES or not hasattr(os, "O_DIRECT"):
+        return False
+    descriptor, done = -1, 0
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_DIRECT, 0o666)
+        while done < len(data):
+            done += os.write(descriptor, memoryview(data)[done:])
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+        return False
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+    return True
 
 
 def hash_file(path: Path) -> FileRecord:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from jaxllama.errors import CheckpointError
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import ParamSpec, QuantizedWeight, param_specs, stored_specs
-from jaxllama.weights.arrays.chunks import chunk_of_shards, chunk_shape, chunks, zarr_metadata
+from jaxllama.weights.arrays.chunks import chunk_bytes, chunk_of_shards, chunk_shape, chunks, zarr_metadata
 from jaxllama.weights.arrays.files import PARAMS, ArrayFiles, BucketFiles, FileRecord, FolderFiles
 from jaxllama.weights.places.bucket import BucketPlace
 from jaxllama.weights.places.upload import Upload
@@ -72,6 +72,19 @@ class ParamsWriter:
         """Writes whole chunks, those that begin at `start`. Raises: OSError, StoreError."""
         return self._write_chunks(part, self.chunk_of(part), array, start)
 
+    def files_of(self, part: ParamSpec, array: np.ndarray, start: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray]]:
+        """The files of whole chunks, those that begin at `start`: each one's name and its values, for `write_block`."""
+        return self._files_of(part, self.chunk_of(part), array, start)
+
+    def write_block(
+        self, part: ParamSpec, name: str, block: np.ndarray, memory: Callable[[int], np.ndarray]
+    ) -> FileRecord:
+        """Writes one of `files_of`; `memory` gives uint8 of a size for what lies elsewhere than it is written.
+
+        Raises: OSError, StoreError.
+        """
+        return self._files.write(name, chunk_bytes(block, self.chunk_of(part), memory))
+
     def write_shards(self, part: ParamSpec, array: jax.Array) -> dict[str, FileRecord]:
         """Writes what this process's devices hold of `array`, the first of the copies of each shard. Returns the files.
 
@@ -88,6 +101,10 @@ class ParamsWriter:
                 files |= self._write_chunks(part, chunk_of_shards(part, array), np.asarray(view), start)
         return files
 
+    def prepare_commit(self) -> None:
+        """Imports what `commit` needs, for a thread that has nothing better to do."""
+        import jaxllama.weights.arrays.orbax_tree  # noqa: F401
+
     def commit(self) -> dict[str, FileRecord]:
         """Turns what is written into the Orbax checkpoint `params`. Every tensor must be there. Returns Orbax's files.
 
@@ -103,8 +120,13 @@ class ParamsWriter:
     def _write_chunks(
         self, part: ParamSpec, chunk: tuple[int, ...], array: np.ndarray, start: tuple[int, ...]
     ) -> dict[str, FileRecord]:
-        names = ((f"{PARAMS}/{part.name}/{name}", data) for name, data in chunks(array, chunk, start))
-        return {name: self._files.write(name, data) for name, data in names}
+        blocks = self._files_of(part, chunk, array, start)
+        return {name: self._files.write(name, chunk_bytes(block, chunk)) for name, block in blocks}
+
+    def _files_of(
+        self, part: ParamSpec, chunk: tuple[int, ...], array: np.ndarray, start: tuple[int, ...]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        return ((f"{PARAMS}/{part.name}/{name}", block) for name, block in chunks(array, chunk, start))
 
     def _dtype_of(self, part: ParamSpec) -> np.dtype:
         return jnp.dtype(part.dtype or self._dtype)

@@ -7,7 +7,7 @@ a weight is read, and neither runs or unpickles anything from the model.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxllama.errors import ConversionError, PlaceError, StoreError
 from jaxllama.system.hashing import Hasher
-from jaxllama.weights.places import Place
+from jaxllama.weights.places import LocalPlace, Place
 
 MAX_JSON_BYTES = 256 * 2**20
 _GAP_BLOCK_BYTES = 8 * 2**20
@@ -48,7 +48,7 @@ class SourceFile:
     came much too early, is read again for the hash.
     """
 
-    def __init__(self, place: Place, name: str) -> None:
+    def __init__(self, place: Place, name: str, hash_name: str = "blake3") -> None:
         try:
             file = place.stat(name)
         except StoreError:
@@ -64,37 +64,39 @@ class SourceFile:
         self.tag = file.tag
         self._file = file
         # Of what a store says the sha256 of, that is compared with.
-        self._hash = Hasher("blake3" if file.sha256 is None else "sha256")
+        self._hash = Hasher(hash_name if file.sha256 is None else "sha256")
         self._hashed = 0
         self._early: dict[int, np.ndarray] = {}
         self._early_bytes = 0
-        self._lock = threading.Lock()
+        self._is_local = isinstance(place, LocalPlace)
+        self._being_read: set[int] = set()
+        self._changed = threading.Condition(threading.RLock())
 
-    def read(self, offset: int, num_bytes: int) -> np.ndarray:
-        """`num_bytes` bytes from `offset` as uint8 `[num_bytes]`.
+    def read(self, offset: int, num_bytes: int, out: np.ndarray | None = None) -> np.ndarray:
+        """`num_bytes` bytes from `offset` as uint8 `[num_bytes]`: in `out`, if that is given.
 
         Raises: StoreError when the file ends before.
         """
-        buffer = np.empty(num_bytes, np.uint8)
+        buffer = np.empty(num_bytes, np.uint8) if out is None else out
         if num_bytes:
             self.place.read_into(self._file, offset, memoryview(buffer))
         return buffer
 
-    def read_hashed(self, offset: int, num_bytes: int) -> np.ndarray:
+    def read_hashed(self, offset: int, num_bytes: int, out: np.ndarray | None = None) -> np.ndarray:
         """`read`, adding the bytes to the file's hash."""
-        data = self.read(offset, num_bytes)
-        with self._lock:
-            if offset + num_bytes > self._hashed and offset not in self._early:
-                self._early[offset] = data
-                self._early_bytes += num_bytes
-            self._add_early()
-            while self._early_bytes > _MAX_EARLY_BYTES:
-                first = min(self._early)
-                if first - self._hashed <= _SMALL_GAP_BYTES:
-                    self._add(self.read(self._hashed, first - self._hashed))
-                    self._add_early()
-                else:
-                    self._early_bytes -= len(self._early.pop(max(self._early)))
+        with self._changed:
+            self._being_read.add(offset)
+        try:
+            data = self.read(offset, num_bytes, out)
+            with self._changed:
+                # What comes too early would have to be copied. On a disk, those who read what is before are done soon.
+                while out is not None and self._is_local and min(self._being_read, default=offset) < offset:
+                    self._changed.wait()
+                self._hash_in_order(offset, data, is_lent=out is not None)
+        finally:
+            with self._changed:
+                self._being_read.discard(offset)
+                self._changed.notify_all()
         return data
 
     def hash(self) -> str:
@@ -102,7 +104,7 @@ class SourceFile:
 
         Raises: StoreError when the store itself says that it is another.
         """
-        with self._lock:
+        with self._changed:
             self._add_early()
             while self._hashed < self.size:
                 end = min(self._early, default=self.size)
@@ -112,6 +114,20 @@ class SourceFile:
         if self._file.sha256 is not None and value != f"sha256:{self._file.sha256}":
             raise StoreError(f"{self.path}: {value}, the store says {self._file.sha256}. Try again")
         return value
+
+    def _hash_in_order(self, offset: int, data: np.ndarray, *, is_lent: bool) -> None:
+        if offset + len(data) > self._hashed and offset not in self._early:
+            # What must wait for the bytes before it may not lie where the caller puts others soon.
+            self._early[offset] = data.copy() if is_lent and offset > self._hashed else data
+            self._early_bytes += len(data)
+        self._add_early()
+        while self._early_bytes > _MAX_EARLY_BYTES:
+            first = min(self._early)
+            if first - self._hashed <= _SMALL_GAP_BYTES:
+                self._add(self.read(self._hashed, first - self._hashed))
+                self._add_early()
+            else:
+                self._early_bytes -= len(self._early.pop(max(self._early)))
 
     def _add_early(self) -> None:
         """Adds what waited for the next byte, from that byte on."""
@@ -152,6 +168,11 @@ class SourceTensor:
         """Slices start and end at multiples of this many rows."""
         return 1 if self.heads is None else self.shape[0] // self.heads
 
+    def lies_as(self, dtype: np.dtype) -> bool:
+        """Whether the file's bytes are the rows in `dtype`, so that they can be read to where they are needed."""
+        is_plain = type(self).read_rows is SourceTensor.read_rows and self.heads is None
+        return is_plain and FLOATS.get(self.dtype) == dtype
+
     def part(self, start: int, stop: int) -> SourceTensor:
         """Rows `[start, stop)` as a tensor of their own."""
         row_bytes = self.num_bytes // self.shape[0]
@@ -162,19 +183,23 @@ class SourceTensor:
             shape=(stop - start, *self.shape[1:]),
         )
 
+    def read_bytes(self, start: int, stop: int, out: np.ndarray | None = None, *, hashed: bool = True) -> np.ndarray:
+        """Rows `[start, stop)` as they lie in the file, uint8 `[num_bytes]`: in `out`, if that is given."""
+        row_bytes = self.num_bytes // self.shape[0]
+        read = self.file.read_hashed if hashed else self.file.read
+        return read(self.offset + start * row_bytes, (stop - start) * row_bytes, out)
+
     def read_rows(self, start: int, stop: int, *, hashed: bool = True) -> np.ndarray:
         """Rows `[start, stop)` as they are stored; block types are dequantised to float32.
 
         `hashed`: they are added to the file's hash, best in the order of the file.
         """
-        row_bytes = self.num_bytes // self.shape[0]
-        read = self.file.read_hashed if hashed else self.file.read
-        data = read(self.offset + start * row_bytes, (stop - start) * row_bytes)
+        data = self.read_bytes(start, stop, hashed=hashed)
         shape = (stop - start, *self.shape[1:])
         if (dtype := (FLOATS | _PARTS).get(self.dtype)) is not None:
             rows = data.view(dtype).reshape(shape)
         else:
-            rows = _dequantize(data.reshape(stop - start, row_bytes), self.dtype).reshape(shape)
+            rows = _dequantize(data.reshape(stop - start, -1), self.dtype).reshape(shape)
         return rows if self.heads is None else _undo_permutation(rows, self.row_multiple)
 
 
@@ -183,7 +208,8 @@ class Source:
     """An opened source checkpoint.
 
     `config` is Hugging Face's config.json as a dict; `sidecars` are the files that go into the checkpoint beside the
-    weights, by name; `warnings` are told to the user.
+    weights, by name; `warnings` are told to the user. `check`, once all tensors are read, raises CheckpointError for
+    bytes that are other than the source itself says.
     """
 
     kind: str
@@ -193,6 +219,7 @@ class Source:
     files: tuple[SourceFile, ...]
     sidecars: Mapping[str, bytes]
     warnings: tuple[str, ...] = field(default=())
+    check: Callable[[], None] = field(default=lambda: None)
 
     def close(self) -> None:
         """Ends connections and closes every file."""

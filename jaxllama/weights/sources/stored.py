@@ -53,11 +53,25 @@ def default_dtype(pairs: Pairs) -> str:
     return "float32" if all(t.dtype == "F32" for _, t in pairs if len(t.shape) > 1) else "bfloat16"
 
 
-def read_stored(tensor: SourceTensor, start: int, stop: int, dtype: np.dtype, *, hashed: bool = False) -> np.ndarray:
+def read_stored(
+    tensor: SourceTensor,
+    start: int,
+    stop: int,
+    dtype: np.dtype,
+    *,
+    hashed: bool = False,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """Rows `[start, stop)` of the tensor in the dtype that they are stored in, multiples of `row_multiple`.
+
+    In `out`, contiguous and of that dtype, if it is given and they lie in the file as they are stored.
 
     Raises: ConversionError when one is NaN, infinite, or a value that the dtype cannot hold; as `read_rows`.
     """
+    if out is not None and tensor.lies_as(dtype):
+        tensor.read_bytes(start, stop, out.reshape(-1).view(np.uint8), hashed=hashed)
+        _check_finite(tensor, out)
+        return out
     rows = tensor.read_rows(start, stop, hashed=hashed)
     if rows.dtype != dtype:
         with np.errstate(over="ignore", invalid="ignore"):

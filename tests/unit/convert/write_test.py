@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from jaxllama_convert.staging import Staging
 from unit.weights.sources.sources import BF16, CONFIG, weights, write_gguf, write_hf
 
 import jaxllama.weights.checkpoint
-from jaxllama.errors import ConversionError
+from jaxllama.errors import CheckpointError, ConversionError
 from jaxllama.model.params import build_params, get_param, param_specs
 from jaxllama.system.hashing import hash_bytes
 from jaxllama.weights.checkpoint import Checkpoint
@@ -126,6 +127,46 @@ def test_an_existing_checkpoint_is_replaced_only_by_force(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old", "out"]
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_checkpoint_is_copied_bit_for_bit(tmp_path: Path, quantize: str | None) -> None:
+    write_hf(tmp_path / "src", tensors=weights(CONFIG, np.float32))
+    convert(tmp_path / "src", tmp_path / "out", quantize=quantize)
+    report = convert(tmp_path / "out", tmp_path / "copy")
+    first, second = Checkpoint.open(tmp_path / "out"), Checkpoint.open(tmp_path / "copy")
+    assert (report.dtype, report.quantize) == (first.dtype, first.manifest.quantize) == ("float32", quantize)
+    second.verify()
+    of_orbax = {name for name in first.manifest.files if name.startswith("params/") and name.count("/") == 1}
+    assert first.manifest.files.keys() == second.manifest.files.keys()
+    for name in first.manifest.files.keys() - of_orbax:
+        assert first.manifest.files[name] == second.manifest.files[name], name
+    origin = hash_bytes((tmp_path / "out" / "manifest.json").read_bytes())
+    assert second.manifest.source["files"]["manifest.json"]["hash"] == origin
+
+
+def test_a_checkpoint_in_another_dtype_is_what_its_source_would_be(tmp_path: Path) -> None:
+    write_hf(tmp_path / "src", tensors=weights(CONFIG, np.float32))
+    convert(tmp_path / "src", tmp_path / "float32")
+    convert(tmp_path / "src", tmp_path / "want", dtype="bfloat16", quantize="int8")
+    convert(tmp_path / "float32", tmp_path / "got", dtype="bfloat16", quantize="int8")
+    want, got = (Checkpoint.open(tmp_path / name).manifest for name in ("want", "got"))
+    assert got.quantize == "int8"
+    chunks = {name for name in want.files if name.count("/") == 2}
+    assert len(chunks) > 20
+    assert {name: want.files[name] for name in chunks} == {name: got.files[name] for name in chunks}
+
+
+def test_a_damaged_checkpoint_is_not_copied(tmp_path: Path) -> None:
+    write_hf(tmp_path / "src")
+    convert(tmp_path / "src", tmp_path / "out")
+    chunk = tmp_path / "out" / "params" / "layers.1.up_proj" / "0.0"
+    chunk.write_bytes(bytes(chunk.stat().st_size))
+    with pytest.raises(CheckpointError, match=r"1 damaged file.*layers\.1\.up_proj/0\.0"):
+        convert(tmp_path / "out", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    with pytest.raises(ConversionError, match="inside the source"):
+        convert(tmp_path / "out", tmp_path / "out", force=True)
+
+
 def test_what_is_no_checkpoint_is_never_replaced(tmp_path: Path) -> None:
     write_hf(tmp_path / "src")
     (tmp_path / "file").write_text("precious")
@@ -171,21 +212,22 @@ def test_a_strangers_partial_folder_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_full_disk_says_so_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     want = write_hf(tmp_path / "src")
-    calls = 0
 
     def fsync(descriptor: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > 30:
+        """Fails for one tensor, once another one is recorded."""
+        if "layers.1.down_proj/0" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            deadline = time.monotonic() + 60
+            while not (tmp_path / ".out.partial" / "journal.jsonl").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(jaxllama.weights.arrays.files.os, "fsync", fsync)
-        with pytest.raises(OutputError, match=r"(tensors/|journal\.jsonl).*No space left on device.*resume"):
+        with pytest.raises(OutputError, match=r"tensors/.*No space left on device.*resume"):
             convert(tmp_path / "src", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     report = convert(tmp_path / "src", tmp_path / "out")
-    assert 0 < report.num_resumed < 20
+    assert 0 < report.num_resumed < len(want)
     assert_same(restored(tmp_path / "out"), want)
 
 
@@ -225,7 +267,7 @@ def test_another_source_does_not_resume(tmp_path: Path, monkeypatch: pytest.Monk
 # The process kills itself at the hardest moments of a conversion: before a call for which a condition holds.
 KILLER = """
 import os, shutil, signal, sys
-import jaxllama.weights.arrays.files, jaxllama.weights.arrays.writer, jaxllama_convert.write
+import jaxllama.weights.arrays.files, jaxllama.weights.arrays.writer, jaxllama_convert.staging, jaxllama_convert.write
 _, src, dst, owner, name, condition = sys.argv
 owner, calls = eval(owner), 0
 original = getattr(owner, name)
@@ -240,7 +282,13 @@ jaxllama_convert.write.convert(src, dst, force=True)
 """
 # The moment: the function, the condition, and which checkpoint is at DST afterwards.
 KILLS = {
-    "while a tensor is written": ("jaxllama.weights.arrays.files", "write_file", "calls == 20", "old"),
+    # When the first tensor is recorded: how many others are written by then, threads decide.
+    "while tensors are written": (
+        "jaxllama_convert.staging.Staging",
+        "record",
+        "original(args[0], dict([*args[1].items()][:1])) is None",
+        "old",
+    ),
     "before Orbax writes its metadata": ("jaxllama.weights.arrays.writer.ParamsWriter", "commit", "True", "old"),
     "while tensors are moved": ("os", "rename", "calls == 7", "old"),
     "before the manifest": ("jaxllama_convert.write._Job", "_write_manifest", "True", "old"),
