@@ -247,7 +247,7 @@ def test_two_processes_save_and_export_as_one_and_one_killed_half_way_leaves_no_
     address, out = f"127.0.0.1:{free_port()}", tmp_path / "saved"
     processes = [Process(tmp_path, f"{i}", "-c", PROGRAM, address, i, model, out) for i in range(2)]
     try:
-        processes[0].wait_for(f"saved {out}", START_TIMEOUT_S)
+        processes[0].wait_for(f"exported {out}-exported", START_TIMEOUT_S)
         assert [process.code() for process in processes] == [1, -9], processes[0].text
         assert "process 1 (host " in processes[0].text
     finally:
