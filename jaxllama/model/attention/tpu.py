@@ -109,11 +109,11 @@ class TpuAttention:
         self,
         q: Float[Array, "tokens heads head_dim"],
         kv: Float[Array, "tokens kv2 head_dim"],
-        pages: Float[Array, "pages page_size kv2 head_dim"],
+        pages: Float[Array, "pages page_size rows2 width"],
         table: Int[Array, " max_pages"],
         start: Int[Array, ""],
         num_tokens: Int[Array, ""],
-    ) -> tuple[Float[Array, "tokens heads head_dim"], Float[Array, "pages page_size kv2 head_dim"]]:
+    ) -> tuple[Float[Array, "tokens heads head_dim"], Float[Array, "pages page_size rows2 width"]]:
         """`prefill` of a pool's pages."""
         return self._run(
             q,
