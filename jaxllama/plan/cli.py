@@ -13,6 +13,7 @@ from jaxllama.errors import ConfigError, PlanError
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.platforms import tpu
 from jaxllama.model.platforms.chips import GENERATIONS
+from jaxllama.plan import drafting
 from jaxllama.plan.planner import Plan, as_json, candidates, describe_mesh, plan, search
 from jaxllama.plan.plot import check_plotting, save_plot
 from jaxllama.plan.report import as_table, as_text
@@ -45,13 +46,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--page-size", type=int, default=Setup.page_size, help="tokens (default: %(default)s)")
     model.add_argument(
+        "--draft", metavar="MODEL", help="a draft model's config, as MODEL: say what speculation with it gains"
+    )
+    model.add_argument(
+        "--draft-tokens", type=int, default=4, metavar="K", help="drafted of a row in a step (default: %(default)s)"
+    )
+    model.add_argument(
+        "--acceptance", type=float, default=0.7, metavar="A", help="how many drafts are right (default: %(default)s)"
+    )
+    model.add_argument(
         "--chunk", type=int, help="of prefill, tokens (default: the engine's largest that the prompt fills)"
     )
     answer = parser.add_argument_group("the answer")
     answer.add_argument(
         "--search",
         action="store_true",
-        help="compare the meshes of --topology, or without it of every slice, and recommend one",
+        help="compare the meshes of --topology, or without it of every slice, and recommend one; with --draft: the "
+        "numbers of tokens to draft",
     )
     answer.add_argument("--quiet", action="store_true", help="do not say on stderr what is being compiled")
     answer.add_argument("--json", action="store_true", help="print it as JSON")
@@ -64,9 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plans, and prints the answer. Whether it fits does not change the exit code."""
-    if args.topology is None and not args.search:
+    if args.topology is None and (args.draft or not args.search):
         raise PlanError("--topology is missing; give one such as v6e:2x4, or --search to compare all")
-    if args.data is not None and args.search:
+    if args.data is not None and args.search and args.draft is None:
         raise PlanError("--data and --search exclude each other: a search tries every split")
     if args.plot is not None:
         check_plotting()
@@ -85,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         chunk_tokens=_chunk(prompt) if args.chunk is None else args.chunk,
         prompt_tokens=prompt,
     )
+    if args.draft is not None:
+        return _run_drafted(args, setup, progress)
     if args.search:
         plans = search(candidates(setup, everywhere=args.topology is None), dollars=price, progress=progress)
     else:
@@ -93,6 +106,17 @@ def run(args: argparse.Namespace) -> int:
     print(_answer(plans, as_search=args.search, in_json=args.json), end="")
     if args.plot is not None:
         save_plot(plans[0], args.plot)
+    return 0
+
+
+def _run_drafted(args: argparse.Namespace, setup: Setup, progress: Callable[[str], None]) -> int:
+    """Plans with a draft model, and prints the answer."""
+    for flag, value in (("--plot", args.plot), ("--dollars-per-chip-hour", args.dollars_per_chip_hour)):
+        if value is not None:
+            raise PlanError(f"{flag} and --draft exclude each other: plan without --draft for it")
+    setups = drafting.drafted(setup, _load_config(args.draft), args.draft_tokens, args.acceptance)
+    found = drafting.plan_drafted(*setups, args.acceptance, searches=args.search, progress=progress)
+    print(json.dumps(drafting.as_json(found), indent=2) if args.json else drafting.as_text(found).rstrip("\n"))
     return 0
 
 

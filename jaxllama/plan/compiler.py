@@ -22,9 +22,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from jaxllama.decode.drafts import Drafting, Paths
 from jaxllama.decode.state import Chunk, Place
 from jaxllama.decode.steps import decode_steps, prefill
 from jaxllama.errors import PlanError, one_line
@@ -41,7 +43,7 @@ from jaxllama.plan.measure import KernelWork, LargeCopy, Measurement, measure
 from jaxllama.plan.setup import Setup
 from jaxllama.plan.topology import Topology
 
-PROGRAMS = ("decode", "prefill")
+PROGRAMS = ("decode", "verify", "prefill")
 MISSING = "libtpu, the TPU compiler, is not installed: pip install 'jaxllama[tpu]'"
 
 _ENVIRONMENT = {
@@ -83,7 +85,7 @@ def is_available() -> bool:
 
 
 def compile_program(setup: Setup, program: str) -> Compiled:
-    """Compiles the real `decode` or `prefill` program of `setup` for its topology.
+    """Compiles the real `decode`, `verify` (decode with drafts) or `prefill` program of `setup` for its topology.
 
     Raises: CompilerError when libtpu is missing or fails; PlanError for what cannot be compiled yet.
     """
@@ -188,10 +190,14 @@ def _lower(setup: Setup, program: str, mesh: Mesh, platform: Platform) -> Any:
     """The program that the engine runs, for the devices of `mesh`."""
     params, state = setup.inputs(mesh, platform)
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    if program == "decode":
+    if program in ("decode", "verify"):
         keep = jax.ShapeDtypeStruct((setup.num_rows,), jnp.bool_)
-        rows = setup.num_rows
-        return decode_steps.lower(setup.config, params, state, number, keep, num_rows=rows, platform=platform)
+        options: dict[str, Any] = {"num_rows": setup.num_rows, "platform": platform}
+        if program == "verify":
+            paths = Paths.none(setup.num_rows, setup.num_drafts)
+            drafting = Drafting(np.int32(0), np.zeros(1 + setup.num_drafts, np.float32), paths)
+            options |= {"num_drafts": setup.num_drafts, "drafting": drafting}
+        return decode_steps.lower(setup.config, params, state, number, keep, **options)
     if program == "prefill":
         tokens = jax.ShapeDtypeStruct((setup.chunk_tokens,), jnp.int32)
         table = jax.ShapeDtypeStruct(state.page_table.shape[1:], jnp.int32)
@@ -205,7 +211,7 @@ def _work(setup: Setup, program: str, platform: Platform) -> tuple[KernelWork, t
 
     Those are steps; then groups of layers, which run once, or the reference's blocks of keys.
     """
-    is_decode = program == "decode"
+    is_decode = program != "prefill"
     kernels = roofline.decode_kernels(setup) if is_decode else roofline.prefill_kernels(setup)
     context = setup.context if is_decode else roofline.mean_prefill_context(setup)
     inner = 1 if platform.layers_per_loop else max(1, math.ceil(context / BLOCK_TOKENS))

@@ -124,24 +124,32 @@ def plan(
     """
     compiled: dict[str, Compiled] = {}
     notes: list[str] = []
-    if use_compiler and not is_available():
-        notes.append(f"{MISSING}. The analytic model answers instead")
-    elif use_compiler:
-        try:
-            for program in ("decode", "prefill"):
-                progress(f"compiling {program} for {describe_mesh(setup)} ...")
-                compiled[program] = compile_program(setup, program)
-                progress(f"  {compiled[program].compile_s:.0f} s")
-                if not compiled[program].fits:
-                    break
-        except (CompilerError, PlanError) as error:
-            notes.append(f"{error}. The analytic model answers instead")
-            compiled = {}
+    if use_compiler:
+        compiled, notes = compile_programs(setup, ("decode", "prefill"), progress)
     return _plan(setup, compiled, notes, dollars_per_chip_hour)
 
 
+def compile_programs(
+    setup: Setup, programs: Sequence[str], progress: Callable[[str], None]
+) -> tuple[dict[str, Compiled], list[str]]:
+    """The programs by name up to the first that does not fit, or none of them and a note that says why."""
+    compiled: dict[str, Compiled] = {}
+    if not is_available():
+        return compiled, [f"{MISSING}. The analytic model answers instead"]
+    try:
+        for program in programs:
+            progress(f"compiling {program} for {describe_mesh(setup)} ...")
+            compiled[program] = compile_program(setup, program)
+            progress(f"  {compiled[program].compile_s:.0f} s")
+            if not compiled[program].fits:
+                break
+    except (CompilerError, PlanError) as error:
+        return {}, [f"{error}. The analytic model answers instead"]
+    return compiled, []
+
+
 def _plan(setup: Setup, compiled: Mapping[str, Compiled], notes: list[str], dollars: float | None) -> Plan:
-    memory = _memory(setup, compiled)
+    memory = memory_of(setup, compiled)
     measured = {name: c.measurement for name, c in compiled.items() if c.measurement is not None}
     fits = memory.free >= 0 and all(c.fits for c in compiled.values())
     for name, program in compiled.items():
@@ -153,8 +161,8 @@ def _plan(setup: Setup, compiled: Mapping[str, Compiled], notes: list[str], doll
     step_roof, chunk_roof = roofline.decode_seconds(setup), roofline.chunk_seconds(setup)
     step, chunk = step_roof / roofline.EFFICIENCY, chunk_roof / roofline.EFFICIENCY
     if is_compiled:
-        step = _seconds(setup, step_roof, measured["decode"])
-        chunk = _seconds(setup, chunk_roof, measured["prefill"])
+        step = seconds_of(setup, step_roof, measured["decode"])
+        chunk = seconds_of(setup, chunk_roof, measured["prefill"])
     chunks = roofline.num_chunks(setup)
     is_overrated = is_compiled and not measured["decode"].num_kernel_calls
     return Plan(
@@ -163,7 +171,7 @@ def _plan(setup: Setup, compiled: Mapping[str, Compiled], notes: list[str], doll
         band=band,
         fits=fits,
         memory=memory,
-        max_rows=_largest(MAX_ROWS, lambda rows: _fits(dataclasses.replace(setup, rows=rows), compiled, setup)),
+        max_rows=largest(MAX_ROWS, lambda rows: _fits(dataclasses.replace(setup, rows=rows), compiled, setup)),
         max_context=_max_context(setup, compiled),
         step=Estimate.within(band, step, step_roof, is_overrated=is_overrated),
         first_token=Estimate.within(
@@ -179,7 +187,7 @@ def _plan(setup: Setup, compiled: Mapping[str, Compiled], notes: list[str], doll
     )
 
 
-def _seconds(setup: Setup, roof: float, m: Measurement) -> float:
+def seconds_of(setup: Setup, roof: float, m: Measurement) -> float:
     """Of one run: what its schedule takes, and the messages that nothing hides."""
     scale = 1.0 if setup.topology.num_devices == 1 else _SCHEDULE_SCALE
     return max(roof, scale * m.seconds) + m.exposed_s
@@ -207,7 +215,7 @@ def _basis(setup: Setup, decode: Measurement | None) -> list[str]:
     return notes
 
 
-def _memory(setup: Setup, compiled: Mapping[str, Compiled], anchor: Setup | None = None) -> Memory:
+def memory_of(setup: Setup, compiled: Mapping[str, Compiled], anchor: Setup | None = None) -> Memory:
     """Of `setup`, from programs compiled for `anchor` (None: for `setup` itself)."""
     resident = resident_bytes(setup)
     anchor = setup if anchor is None else anchor
@@ -222,7 +230,7 @@ def _memory(setup: Setup, compiled: Mapping[str, Compiled], anchor: Setup | None
         else:
             own = max(roofline.temporary_bytes(anchor), program.required_bytes - at_anchor.total)
         # A step's temporaries grow with its rows; a chunk's do not.
-        growth = max(1.0, setup.rows / anchor.rows) if name == "decode" else 1.0
+        growth = max(1.0, setup.rows / anchor.rows) if name != "prefill" else 1.0
         temporaries = max(temporaries, math.ceil(own * growth))
     temporaries = temporaries + sum(c.code_bytes for c in compiled.values())
     if not compiled:
@@ -231,7 +239,7 @@ def _memory(setup: Setup, compiled: Mapping[str, Compiled], anchor: Setup | None
 
 
 def _fits(setup: Setup, compiled: Mapping[str, Compiled], anchor: Setup) -> bool:
-    return _memory(setup, compiled, anchor).free >= 0
+    return memory_of(setup, compiled, anchor).free >= 0
 
 
 def _max_context(setup: Setup, compiled: Mapping[str, Compiled]) -> int:
@@ -242,10 +250,10 @@ def _max_context(setup: Setup, compiled: Mapping[str, Compiled]) -> int:
         other = dataclasses.replace(setup, context=context, prompt_tokens=min(setup.prompt_tokens, context))
         return _fits(other, compiled, setup)
 
-    return min(limit, page * _largest(-(-limit // page), fits))
+    return min(limit, page * largest(-(-limit // page), fits))
 
 
-def _largest(limit: int, fits: Callable[[int], bool]) -> int:
+def largest(limit: int, fits: Callable[[int], bool]) -> int:
     """The largest number up to `limit` that fits, 0 for none, by bisection."""
     low, high = 0, limit
     while low < high:

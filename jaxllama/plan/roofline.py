@@ -16,11 +16,12 @@ _KERNEL_FLOPS_EFFICIENCY = 0.5
 _TEMPORARY_BYTES = 128 * 2**20
 
 
-def decode_seconds(setup: Setup) -> float:
-    """One step of all rows: weights and KV read once, or the arithmetic, whichever is longer."""
-    chip, config, rows = setup.topology.generation, setup.config, setup.rows_per_replica
+def decode_seconds(setup: Setup, tokens: int = 1) -> float:
+    """One step of all rows, of so many tokens of each: weights and KV read once, or the arithmetic, whichever is
+    longer."""
+    chip, config, queries = setup.topology.generation, setup.config, setup.rows_per_replica * tokens
     kv = setup.rows_per_shard * setup.context * kv_bytes_per_token(setup)
-    flops = 2 * _product_params(setup) * rows / setup.tp + _attention_flops(setup, rows * setup.context)
+    flops = 2 * _product_params(setup) * queries / setup.tp + _attention_flops(setup, queries * setup.context)
     # The embedding is a look-up of a few rows, unless it is the head too.
     read = weight_bytes(setup, PARTS if config.tie_word_embeddings else ("layers", "norm", "lm_head"))
     return max((read + kv) / chip.hbm_bytes_per_s, flops / chip.flops_per_s)

@@ -31,7 +31,8 @@ DTYPES = ("bf16", "int8")
 class Setup:
     """One thing to plan: `rows` sequences of `context` tokens each, at full length, on `data` × tp devices.
 
-    A prompt of `prompt_tokens` is prefilled in chunks of `chunk_tokens`.
+    A prompt of `prompt_tokens` is prefilled in chunks of `chunk_tokens`. A step that verifies has `num_drafts` of each
+    row; 0: there is none.
 
     Raises: PlanError naming what contradicts what.
     """
@@ -46,6 +47,7 @@ class Setup:
     page_size: int = tpu.PAGE_SIZE
     chunk_tokens: int = max(tpu.CHUNK_SIZES)
     prompt_tokens: int = 1024
+    num_drafts: int = 0
 
     def __post_init__(self) -> None:
         for name in ("rows", "context", "data", "page_size", "chunk_tokens", "prompt_tokens"):
@@ -112,6 +114,8 @@ class Setup:
             chunk_sizes=(self.chunk_tokens,),
             num_shards=num_page_shards(as_mesh(self)),
             tokens_per_row=self.context,
+            speculation="lookup" if self.num_drafts else "off",
+            max_drafts=self.num_drafts,
         )
 
     @cached_property
