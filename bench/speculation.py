@@ -1,6 +1,7 @@
 """Speculation beside plain decoding, paired: the same requests by two engines of one process, in turns.
 
     python bench/speculation.py models/SmolLM2-135M-Instruct --rows 1 8
+    python bench/speculation.py big --draft small --draft-tokens 4
 
 Each pair compares every token. The table has plain tokens a second, the ratio (median of the pairs), and the tokens
 that a step of a row gave. Run it on a machine that does nothing else.
@@ -12,6 +13,7 @@ import argparse
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import jaxllama
 from jaxllama import EngineOptions, Llama, SamplingParams, make_mesh
@@ -55,19 +57,26 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tasks", nargs="+", default=[*TASKS], choices=[*TASKS])
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--draft", type=Path, help="a draft model: --speculation draft is measured, not auto")
+    parser.add_argument("--draft-tokens", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=0.0)
     args = parser.parse_args()
     mesh = make_mesh(Checkpoint.open(args.checkpoint).config, tp=1)
     llamas = {}
-    for mode in ("off", "auto"):
-        options = EngineOptions(max_rows=max(args.rows), max_context=2048, speculation=mode)
+    drafted = {"speculation": "draft", "draft": args.draft, "draft_tokens": args.draft_tokens}
+    on: dict[str, Any] = {"speculation": "auto"} if args.draft is None else drafted
+    for mode, how in (("off", {}), ("on", on)):
+        options = EngineOptions(max_rows=max(args.rows), max_context=2048, **how)
         llamas[mode] = jaxllama.load(args.checkpoint, mesh, options=options)
         begun = time.perf_counter()
         llamas[mode].engine.warm_up()
         print(f"{mode}: ready in {time.perf_counter() - begun:.1f} s")
-    for num_rows, times in llamas["auto"].engine._speculation.times.items():
-        print(f"costs of {num_rows} rows by depth:", times.costs(num_rows, 7).round(2).tolist())
+    speculation = llamas["on"].engine._speculation
+    for num_rows, times in speculation.times.items():
+        by_model = f"; a draft by the model {times.model_cost(num_rows):.2f}" if times.by_model else ""
+        costs = times.costs(num_rows, speculation.drafts(num_rows))
+        print(f"costs of {num_rows} rows by depth: {costs.round(2).tolist()}{by_model}")
     print("| task | rows | plain, tokens/s | speculation | tokens a step |\n| --- | --- | --- | --- | --- |")
     for task in args.tasks:
         for num_rows in args.rows:
@@ -89,15 +98,15 @@ def run_pairs(llamas: dict[str, Llama], task: str, num_rows: int, args: argparse
             )
             how = {"temperature": args.temperature, "ignore_eos": True, "max_tokens": args.tokens}
             params = [SamplingParams(seed=1000 * repeat + row, **how) for row in range(num_rows)]
-            llama.engine.on_steps = steps.append if mode == "auto" else None
+            llama.engine.on_steps = steps.append if mode == "on" else None
             begun = time.perf_counter()
             completions = llama.generate([ids] * num_rows, params, progress=False)
             rate = num_rows * args.tokens / (time.perf_counter() - begun)
             tokens[mode] = [completion.token_ids for completion in completions]
             if repeat:  # The first fills the prefix cache.
                 rates[mode].append(rate)
-        assert tokens["off"] == tokens["auto"], "speculation has changed a token"
-    ratios = [after / before for before, after in zip(rates["off"], rates["auto"], strict=True)]
+        assert tokens["off"] == tokens["on"], "speculation has changed a token"
+    ratios = [after / before for before, after in zip(rates["off"], rates["on"], strict=True)]
     a_step = sum(s.num_tokens for s in steps) / max(1, sum(s.num_tokens - s.num_accepted for s in steps))
     spread = ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios))
     plain = statistics.median(rates["off"])

@@ -18,7 +18,7 @@ from jaxllama.model.platforms.startup import prepare_jax
 from jaxllama.plan import cli as plan_cli
 from jaxllama.system import doctor
 from jaxllama.system.explain import page_of, with_page
-from jaxllama.system.flags import add_max_in_flight
+from jaxllama.system.flags import add_max_in_flight, add_speculation, speculation_of
 from jaxllama.weights.places import ADAPTER_HELP, MODEL_HELP
 
 
@@ -143,6 +143,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add_max_in_flight(parser)
     parser.add_argument("--adapter", action="append", default=[], metavar="PEFT", help=ADAPTER_HELP)
     parser.add_argument("--kv-dtype", choices=("int8",), help="of the KV cache (default: the compute dtype)")
+    add_speculation(parser)
     parser.add_argument(
         "--compilation-cache",
         metavar="DIR",
@@ -174,7 +175,14 @@ def _generate(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt:
         raise RequestError("the prompt is empty", "prompt")
-    options = jaxllama.EngineOptions(max_rows=1, kv_dtype=args.kv_dtype, compilation_cache=args.compilation_cache)
+    options = jaxllama.EngineOptions(
+        max_rows=1,
+        kv_dtype=args.kv_dtype,
+        compilation_cache=args.compilation_cache,
+        speculation=speculation_of(args),
+        draft=args.draft,
+        draft_tokens=args.draft_tokens,
+    )
     how = {"dtype": args.dtype, "quantize": args.quantize, "adapters": args.adapter}
     how["max_in_flight_bytes"] = args.max_in_flight_bytes
     how["progress"] = False if args.quiet else None

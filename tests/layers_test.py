@@ -54,6 +54,7 @@ LAYERS = (
     ("jaxllama.model.forward", "jaxllama.weights.forms", "jaxllama.weights.sources"),
     ("jaxllama.hosts.lockstep", "jaxllama.weights.reading", "jaxllama.model.dense"),
     ("jaxllama.decode.state", "jaxllama.weights.checkpoint"),
+    ("jaxllama.decode.draft_model",),
     ("jaxllama.decode.steps",),
     ("jaxllama.decode.scoring", "jaxllama.decode.functional"),
     (

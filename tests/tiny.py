@@ -125,9 +125,12 @@ def make_llama(
     options: EngineOptions = SMALL,
     weights: Weights | None = None,
     tokenizer_folder: Path | None = None,
+    draft: str | None = None,
+    draft_weights: Weights | None = None,
     **changes: Any,
 ) -> Llama:
-    """A tiny `Llama` on the first `data` × `tp` fake devices. Close it, or use it in a `with`."""
+    """A tiny `Llama` on the first `data` × `tp` fake devices, drafted for by the model `draft`. Close it, or use it in
+    a `with`."""
     from jaxllama.text.chat import load_chat_template
     from jaxllama.text.encoding.tokenizer import load_tokenizer
 
@@ -135,6 +138,12 @@ def make_llama(
     mesh = make_mesh(config, tp=tp, data=data)
     params = make_params(config, weights_of(name) if weights is None else weights, mesh, dtype, quantize)
     folder = tokenizer_folder
+    drafted = None
+    if draft is not None:
+        hf = MODELS[draft] | {"vocab_size": config.vocab_size}
+        own = LlamaConfig.from_hf(hf)
+        small = random_weights(hf, SEEDS[draft]) if draft_weights is None else draft_weights
+        drafted = (own, fit(make_params(own, small, mesh, dtype, quantize), describe_platform(own, mesh, dtype=dtype)))
     return Llama(
         config,
         fit(params, describe_platform(config, mesh, dtype=dtype)),
@@ -142,6 +151,7 @@ def make_llama(
         tokenizer=None if folder is None else load_tokenizer(folder, config.vocab_size),
         chat_template=None if folder is None else load_chat_template(folder),
         options=options,
+        draft=drafted,
     )
 
 

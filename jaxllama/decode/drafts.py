@@ -15,11 +15,17 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 SUFFIXES = (2, 3, 4)
 """Lengths of what must be found again, in tokens."""
-FIRST_ACCEPTANCE = (0.25, 0.5, 0.75)
-"""What a new row is taken for, by the length of what is found: the share of drafted tokens that are accepted."""
+BY_MODEL = len(SUFFIXES)
+"""Stands for a suffix's index in `Drafts.suffix` where a draft model made the draft."""
+FIRST_ACCEPTANCE = (0.25, 0.5, 0.75, 0.7)
+"""What a new row is taken for, by the length of what is found, and of a draft model: the share of drafted tokens that
+are accepted."""
 _BLOCK = 1024
 _WEIGHT = 1 / 8
 """Of the newest token in a row's acceptance: it follows the last eight or so."""
+_RECOVERY = 1 / 256
+"""Of the way back to its first acceptance that a draft model goes in a step in which nobody asks it: now and then it is
+tried again, for about a hundredth of the time."""
 
 
 class Paths(NamedTuple):
@@ -44,21 +50,26 @@ class Paths(NamedTuple):
 
 
 class Drafting(NamedTuple):
-    """What a dispatch with drafts is told: the most tokens for a row, what steps cost (`best_depth`), and the paths of
-    all rows.
+    """What a dispatch with drafts is told: the most tokens for a row, what steps cost (`rates`), and the paths of all
+    rows.
 
-    Where plain steps cost infinity, steps verify even where no drafts are found. NumPy's arrays on the host.
+    `looks_up`: drafts are found in rows' own text. A draft model makes at most `max_by_model` of a row, and a step of
+    it costs `model_cost`. Where plain steps cost infinity, steps verify even where no drafts are found: any tokens, or
+    where the draft model's cost nothing, those. NumPy's arrays on the host.
     """
 
     max_tokens: Int[Any, ""]
     costs: Float[Any, " depths"]
     paths: Paths
+    looks_up: Bool[Any, ""] = np.bool_(True)
+    max_by_model: Int[Any, ""] = np.int32(0)
+    model_cost: Float[Any, ""] = np.float32(1)
 
 
 class Drafts(NamedTuple):
     """`tokens[row, :num[row]]` are thought to follow a row's last token. `suffix` is the index in `SUFFIXES` of the
-    length that was found, and `is_predicted` says that it was before the row's own tokens; where `num` is 0 neither
-    means anything."""
+    length that was found, or `BY_MODEL`, and `is_predicted` says that it was before the row's own tokens; where `num`
+    is 0 neither means anything."""
 
     tokens: Int[Array, "rows drafts"]
     num: Int[Array, " rows"]
@@ -148,25 +159,25 @@ def keeps_to(paths: Paths, num_tokens: Int[Array, " rows"], last_token: Int[Arra
     return (num_tokens == 0) | ((num_tokens <= paths.num) & (last_token == expected))
 
 
-def best_depth(
+def rates(
     drafts: Drafts,
     likely: Float[Array, "rows depths"],
     active: Bool[Array, " rows"],
     costs: Float[Array, " depths"],
     max_tokens: int,
-) -> Int[Array, ""]:
-    """How many drafts a row to verify at most, so that most tokens are expected in a time; 0 is a plain step.
+) -> Float[Array, " depths"]:
+    """The tokens expected in a time, by how many drafts a row are verified at most; 0 is a plain step.
 
     `costs[d]` is what a step takes that verifies up to d drafts a row, whatever the unit, and `likely` are the
     `chances`: of d drafts that are each accepted with probability a, a + a² + … + a^d are expected to be. All rows
-    together verify at most `max_tokens`, their last ones included.
+    together verify at most `max_tokens`, their last ones included: -1 where there are more.
     """
     depths = jnp.arange(costs.shape[0])
     is_there = active[:, None] & (depths <= drafts.num[:, None])
     # At depth 0 it is 1: the token that every step gives.
     expected = jnp.cumsum(jnp.sum(jnp.where(is_there, likely, 0), axis=0))
     fits = jnp.cumsum(jnp.sum(is_there, axis=0)) <= max_tokens
-    return jnp.argmax(jnp.where(fits | (depths == 0), expected / costs, -1))
+    return jnp.where(fits | (depths == 0), expected / costs, -1)
 
 
 def learned(
@@ -176,5 +187,12 @@ def learned(
     is_hit: Bool[Array, " rows"],
 ) -> Float[Array, "rows suffixes"]:
     """The acceptance after one more token of the rows that had a draft for it, verified or not."""
-    is_own = is_drafted[:, None] & (jnp.arange(len(SUFFIXES)) == suffix[:, None])
+    is_own = is_drafted[:, None] & (jnp.arange(acceptance.shape[1]) == suffix[:, None])
     return jnp.where(is_own, acceptance + _WEIGHT * (is_hit[:, None] - acceptance), acceptance)
+
+
+def recovered(acceptance: Float[Array, "rows suffixes"]) -> Float[Array, "rows suffixes"]:
+    """The acceptance after a step in which the draft model was not asked."""
+    own = acceptance[:, BY_MODEL]
+    missing = jnp.maximum(FIRST_ACCEPTANCE[BY_MODEL] - own, 0)
+    return acceptance.at[:, BY_MODEL].set(own + _RECOVERY * missing)

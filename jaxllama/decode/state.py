@@ -40,6 +40,7 @@ class RowState(NamedTuple):
 
     What drafts are found in (`drafts`): the token of position p is `history[history_start + p]`, up to `last_token`'s.
     Without speculation `history` has no places. `acceptance` is the share of drafted tokens that were right.
+    `draft_length` counts the tokens of which the draft model's cache has keys and values, at most `length`.
     """
 
     length: Int[Array, "*rows"]
@@ -52,16 +53,21 @@ class RowState(NamedTuple):
     history: Int[Array, "*rows history"]
     history_start: Int[Array, "*rows"]
     acceptance: Float[Array, "*rows suffixes"]
+    draft_length: Int[Array, "*rows"]
     sampling: SamplingArrays
     steering: SteeringArrays
 
 
 class DecodeState(NamedTuple):
-    """Everything that decoding changes, for a fixed number of rows. Every leaf is always an array of one shape."""
+    """Everything that decoding changes, for a fixed number of rows. Every leaf is always an array of one shape.
+
+    `draft_pool` is the draft model's cache, with as many pages: page tables are for both. None where there is none.
+    """
 
     pool: KVPool
     page_table: Int[Array, "rows max_pages"]
     rows: RowState
+    draft_pool: KVPool | None = None
 
 
 class Place(NamedTuple):
@@ -90,6 +96,7 @@ class StepOutput(NamedTuple):
 
     Of steps with drafts a row's tokens follow one another without gaps, up to its first -1. So many drafts of each row
     were verified, so many accepted, and so many of those found in what the row was expected to resemble.
+    `draft_length` is that of `RowState` at the end.
     """
 
     tokens: Int[Array, "steps rows"]
@@ -100,6 +107,7 @@ class StepOutput(NamedTuple):
     num_drafted: Int[Array, " rows"]
     num_accepted: Int[Array, " rows"]
     num_predicted: Int[Array, " rows"]
+    draft_length: Int[Array, " rows"]
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,7 @@ _ROW: RowState = _row_of(
     history=_Leaf("int32", ("history",)),
     history_start=_Leaf("int32"),
     acceptance=_Leaf("float32", ("suffixes",)),
+    draft_length=_Leaf("int32"),
     sampling=_sampling_of(
         controls=_controls_of(*(_Leaf(control.dtype) for control in CONTROLS.values() if control.dtype)),
         seed=_Leaf("uint32", ("seed_words",)),
@@ -168,8 +177,10 @@ def state_shapes(
     history_size: int = 0,
     num_masks: int = 1,
     layout: HeadLayout | None = None,
+    draft: tuple[LlamaConfig, HeadLayout | None] | None = None,
 ) -> DecodeState:
-    """The shapes and dtypes of a `DecodeState` with a pool of `dtype`, whose pages hold heads in `layout`.
+    """The shapes and dtypes of a `DecodeState` with a pool of `dtype`, whose pages hold heads in `layout`, and one for
+    the draft model of that config and layout.
 
     `num_pages` are those of each shard (see `ShardedAttention`) and count page 0, given to no row. `history_size` is
     the number of tokens in which drafts are looked up for a row; 0 where there is no speculation. For so many of its
@@ -182,15 +193,20 @@ def state_shapes(
         rows=jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((num_rows, *(sizes[dim] for dim in leaf.dims)), leaf.dtype), _ROW
         ),
+        draft_pool=None
+        if draft is None
+        else kv_pool_shapes(draft[0], num_pages, page_size, dtype, num_shards, layout=draft[1]),
     )
     return shapes
 
 
-def state_shardings(config: LlamaConfig, mesh: Mesh, shapes: DecodeState) -> DecodeState:
+def state_shardings(
+    config: LlamaConfig, mesh: Mesh, shapes: DecodeState, draft: LlamaConfig | None = None
+) -> DecodeState:
     """Rows over `data`, pages over `data` and `rep`, KV heads over `kv`, vocabulary over `kv` and `rep`.
 
-    What has no element is everywhere: that is how a program gives it back, and with another sharding all would compile
-    a second time.
+    `draft` is the config of the draft model that there is a pool for. What has no element is everywhere: that is how a
+    program gives it back, and with another sharding all would compile a second time.
     """
     axes = DecodeState(
         pool=kv_pool_axes(shapes.pool.pages.dtype),
@@ -198,6 +214,8 @@ def state_shardings(config: LlamaConfig, mesh: Mesh, shapes: DecodeState) -> Dec
         rows=jax.tree.map(lambda leaf: ("rows", *(dim if dim in _SPLIT else None for dim in leaf.dims)), _ROW),
     )
     shardings: DecodeState = _shardings(axes, config, mesh, num_rows=shapes.page_table.shape[0])
+    if draft is not None:
+        shardings = shardings._replace(draft_pool=_shardings(axes.pool, draft, mesh))
     everywhere = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda shape, where: where if shape.size else everywhere, shapes, shardings)
     return shardings
@@ -244,6 +262,7 @@ def row_state(
     halt_id: int | None = None,
     history_size: int = 0,
     prediction: list[int] | None = None,
+    draft_length: int = 0,
 ) -> RowState:
     """The row that continues `prompt + generated` (`generated` is not empty after a preemption).
 
@@ -270,6 +289,7 @@ def row_state(
         history=history,
         history_start=start,
         acceptance=np.array(FIRST_ACCEPTANCE),
+        draft_length=draft_length,
         sampling=_sampling_of(
             controls=_controls_of(
                 *(control.on_device(getattr(params, name)) for name, control in CONTROLS.items() if control.dtype)

@@ -23,7 +23,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxllama.decode.drafts import Drafting, Drafts, best_depth, keeps_to, learned, look_ahead, look_up
+from jaxllama.decode.draft_model import DraftModel, draft_tokens
+from jaxllama.decode.drafts import (
+    BY_MODEL,
+    Ahead,
+    Drafting,
+    Drafts,
+    Paths,
+    chances,
+    keeps_to,
+    learned,
+    look_ahead,
+    look_up,
+    rates,
+    recovered,
+)
 from jaxllama.decode.params import MAX_TOP_LOGPROBS
 from jaxllama.decode.sampling import sample, top_logprobs
 from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, Chunk, DecodeState, Place, RowState, SteeringArrays, StepOutput
@@ -106,6 +120,7 @@ def decode_steps(
     logits_processor: LogitsProcessor | None = None,
     num_drafts: int = 0,
     drafting: Drafting | None = None,
+    draft: DraftModel | None = None,
     platform: Platform = PLAIN,
 ) -> tuple[DecodeState, StepOutput]:
     """Decodes up to `max_steps` (≤ `MAX_STEPS`) tokens for the first `num_rows` rows, sampling included.
@@ -117,7 +132,7 @@ def decode_steps(
     With `num_drafts`, a state with a history, and `drafting`, a step verifies up to so many drafts a row where that
     pays; where programs of different sizes differ in bits (`Platform.programs_agree`) every step runs as if it did. It
     stops early too when a row has `drafting.max_tokens` new tokens; for so many there must be pages.
-    There is no `logits_processor` then.
+    There is no `logits_processor` then. Where nothing is found `draft` makes drafts; the state has a pool for it.
     """
     state = state._replace(rows=state.rows._replace(active=state.rows.active & keep))
     model = Transformer(config, params, platform)
@@ -133,8 +148,9 @@ def decode_steps(
         num_drafted=none,
         num_accepted=none,
         num_predicted=none,
+        draft_length=state.rows.draft_length[:num_rows],
     )
-    step = _Step(model, platform, num_rows, once, steers, logits_processor)
+    step = _Step(model, platform, num_rows, once, steers, logits_processor, draft)
 
     def unfinished(carry: tuple[DecodeState, StepOutput]) -> jax.Array:
         state, out = carry
@@ -158,7 +174,7 @@ def decode_steps(
     carry = jax.lax.while_loop(has_room, lambda carry: step.with_drafts(carry, num_drafts, limits), carry)
     rows = carry.state.rows
     rows = rows._replace(active=rows.active.at[:num_rows].set(rows.active[:num_rows] | carry.waits))
-    return carry.state._replace(rows=rows), carry.out
+    return carry.state._replace(rows=rows), carry.out._replace(draft_length=rows.draft_length[:num_rows])
 
 
 def steered(
@@ -207,6 +223,19 @@ class _Carry(NamedTuple):
     logits: Float[Array, "tokens vocab"]
 
 
+class _Verified(NamedTuple):
+    """Drafts of which `num` a row are verified, or with a depth of 0 none, in a plain step where there are any.
+
+    The draft model's cache will have keys and values of `draft_length` tokens of each row if they are right.
+    """
+
+    ahead: Ahead
+    num: Int[Array, " rows"]
+    depth: Int[Array, ""]
+    draft_pool: KVPool | None
+    draft_length: Int[Array, " rows"]
+
+
 class _Step(NamedTuple):
     """A step of the first `num_rows` rows. `once` is 1 whenever it runs (see `Transformer`)."""
 
@@ -216,6 +245,7 @@ class _Step(NamedTuple):
     once: Int[Array, ""]
     steers: bool
     logits_processor: LogitsProcessor | None
+    draft: DraftModel | None = None
 
     def plain(self, state: DecodeState, out: StepOutput) -> tuple[DecodeState, StepOutput]:
         """One token of each active row."""
@@ -231,20 +261,16 @@ class _Step(NamedTuple):
     def with_drafts(self, carry: _Carry, num_drafts: int, limits: Drafting) -> _Carry:
         """One token of each active row, and one more for each draft that is right."""
         state, rows, logits = carry.state, self._own(carry.state.rows), carry.logits
-        last = rows.history_start + rows.length
         is_masked, num_rows = rows.sampling.is_masked, self.num_rows
         paths = jax.tree.map(lambda x: jnp.asarray(x)[:num_rows], limits.paths)
-        drafts = look_up(rows.history, rows.history_start, last, num_drafts)
-        drafts, likely, is_predicted = look_ahead(paths, carry.num_tokens, is_masked, drafts, rows.acceptance)
         room = jnp.minimum(rows.remaining, limits.max_tokens - carry.num_tokens) - 1
-        wanted = jnp.where(jnp.isinf(limits.costs[0]), num_drafts, drafts.num)
-        drafts = drafts._replace(num=jnp.where(rows.active, jnp.minimum(wanted, room), 0))
+        room = jnp.where(rows.active, room, 0)
+        ahead = self._find_drafts(rows, paths, carry.num_tokens, room, num_drafts, limits)
+        ahead, num, depth, draft_pool, draft_length = self._choose_drafts(state, ahead, room, limits, logits.shape[0])
+        (drafts, _, is_predicted), state = ahead, state._replace(draft_pool=draft_pool)
         if self.platform.programs_agree:
-            depth = best_depth(drafts, likely, rows.active, limits.costs, logits.shape[0])
-            num = jnp.minimum(drafts.num, depth)
             logits, first, pool = self._either(state, logits, drafts, num, depth > 0)
         else:
-            num = drafts.num
             logits, first, pool = self._forward_drafts(state, state.pool, drafts, num, logits.shape[0])
         out = carry.out._replace(num_drafted=carry.out.num_drafted + num, num_steps=carry.out.num_steps + 1)
 
@@ -272,7 +298,59 @@ class _Step(NamedTuple):
         own = self._own(all_rows)
         waits = is_masked & own.active & ~keeps_to(paths, num_tokens, own.last_token)
         all_rows = all_rows._replace(active=all_rows.active.at[:num_rows].set(own.active & ~waits))
+        if self.draft is not None:
+            is_asked = jnp.any((drafts.suffix == BY_MODEL) & (drafts.num > 0))
+            acceptance = jnp.where(is_asked, own.acceptance, recovered(own.acceptance))
+            all_rows = all_rows._replace(
+                draft_length=all_rows.draft_length.at[:num_rows].set(jnp.minimum(draft_length, own.length)),
+                acceptance=all_rows.acceptance.at[:num_rows].set(acceptance),
+            )
         return _Carry(state._replace(pool=pool, rows=all_rows), out, num_tokens, carry.waits | waits, logits)
+
+    def _find_drafts(
+        self,
+        rows: RowState,
+        paths: Paths,
+        num_tokens: Int[Array, " rows"],
+        room: Int[Array, " rows"],
+        num_drafts: int,
+        limits: Drafting,
+    ) -> Ahead:
+        """What is found in the rows' own text or is on their paths, at most `room` tokens of each."""
+        drafts = look_up(rows.history, rows.history_start, rows.history_start + rows.length, num_drafts)
+        drafts = drafts._replace(num=jnp.where(limits.looks_up, drafts.num, 0))
+        ahead = look_ahead(paths, num_tokens, rows.sampling.is_masked, drafts, rows.acceptance)
+        forced = jnp.where(limits.model_cost > 0, num_drafts, 0)  # any tokens, to be timed
+        num = jnp.where(jnp.isinf(limits.costs[0]), forced, ahead.drafts.num)
+        return ahead._replace(drafts=ahead.drafts._replace(num=jnp.minimum(num, room)))
+
+    def _choose_drafts(
+        self, state: DecodeState, ahead: Ahead, room: Int[Array, " rows"], limits: Drafting, size: int
+    ) -> _Verified:
+        """How many of the drafts that were found are verified, and whether the draft model makes those that are not."""
+        rows, costs, drafts = self._own(state.rows), limits.costs, ahead.drafts
+        found = rates(drafts, ahead.chances, rows.active, costs, size)
+        if self.draft is None:
+            depth = jnp.argmax(found)
+            num = jnp.minimum(drafts.num, depth) if self.platform.programs_agree else drafts.num
+            return _Verified(ahead, num, depth, state.draft_pool, rows.draft_length)
+        is_open = rows.active & (drafts.num == 0) & ~rows.sampling.is_masked
+        drafts = drafts._replace(
+            num=jnp.where(is_open, jnp.clip(room, 0, limits.max_by_model), drafts.num),
+            suffix=jnp.where(is_open, BY_MODEL, drafts.suffix),
+        )
+        likely = jnp.where(is_open[:, None], chances(drafts, rows.acceptance), ahead.chances)
+        made = rates(drafts, likely, rows.active, costs + limits.model_cost * jnp.arange(costs.shape[0]), size)
+        is_asked = jnp.max(made) > jnp.max(found)
+        depth = jnp.where(is_asked, jnp.argmax(made), jnp.argmax(found))
+        by_model = jnp.where(is_asked & is_open, jnp.minimum(drafts.num, depth), 0)
+        tokens, pool, length = draft_tokens(self.draft, state, by_model, drafts.tokens.shape[1], self.once)
+        drafts = drafts._replace(
+            tokens=jnp.where(is_open[:, None], tokens, drafts.tokens), num=jnp.where(is_open, by_model, drafts.num)
+        )
+        num = jnp.minimum(drafts.num, depth) if self.platform.programs_agree else drafts.num
+        ahead = Ahead(drafts, likely, ahead.is_predicted & ~is_open[:, None])
+        return _Verified(ahead, num, depth, pool, length)
 
     def _either(
         self,

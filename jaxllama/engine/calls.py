@@ -30,6 +30,13 @@ class Prefill(NamedTuple):
     chunk: Chunk
 
 
+class PrefillDraft(NamedTuple):
+    """The same in the draft model's cache."""
+
+    place: Place
+    chunk: Chunk
+
+
 class Score(NamedTuple):
     """As `decode.scoring.prefill_scores`."""
 
@@ -78,7 +85,7 @@ class ClearPages(NamedTuple):
 
 
 class SavePages(NamedTuple):
-    """Copy `pages` to the hosts, under a number."""
+    """Copy `pages` to the hosts, under a number, but for the draft model's part of them."""
 
     name: np.int32
     pages: Int[np.ndarray, " pages"]
@@ -102,6 +109,7 @@ class ForgetPages(NamedTuple):
 type Call = (
     Compile
     | Prefill
+    | PrefillDraft
     | Score
     | Insert
     | Decode
@@ -115,6 +123,7 @@ type Call = (
 CALLS = (
     Compile,
     Prefill,
+    PrefillDraft,
     Score,
     Insert,
     Decode,

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Int
 
+from jaxllama.decode.draft_model import DraftModel
 from jaxllama.decode.drafts import Drafting, Paths
 from jaxllama.decode.scoring import Scores, Targets, prefill_scores
 from jaxllama.decode.state import (
@@ -34,6 +35,7 @@ from jaxllama.engine.calls import (
     ForgetPages,
     Insert,
     Prefill,
+    PrefillDraft,
     RestorePages,
     SavePages,
     Score,
@@ -85,7 +87,8 @@ def _blocks(pages: Int[np.ndarray, " pages"]) -> list[Int[np.ndarray, " block"]]
 
 
 class Device:
-    """`Programs` on this process's share of `mesh`. The state is made at the first call.
+    """`Programs` on this process's share of `mesh`, with the draft model if `shapes` have a pool for one. The state is
+    made at the first call.
 
     `on_progress` is told how far a `Compile` has come. With `shows_compilation` people are told what is compiled when
     that takes long, at the first call of each program; of a `Compile` only where nobody else is told. `watch` learns of
@@ -100,6 +103,7 @@ class Device:
         shapes: DecodeState,
         platform: Platform,
         watch: DeviceWatch | None = None,
+        draft: DraftModel | None = None,
     ) -> None:
         self.on_progress: OnProgress | None = None
         self.shows_compilation = False
@@ -108,15 +112,14 @@ class Device:
         self._platform = platform
         self._watch = watch
         self.params = params
+        self._draft = draft
         self._shapes = shapes
-        self._shardings = state_shardings(config, mesh, shapes)
+        self._shardings = state_shardings(config, mesh, shapes, None if draft is None else draft.config)
         self._state: DecodeState | None = None
         self._saved: dict[int, list[HostCopy]] = {}
         self._replicate = jax.jit(lambda output: output, out_shardings=NamedSharding(mesh, PartitionSpec()))
         layers = {"num_layers": config.num_layers, "mesh": platform.attention.mesh}
-        self._clear_pages, self._read_pages, self._put_pages = (
-            partial(move, **layers) for move in (clear_pages, read_pages, put_pages)
-        )
+        self._read_pages, self._put_pages = (partial(move, **layers) for move in (read_pages, put_pages))
 
     @overload
     def run(self, call: Decode) -> StepOutput: ...
@@ -144,6 +147,8 @@ class Device:
                 return "all programs" if self.on_progress is None else None
             case Prefill(_, chunk):
                 return _prefill_name(len(chunk.tokens))
+            case PrefillDraft(_, chunk):
+                return _draft_name(len(chunk.tokens))
             case Score(_, chunk):
                 return _score_name(len(chunk.tokens))
             case Decode(num_rows=num_rows, steers=steers):
@@ -160,6 +165,8 @@ class Device:
             case Prefill(place, chunk):
                 pool = prefill(self._config, self.params, state.pool, place, chunk, platform=self._platform)
                 state = state._replace(pool=pool)
+            case PrefillDraft(place, chunk):
+                state = self._prefill_draft(state, place, chunk)
             case Score(place, chunk, targets):
                 at = (place, chunk, targets)
                 pool, scores = prefill_scores(self._config, self.params, state.pool, *at, platform=self._platform)
@@ -176,7 +183,7 @@ class Device:
             case SetMasks():
                 state = self._set_masks(state, call)
             case ClearPages(pages, num_pages, shard):
-                state = state._replace(pool=self._clear_pages(state.pool, pages, num_pages, shard))
+                state = self._clear_pages(state, pages, num_pages, shard)
             case SavePages(name, pages, shard):
                 copies = [self._read_pages(state.pool, block, shard) for block in _blocks(pages)]
                 self._saved[int(name)] = [HostCopy.of(copy) for copy in copies]
@@ -206,8 +213,10 @@ class Device:
         return nullcontext() if self._watch is None else self._watch.waiting(may_work=may_work)
 
     def _decode_options(self, num_rows: int, num_drafts: int, drafting: Drafting) -> dict[str, Any]:
-        options = {"num_rows": num_rows, "platform": self._platform}
-        return options | {"num_drafts": num_drafts, "drafting": drafting} if num_drafts else options
+        options: dict[str, Any] = {"num_rows": num_rows, "platform": self._platform}
+        if num_drafts:
+            options |= {"num_drafts": num_drafts, "drafting": drafting, "draft": self._draft}
+        return options
 
     def _compile(self, state: DecodeState, chunk_sizes: list[int], decoding: dict[int, int]) -> None:
         """Several programs at a time, those that take longest first."""
@@ -236,11 +245,32 @@ class Device:
         }
         programs |= {_prefill_name(n): partial(lower_prefill, n) for n in sorted(chunk_sizes, reverse=True)}
         programs |= {_score_name(n): partial(lower_score, n) for n in sorted(chunk_sizes, reverse=True)}
+        if (draft := self._draft) is not None:
+
+            def lower_draft(size: int) -> Any:
+                at = (Place(pages, zero), Chunk(np.zeros(size, np.int32), zero, zero))
+                return prefill.lower(draft.config, draft.params, state.draft_pool, *at, platform=draft.platform)
+
+            programs |= {_draft_name(n): partial(lower_draft, n) for n in sorted(chunk_sizes, reverse=True)}
         programs["insert"] = lambda: insert.lower(state, zero, any_row(config, state.rows.history.shape[1]))
         if platform.needs_clean_pages:
             layers = {"num_layers": config.num_layers, "mesh": platform.attention.mesh}
             programs["clear pages"] = lambda: clear_pages.lower(state.pool, pages, zero, zero, **layers)
         compile_all(programs, self.on_progress or (lambda done, total, names: None))
+
+    def _prefill_draft(self, state: DecodeState, place: Place, chunk: Chunk) -> DecodeState:
+        draft = self._draft
+        assert draft is not None
+        pool = prefill(draft.config, draft.params, state.draft_pool, place, chunk, platform=draft.platform)
+        return state._replace(draft_pool=pool)
+
+    def _clear_pages(self, state: DecodeState, *where: Any) -> DecodeState:
+        mesh = self._platform.attention.mesh
+        state = state._replace(pool=clear_pages(state.pool, *where, num_layers=self._config.num_layers, mesh=mesh))
+        if self._draft is None:
+            return state
+        layers = self._draft.config.num_layers
+        return state._replace(draft_pool=clear_pages(state.draft_pool, *where, num_layers=layers, mesh=mesh))
 
     def _set_masks(self, state: DecodeState, call: SetMasks) -> DecodeState:
         shardings = self._shardings.rows.sampling
@@ -261,6 +291,10 @@ def _decode_name(num_rows: int) -> str:
 
 def _prefill_name(num_tokens: int) -> str:
     return f"prefill of {num_tokens} tokens"
+
+
+def _draft_name(num_tokens: int) -> str:
+    return f"{_prefill_name(num_tokens)} by the draft model"
 
 
 def _score_name(num_tokens: int) -> str:

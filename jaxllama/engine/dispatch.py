@@ -42,6 +42,7 @@ class Dispatch:
         new: list[int] = []
         request.num_accepted += int(self._num_accepted[row])
         request.num_predicted += int(self._num_predicted[row])
+        request.draft_length = int(self._draft_length[row])
         logprobs: list[TokenLogprob] = []
 
         def output(**end: object) -> TokenOutput:
@@ -96,6 +97,10 @@ class Dispatch:
     @cached_property
     def _num_predicted(self) -> Int[np.ndarray, " rows"]:
         return np.asarray(self.output.num_predicted)
+
+    @cached_property
+    def _draft_length(self) -> Int[np.ndarray, " rows"]:
+        return np.asarray(self.output.draft_length)
 
     @cached_property
     def _logprobs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -165,7 +170,7 @@ class Dispatches:
         call = self._decode(max_steps, max_tokens, keep, num_rows, paths)
         call = call._replace(steers=np.bool_(steers))
         output = self._programs.run(call)
-        for array in (output.tokens, output.num_steps, output.num_accepted, output.num_predicted):
+        for array in (output.tokens, output.num_steps, output.num_accepted, output.num_predicted, output.draft_length):
             array.copy_to_host_async()
         self.in_flight.append(Dispatch(output, rows, max_tokens, time.monotonic()))
         return True
@@ -176,35 +181,46 @@ class Dispatches:
         self._programs.run(self._decode(1, 1, nobody, num_rows, self._no_paths(num_rows)))
 
     def measure(self, row: RowState, max_tokens: int) -> None:
-        """Measures what steps take that verify drafts, and plain ones, of up to `max_tokens` tokens: on copies of `row`
-        in page 0, which is nobody's. Before any request."""
+        """Measures what steps take that verify drafts, and plain ones, of up to `max_tokens` tokens, and what a draft
+        model's drafts take: on copies of `row` in page 0, which is nobody's. Before any request."""
         for num_rows in self._row_buckets:
             most = self._speculation.drafts(num_rows)
+            if not most:
+                continue
             few = min(num_rows, max(1, max_tokens // (1 + most)))
-            points = {(1, 0), (few, 0), (num_rows, 0), (1, 1), (1, most), (few, most)} if most else set()
-            times: dict[tuple[int, int], float] = {}
-            for active, depth in [*sorted(points), *sorted(points)]:
-                for index in range(active):
-                    self._programs.run(Insert(np.int32(index), row))
-                self._programs.wait()
-                seconds = self._time_step(num_rows, active, depth)
-                times[active, depth] = min(seconds, times.get((active, depth), math.inf))
+            deep = min(most, self._speculation.max_by_model)
+            points = {(1, 0), (few, 0), (num_rows, 0), (1, 1), (1, most), (few, most)}
+            modelled = {(1, deep), (few, deep), (min(num_rows, max(1, max_tokens // 2)), 1)} if deep else set()
+            times = self._time_steps(row, num_rows, points | modelled, by_model=False)
             plain = {active: seconds for (active, depth), seconds in times.items() if not depth}
             verifying = {active * (1 + depth): seconds for (active, depth), seconds in times.items() if depth}
-            if times:
-                self._speculation.times[num_rows] = StepTimes(plain, dict(sorted(verifying.items())))
+            slower = self._time_steps(row, num_rows, modelled, by_model=True)
+            by_model = {
+                active: max(0.0, seconds - times[active, depth]) / depth
+                for (active, depth), seconds in sorted(slower.items(), key=lambda item: item[0][1])
+            }
+            self._speculation.times[num_rows] = StepTimes(plain, verifying, by_model)
 
-    def _time_step(self, num_rows: int, num_active: int, depth: int) -> float:
-        """Seconds a step of the program for `num_rows` rows, of which the first `num_active` are active and have few
-        tokens, when it verifies `depth` drafts of each."""
-        keep = np.arange(len(self._page_table)) < num_active
-        costs = np.full(1 + self._speculation.drafts(num_rows), np.inf, np.float32)
-        costs[depth] = 1
-        call = self._decode(3, MAX_STEPS, keep, num_rows, self._no_paths(num_rows))
-        call = call._replace(drafting=call.drafting._replace(costs=costs))
-        started = time.perf_counter()
-        num_steps = int(self._programs.run(call).num_steps)
-        return (time.perf_counter() - started) / num_steps
+    def _time_steps(
+        self, row: RowState, num_rows: int, points: set[tuple[int, int]], *, by_model: bool
+    ) -> dict[tuple[int, int], float]:
+        """Seconds a step of the program for `num_rows` rows, of which so many are active and have few tokens, when it
+        verifies so many drafts of each, which the draft model makes or nobody."""
+        times: dict[tuple[int, int], float] = {}
+        for active, depth in [*sorted(points), *sorted(points)]:
+            for index in range(active):
+                self._programs.run(Insert(np.int32(index), row))
+            self._programs.wait()
+            keep = np.arange(len(self._page_table)) < active
+            costs = np.full(1 + self._speculation.drafts(num_rows), np.inf, np.float32)
+            costs[depth] = 1
+            call = self._decode(3, MAX_STEPS, keep, num_rows, self._no_paths(num_rows))
+            forced = call.drafting._replace(costs=costs, model_cost=np.float32(0 if by_model else 1))
+            started = time.perf_counter()
+            num_steps = int(self._programs.run(call._replace(drafting=forced)).num_steps)
+            seconds = (time.perf_counter() - started) / num_steps
+            times[active, depth] = min(seconds, times.get((active, depth), math.inf))
+        return times
 
     def _bucket(self, running: Sequence[EngineRequest]) -> int:
         """The rows of the smallest program that has all of theirs."""
@@ -217,8 +233,15 @@ class Dispatches:
     def _decode(
         self, max_steps: int, max_tokens: int, keep: Bool[np.ndarray, " rows"], num_rows: int, paths: Paths
     ) -> Decode:
-        speculation = self._speculation
-        drafting = Drafting(np.int32(max_tokens), speculation.costs(num_rows, int(keep.sum())), paths)
+        speculation, num_active = self._speculation, int(keep.sum())
+        drafting = Drafting(
+            np.int32(max_tokens),
+            speculation.costs(num_rows, num_active),
+            paths,
+            np.bool_(speculation.looks_up),
+            np.int32(speculation.max_by_model),
+            np.float32(speculation.model_cost(num_rows, num_active)),
+        )
         sizes = (np.int32(max_steps), keep, np.int32(num_rows))
         return Decode(*sizes, num_drafts=np.int32(speculation.drafts(num_rows)), drafting=drafting)
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxllama.decode.params import MAX_TOP_LOGPROBS, SamplingParams
+from jaxllama.decode.draft_model import DraftModel
+from jaxllama.decode.params import SamplingParams
 from jaxllama.decode.state import MAX_STEPS, any_row
 from jaxllama.engine.calls import CALLS, Compile, Programs
 from jaxllama.engine.compilation import OnProgress, num_compilations, use_compilation_cache
@@ -25,19 +26,12 @@ from jaxllama.engine.device import Device
 from jaxllama.engine.dispatch import Dispatch, Dispatches
 from jaxllama.engine.options import EngineOptions, EngineStats, StepReport
 from jaxllama.engine.placement import Placement
+from jaxllama.engine.scheduling import request as requests
 from jaxllama.engine.scheduling.chunks import ChunkPlan, Span
 from jaxllama.engine.scheduling.constraint import Constraint
-from jaxllama.engine.scheduling.request import (
-    EngineRequest,
-    FinishReason,
-    Scoring,
-    TokenOutput,
-    check_ids,
-    checked_prompt,
-)
+from jaxllama.engine.scheduling.request import EngineRequest, FinishReason, Scoring, TokenOutput
 from jaxllama.engine.scheduling.scheduler import Scheduler
-from jaxllama.engine.scheduling.speculation import Speculation
-from jaxllama.engine.sizes import size_engine
+from jaxllama.engine.sizes import most_drafts, plan_speculation, size_engine
 from jaxllama.errors import EngineStoppedError, LockstepError, QueueFullError, RequestError
 from jaxllama.hosts.group import Group
 from jaxllama.hosts.lockstep import Leading, check_processes, follow
@@ -58,7 +52,13 @@ class Engine:
     """
 
     def __init__(
-        self, config: LlamaConfig, params: Params, mesh: Mesh, options: EngineOptions, group: Group | None = None
+        self,
+        config: LlamaConfig,
+        params: Params,
+        mesh: Mesh,
+        options: EngineOptions,
+        group: Group | None = None,
+        draft: tuple[LlamaConfig, Params] | None = None,
     ) -> None:
         check_processes(mesh, group)
         use_compilation_cache(options.compilation_cache)
@@ -80,17 +80,17 @@ class Engine:
             num_pages=options.num_pages,
             min_rows=platform.min_rows,
             speculation=options.speculation,
-            max_drafts=platform.max_drafts,
+            max_drafts=most_drafts(options, platform, has_draft=draft is not None),
         )
         platform.kernel.validate(
             page_size=sizes.page_size, num_rows=sizes.rows_per_shard, table_width=sizes.table_width
         )
         self._row_buckets = platform.row_buckets(sizes.num_rows)
-        num_drafts = {rows: platform.num_drafts(rows) if sizes.history_size else 0 for rows in self._row_buckets}
-        self._speculation = Speculation(sizes.history_size, num_drafts)
-        self._shapes = sizes.state_shapes(config, self.kv_dtype, platform.head_layout)
+        self.draft = None if draft is None else DraftModel.of(*draft, mesh, self.kv_dtype)
+        self._speculation = plan_speculation(config, sizes, options, platform, self._row_buckets, self.draft)
+        self._shapes = sizes.state_shapes(config, self.kv_dtype, platform.head_layout, self.draft)
         self._watch = DeviceWatch(mesh, options.device_timeout_s, group)
-        self._device = Device(config, params, mesh, self._shapes, platform, self._watch)
+        self._device = Device(config, params, mesh, self._shapes, platform, self._watch, self.draft)
         self._device.shows_compilation = options.show_compilation
         self._programs: Programs = self._device if group is None else Leading(self._device, group)
         self._plan = ChunkPlan(tuple(sorted(sizes.chunk_sizes)), sizes.page_size, platform.programs_agree)
@@ -109,6 +109,7 @@ class Engine:
             table_width=sizes.table_width,
             needs_clean_pages=platform.needs_clean_pages,
             history_size=sizes.history_size,
+            has_draft=draft is not None,
         )
         self._dispatches = Dispatches(
             self._programs,
@@ -146,8 +147,9 @@ class Engine:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the KV pool, over all devices."""
-        return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(self._shapes.pool))
+        """Bytes of the KV pool, over all devices, the draft model's included."""
+        pools = (self._shapes.pool, self._shapes.draft_pool)
+        return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(pools))
 
     # What callers use
 
@@ -176,7 +178,7 @@ class Engine:
         request = self._make_request(prompt_ids, params, on_output, priority, cache_scope)
         attach(request, constraint)
         if self.options.speculation == "auto" and prediction:
-            check_ids(prediction, self.config.vocab_size, "prediction")
+            requests.check_ids(prediction, self.config.vocab_size, "prediction")
             request.prediction = [int(token_id) for token_id in prediction]
         return self._enqueue(request)
 
@@ -197,13 +199,7 @@ class Engine:
 
         Raises: as `submit`; RequestError for `first` or `num_top`.
         """
-        if not 1 <= first < len(ids):
-            raise RequestError(
-                f"first must be from 1 to {len(ids) - 1}, as there are {len(ids)} ids, got {first}", "first"
-            )
-        if not 0 <= num_top <= MAX_TOP_LOGPROBS:
-            raise RequestError(f"num_top must be from 0 to {MAX_TOP_LOGPROBS}, got {num_top}", "num_top")
-        scoring = Scoring(first, num_top)
+        scoring = Scoring.of(len(ids), first, num_top)
         return self._enqueue(self._make_request(ids, SamplingParams(), on_output, priority, cache_scope, scoring))
 
     def _enqueue(self, request: EngineRequest) -> EngineRequest:
@@ -235,11 +231,13 @@ class Engine:
         scored = self._make_request([0, 0], SamplingParams(), lambda _: None, 0, b"", Scoring(first=1, num_top=0))
         for request in (nothing, scored):
             self._placement.prefill(request, Span(0, 0, min(self.chunk_sizes)))
+        if self.draft is not None:
+            self._placement.prefill_draft(nothing, Span(0, 0, min(self.chunk_sizes)))
         self._placement.run_each()
         for num_rows in self._row_buckets:
             self._dispatches.run_empty(num_rows)
         programs.wait()
-        if self._speculation.history_size and self.platform.programs_agree:
+        if self._speculation.history_size and (self.platform.programs_agree or self.draft is not None):
             row = any_row(self.config, self._speculation.history_size, min(MAX_STEPS, self.max_context - 1))
             self._dispatches.measure(row, self.platform.max_verified_tokens)
             programs.wait()
@@ -340,7 +338,9 @@ class Engine:
         cache_scope: str | bytes,
         scoring: Scoring | None = None,
     ) -> EngineRequest:
-        prompt = checked_prompt(prompt_ids, self.config.vocab_size, self.max_context, generates=scoring is None)
+        prompt = requests.checked_prompt(
+            prompt_ids, self.config.vocab_size, self.max_context, generates=scoring is None
+        )
         params.validate_vocab(self.config.vocab_size)
         if params.steering is not None:
             params.steering.check_model(self.config.num_layers, self.config.hidden_size)

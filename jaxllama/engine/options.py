@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from jaxllama.engine.scheduling.speculation import MODES, SpeculationMode
+from jaxllama.engine.scheduling.speculation import DRAFTED_MODES, MAX_DRAFT_TOKENS, MODES, SpeculationMode
 from jaxllama.errors import ConfigError
 from jaxllama.hosts.watch import TIMEOUT_S
+from jaxllama.weights.places import PlaceLike
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class EngineOptions:
 
     `speculation` "lookup" looks up what followed a row's last tokens where they were before, in its prompt and its
     output, and verifies several such tokens in one step where that pays; "auto" does so in predictions too
-    (`Engine.submit`). No token changes by it.
+    (`Engine.submit`). `draft` is where a smaller model of the same vocabulary is, as `load` takes it: with
+    "draft" it says what may come, with "auto" where nothing is found; at most `draft_tokens` a row and step. No token
+    changes by any of it.
     """
 
     max_rows: int = 16
@@ -47,6 +50,8 @@ class EngineOptions:
     compilation_cache: str | os.PathLike[str] | None = None
     show_compilation: bool = True
     speculation: SpeculationMode = "off"
+    draft: PlaceLike | None = None
+    draft_tokens: int = 4
 
     def __post_init__(self) -> None:
         for name, least in (("max_rows", 1), ("page_size", 1), ("max_queue", 1), ("max_context", 2), ("num_pages", 2)):
@@ -59,6 +64,12 @@ class EngineOptions:
             raise ConfigError(f"kv_dtype must be 'int8' or None, got {self.kv_dtype!r}")
         if self.speculation not in MODES:
             raise ConfigError(f"speculation must be one of {', '.join(MODES)}, got {self.speculation!r}")
+        if self.draft is not None and self.speculation not in DRAFTED_MODES:
+            raise ConfigError(
+                f"a draft model needs speculation {' or '.join(map(repr, DRAFTED_MODES))}, got {self.speculation!r}"
+            )
+        if not 1 <= self.draft_tokens <= MAX_DRAFT_TOKENS:
+            raise ConfigError(f"draft_tokens must be from 1 to {MAX_DRAFT_TOKENS}, got {self.draft_tokens}")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,16 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxllama.decode.state import Chunk, Place, any_row, row_state
-from jaxllama.engine.calls import ClearPages, ForgetPages, Insert, Prefill, Programs, RestorePages, SavePages
+from jaxllama.engine.calls import (
+    ClearPages,
+    ForgetPages,
+    Insert,
+    Prefill,
+    PrefillDraft,
+    Programs,
+    RestorePages,
+    SavePages,
+)
 from jaxllama.engine.scheduling.chunks import Span
 from jaxllama.engine.scheduling.request import EngineRequest
 from jaxllama.engine.scheduling.scheduler import Scheduler
@@ -21,7 +30,7 @@ class Placement:
     """Carries out on the devices what the scheduler decides about rows. The engine's thread alone uses it.
 
     If `needs_clean_pages` (see `Platform`), pages that may hold NaN are cleared when they become free; all others are
-    finite.
+    finite. With `has_draft` a draft model's cache is filled beside the model's.
     """
 
     def __init__(
@@ -33,6 +42,7 @@ class Placement:
         table_width: int,
         needs_clean_pages: bool,
         history_size: int = 0,
+        has_draft: bool = False,
     ) -> None:
         self._config = config
         self._programs = programs
@@ -40,6 +50,7 @@ class Placement:
         self._table_width = table_width
         self._needs_clean_pages = needs_clean_pages
         self._history_size = history_size
+        self._has_draft = has_draft
         self._numbers = itertools.count()
         self.scored: deque[ScoredSpan] = deque()
         """What is launched and not read, oldest first."""
@@ -61,7 +72,9 @@ class Placement:
                 tokens_left -= span.size
                 self.prefill(request, span)
                 self._scheduler.advance(request, span)
+                self._prefill_draft(request)
             if request.scoring is None:
+                self._prefill_draft(request)
                 self.activate(request)
 
     def run_each(self) -> None:
@@ -75,14 +88,27 @@ class Placement:
 
     def prefill(self, request: EngineRequest, span: Span) -> None:
         """Writes `span` of a request's prompt into the cache."""
-        tokens = np.zeros(span.size, np.int32)
-        tokens[: span.num_tokens] = request.prompt[span.start : span.start + span.num_tokens]
-        place = Place(self._table(request.pages), np.int32(request.shard))
-        chunk = Chunk(tokens, np.int32(span.start), np.int32(span.num_tokens))
+        place, chunk = self._chunk(request, request.prompt, span)
         if request.scoring is None:
             self._programs.run(Prefill(place, chunk))
         elif (scored := ScoredSpan.launch(self._programs, request, span, place, chunk)) is not None:
             self.scored.append(scored)
+
+    def prefill_draft(self, request: EngineRequest, span: Span) -> None:
+        """Writes `span` of a request's tokens into the draft model's cache."""
+        self._programs.run(PrefillDraft(*self._chunk(request, request.prompt + request.generated, span)))
+
+    def _prefill_draft(self, request: EngineRequest) -> None:
+        """All that the draft model's cache lacks of what the model's has. What was found or saved may have no more."""
+        if self._has_draft and request.scoring is None:
+            for span in self._scheduler.advance_draft(request):
+                self.prefill_draft(request, span)
+
+    def _chunk(self, request: EngineRequest, ids: list[int], span: Span) -> tuple[Place, Chunk]:
+        tokens = np.zeros(span.size, np.int32)
+        tokens[: span.num_tokens] = ids[span.start : span.start + span.num_tokens]
+        place = Place(self._table(request.pages), np.int32(request.shard))
+        return place, Chunk(tokens, np.int32(span.start), np.int32(span.num_tokens))
 
     def set_aside(self, request: EngineRequest) -> None:
         """Takes a request's row and pages. The hosts keep a copy of a running one's: prefill may give other bits."""
@@ -122,6 +148,7 @@ class Placement:
             halt_id=request.halt_id,
             history_size=self._history_size,
             prediction=request.prediction,
+            draft_length=request.draft_length,
         )
         assert request.row is not None
         self._programs.run(Insert(np.int32(request.row), new))

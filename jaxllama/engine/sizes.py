@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxllama.decode.draft_model import DraftModel
 from jaxllama.decode.state import DecodeState, state_shapes
-from jaxllama.engine.scheduling.speculation import MAX_PREDICTION_TOKENS, SpeculationMode
+from jaxllama.engine.options import EngineOptions
+from jaxllama.engine.scheduling.speculation import MAX_PREDICTION_TOKENS, Speculation, SpeculationMode
 from jaxllama.errors import ConfigError
 from jaxllama.model.cache import HeadLayout
 from jaxllama.model.config import LlamaConfig
+from jaxllama.model.params import num_params
+from jaxllama.model.platforms.platform import Platform
 
 TOKENS_PER_ROW = 2048
 """For so many tokens of each row there are pages, unless the options say how many pages."""
@@ -42,8 +47,10 @@ class EngineSizes:
         """Pages of a row's page table."""
         return _num_pages(self.max_context, self.page_size) + max(self.chunk_sizes) // self.page_size
 
-    def state_shapes(self, config: LlamaConfig, kv_dtype: Any, layout: HeadLayout | None = None) -> DecodeState:
-        """The arrays of the decode state, with heads in `layout` (`Platform.head_layout`)."""
+    def state_shapes(
+        self, config: LlamaConfig, kv_dtype: Any, layout: HeadLayout | None = None, draft: DraftModel | None = None
+    ) -> DecodeState:
+        """The arrays of the decode state, with heads in `layout` (`Platform.head_layout`), and a cache for `draft`."""
         return state_shapes(
             config,
             num_rows=self.num_rows,
@@ -55,6 +62,7 @@ class EngineSizes:
             history_size=self.history_size,
             num_masks=self.num_masks,
             layout=layout,
+            draft=None if draft is None else (draft.config, draft.platform.head_layout),
         )
 
 
@@ -93,10 +101,45 @@ def size_engine(
             f"{context_pages + 1} pages of {page_size}. Lower max_context or raise num_pages"
         )
     predicted = min(max_context, MAX_PREDICTION_TOKENS)
-    history_size = {"off": 0, "lookup": max_context, "auto": max_context + predicted}[speculation]
+    history_size = {"off": 0, "auto": max_context + predicted}.get(speculation, max_context)
     num_masks = 1 + max_drafts if history_size else 1
     pages = (max_context, page_size, chunk_sizes, num_shards, rows_per_shard, num_pages)
     return EngineSizes(*pages, history_size, num_masks)
+
+
+def most_drafts(options: EngineOptions, platform: Platform, *, has_draft: bool) -> int:
+    """Drafts of a row that a step verifies at most, wherever they are from."""
+    if options.speculation == "draft":
+        return options.draft_tokens
+    return max(platform.max_drafts, options.draft_tokens if has_draft else 0)
+
+
+def plan_speculation(
+    config: LlamaConfig,
+    sizes: EngineSizes,
+    options: EngineOptions,
+    platform: Platform,
+    row_buckets: Sequence[int],
+    draft: DraftModel | None,
+) -> Speculation:
+    """What the engine's programs verify, for `row_buckets` rows.
+
+    Raises: ConfigError where the options and the draft model do not go together.
+    """
+    if (options.speculation == "draft") > (draft is not None):
+        raise ConfigError("speculation 'draft' needs a draft model: give its place as `draft` (--draft)")
+    most = most_drafts(options, platform, has_draft=draft is not None)
+    if draft is not None:
+        draft.platform.kernel.validate(
+            page_size=sizes.page_size, num_rows=sizes.rows_per_shard, table_width=sizes.table_width
+        )
+    return Speculation(
+        history_size=sizes.history_size,
+        num_drafts={rows: platform.num_drafts(rows, most) if sizes.history_size else 0 for rows in row_buckets},
+        looks_up=options.speculation != "draft",
+        max_by_model=0 if draft is None else options.draft_tokens,
+        model_share=1.0 if draft is None else num_params(draft.config) / num_params(config),
+    )
 
 
 def _num_pages(num_tokens: int, page_size: int) -> int:

@@ -39,7 +39,7 @@ from jaxllama.weights.exporting.export import export_params
 from jaxllama.weights.exporting.rows import answer_rows
 from jaxllama.weights.exporting.shards import MAX_SHARD_BYTES
 from jaxllama.weights.loading import MAX_IN_FLIGHT_BYTES, load_params
-from jaxllama.weights.opening import load_text, open_model
+from jaxllama.weights.opening import load_text, open_draft, open_model
 from jaxllama.weights.places import PlaceLike
 from jaxllama.weights.saving import answer_saves, save_params
 
@@ -65,6 +65,9 @@ def load(
     `data` groups of them, each with the whole model and its share of the rows. `quantize` "int8" rounds the matrices,
     which those of an int8 checkpoint are anyway. Norms and all computation have `dtype`.
 
+    `options.draft` is such a place too, of a smaller model with the same vocabulary (see `EngineOptions`), which is
+    loaded onto the same mesh with the same `dtype` and `quantize`.
+
     `adapters` are LoRA adapters of PEFT, at places as the model's, merged into the weights in order while those are
     read: float32, rounded once to what is stored.
 
@@ -89,8 +92,12 @@ def load(
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ConfigError(f"dtype must be bfloat16 or float32, got {dtype}")
     tokenizer, chat_template = load_text(checkpoint)
+    smaller = None if options.draft is None else open_draft(options.draft, config, tokenizer, place)
     how: dict[str, Any] = {"max_in_flight_bytes": max_in_flight_bytes, "progress": progress}
     params = load_params(checkpoint, mesh, dtype, quantize, **how)
+    draft = None
+    if smaller is not None:
+        draft = (smaller.config, load_params(smaller, mesh, dtype, quantize, **how))
     return Llama(
         config,
         params,
@@ -100,6 +107,7 @@ def load(
         checkpoint=checkpoint,
         options=options,
         group=group,
+        draft=draft,
     )
 
 
@@ -120,6 +128,7 @@ class Llama(Laboratory):
         checkpoint: Checkpoint | None = None,
         options: EngineOptions | None = None,
         group: Group | None = None,
+        draft: tuple[LlamaConfig, Params] | None = None,
     ) -> None:
         self.config = config
         self.params = params
@@ -127,7 +136,7 @@ class Llama(Laboratory):
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.checkpoint = checkpoint
-        self.engine = Engine(config, params, mesh, options or EngineOptions(), group)
+        self.engine = Engine(config, params, mesh, options or EngineOptions(), group, draft)
         if group is not None and not group.is_leader:
             answer_saves(config, params, group)
             answer_rows(config, params, group)
@@ -205,15 +214,20 @@ class Llama(Laboratory):
         self.engine.close()
 
     @overload
-    def generate(self, prompts: str, params: SamplingParams | None = None) -> Completion: ...  # type: ignore[overload-overlap]
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: str, params: SamplingParams | None = None, *, prediction: Prompt | None = None
+    ) -> Completion: ...
     @overload
-    def generate(self, prompts: Sequence[int], params: SamplingParams | None = None) -> Completion: ...
+    def generate(
+        self, prompts: Sequence[int], params: SamplingParams | None = None, *, prediction: Prompt | None = None
+    ) -> Completion: ...
     @overload
     def generate(
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        prediction: Prompt | None = None,
         progress: bool | None = None,
     ) -> list[Completion]: ...
     def generate(
@@ -221,20 +235,23 @@ class Llama(Laboratory):
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        prediction: Prompt | None = None,
         progress: bool | None = None,
     ) -> Completion | list[Completion]:
         """Completes one prompt (text or token ids), or any number, which share the rows; waits where the queue is full.
 
         `params` are those of all prompts, or one for each. A text is encoded as the tokenizer does by itself (BOS
-        included, if it adds one). `progress` shows how many are done on stderr: a bar on a terminal and in a notebook,
-        lines elsewhere. None shows it for several prompts, on a terminal or in a notebook only.
+        included, if it adds one). `prediction` is what all may resemble, as OpenAI's: with speculation "auto" one
+        that does is sooner, and nothing else changes. `progress` shows how many are done on stderr: a bar on a terminal
+        and in a notebook, lines elsewhere. None shows it for several prompts, on a terminal or in a notebook only.
 
         Raises: RequestError for a prompt or parameters that cannot run; NonFiniteLogitsError.
         """
         given, is_one = read_prompts(prompts)
         each = read_params(params, len(given))
         ids = [self._encode(prompt) for prompt in given]
-        outputs = [Output(self, prompt, one) for prompt, one in zip(ids, each, strict=True)]
+        predicted = self._encode_prediction(prediction)
+        outputs = [Output(self, prompt, one, prediction=predicted) for prompt, one in zip(ids, each, strict=True)]
         # One prompt is not worth a bar that nobody asked for.
         show = False if progress is None and len(outputs) == 1 else progress
         with show_progress("generate", len(outputs), show=show) as advance:
@@ -242,16 +259,27 @@ class Llama(Laboratory):
         completions = [output.completion() for output in outputs]
         return completions[0] if is_one else completions
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[CompletionDelta]:
-        """Completes one prompt piece by piece. Leaving the loop early cancels the request.
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, prediction: Prompt | None = None
+    ) -> Iterator[CompletionDelta]:
+        """Completes one prompt piece by piece. Leaving the loop early cancels the request. `prediction` as for
+        `generate`.
 
         Raises: as `generate`.
         """
         (one,) = read_params(params, 1)
-        return _deltas(Output(self, self._encode(read_prompt(prompt)), one))
+        ids = self._encode(read_prompt(prompt))
+        return _deltas(Output(self, ids, one, prediction=self._encode_prediction(prediction)))
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> Completion:
-        """Answers messages (`{"role": …, "content": …}`) through the model's chat template.
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        prediction: Prompt | None = None,
+    ) -> Completion:
+        """Answers messages (`{"role": …, "content": …}`) through the model's chat template. `prediction` as for
+        `generate`.
 
         Raises: ChatTemplateError if there is no template or it refuses the messages; else as `generate`.
         """
@@ -265,6 +293,7 @@ class Llama(Laboratory):
             one,
             is_chat=True,
             starts_in_reasoning=rendered.starts_in_reasoning,
+            prediction=self._encode_prediction(prediction),
         )
         for _ in _deltas(output):
             pass
@@ -359,6 +388,14 @@ class Llama(Laboratory):
             kv_dtype=engine.kv_dtype,
             platform=engine.platform,
         )
+
+    def _encode_prediction(self, prediction: Prompt | None) -> list[int]:
+        if prediction is None:
+            return []
+        given = read_prompt(prediction, "prediction")
+        if isinstance(given, str) and self.tokenizer is not None:
+            return self.tokenizer.encode(given, add_bos=False)
+        return self._encode(given)
 
     def _encode(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):

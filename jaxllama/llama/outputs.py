@@ -140,10 +140,12 @@ class Output:
         *,
         is_chat: bool = False,
         starts_in_reasoning: bool | None = None,
+        prediction: Sequence[int] = (),
     ) -> None:
         self._model = model
         self._prompt = prompt
         self._params = params
+        self._prediction = prediction
         self._request: EngineRequest | None = None
         assembler = None
         if model.tokenizer is not None:
@@ -168,7 +170,11 @@ class Output:
     def start(self, on_output: OnOutput) -> None:
         """Submits the request."""
         self._request = self._model.engine.submit(
-            self._prompt, self._params, on_output, constraint=self._make_constraint()
+            self._prompt,
+            self._params,
+            on_output,
+            constraint=self._make_constraint(),
+            prediction=self._prediction,
         )
 
     def _compile(self) -> Grammar | None:

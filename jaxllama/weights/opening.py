@@ -19,7 +19,7 @@ from jaxllama.text.chat import ChatTemplate, has_chat_template, load_chat_templa
 from jaxllama.text.encoding.tokenizer import Tokenizer, load_tokenizer
 from jaxllama.weights.arrays.files import PARAMS, FileRecord
 from jaxllama.weights.checkpoint import MANIFEST, Checkpoint, Manifest, read_configs, versions
-from jaxllama.weights.places import Place, PlaceLike, is_remote, open_place
+from jaxllama.weights.places import Place, PlaceLike, is_remote, open_place, short_name
 from jaxllama.weights.reading import CheckedReader, CheckpointReader, SourceReader, array_tensor
 from jaxllama.weights.sources.adapters.merging import Merged, merge_adapters
 from jaxllama.weights.sources.detect import open_source
@@ -61,6 +61,27 @@ def load_text(checkpoint: Checkpoint) -> tuple[Tokenizer | None, ChatTemplate | 
         return None, None
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.config.vocab_size)
     return tokenizer, load_chat_template(checkpoint.path) if has_chat_template(checkpoint.path) else None
+
+
+def open_draft(place: PlaceLike, config: LlamaConfig, tokenizer: Tokenizer | None, model: PlaceLike) -> Checkpoint:
+    """Opens the draft model of a model with `config` and `tokenizer`, which is at `model`.
+
+    Raises: as `open_model`; ConfigError where its vocabulary is not the model's.
+    """
+    checkpoint = open_model(place)
+    own, _ = load_text(checkpoint)
+    names = f"the draft model {short_name(place)!r} has not the vocabulary of {short_name(model)!r}"
+    if tokenizer is None or own is None:
+        if checkpoint.config.vocab_size != config.vocab_size:
+            raise ConfigError(f"{names}: {checkpoint.config.vocab_size:,} tokens, expected {config.vocab_size:,}")
+        return checkpoint
+    if own.vocab_size != tokenizer.vocab_size:
+        raise ConfigError(f"{names}: {own.vocab_size:,} tokens, expected {tokenizer.vocab_size:,}")
+    for token_id in range(own.vocab_size):
+        mine, other = own.token_bytes(token_id), tokenizer.token_bytes(token_id)
+        if mine != other:
+            raise ConfigError(f"{names}: token {token_id} is {mine!r}, expected {other!r}")
+    return checkpoint
 
 
 def read_config(place: PlaceLike) -> LlamaConfig:

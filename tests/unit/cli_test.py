@@ -116,6 +116,13 @@ def test_bad_input_is_exit_code_2_and_one_line(checkpoint, capsys, args, named):
     assert output.out == ""
 
 
+def test_a_draft_model_of_another_vocabulary_is_exit_code_2(checkpoint, tmp_path, capsys):
+    other = tiny.write_checkpoint(tmp_path / "other", "divisible")
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text().replace("<think>", "<thunk>"))
+    assert main(["generate", str(checkpoint), "a", "--draft", str(other)]) == 2
+    assert "the draft model 'other' has not the vocabulary of 'scripted': token 259 is" in capsys.readouterr().err
+
+
 def test_a_missing_checkpoint_is_exit_code_2(tmp_path, capsys):
     assert command("generate", tmp_path / "nowhere", "a") == 2
     assert_one_line(capsys.readouterr().err, "nowhere", "does not exist", "looked for", "no hub id")

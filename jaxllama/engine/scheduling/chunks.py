@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -52,6 +52,10 @@ class ChunkPlan:
             if at >= start:
                 yield span
             at += span.num_tokens
+
+    def draft_spans(self, start: int, end: int) -> Iterator[Span]:
+        """The chunks of tokens `start … end` for a draft model, whose bits do not matter. `start` is a page's."""
+        yield from replace(self, programs_agree=True).spans(start, end)
 
     def _size(self, sizes: Sequence[int], at: int, left: int) -> int:
         """The smallest size that holds the `left` tokens, if they nearly fill it; otherwise the largest they fill."""

@@ -12,6 +12,7 @@ class PagePool:
     A full page can get a key that names its content (`publish`): other rows then find and hold it too. What nobody
     holds any more stays to be found until `take` needs it, least recently used first. That goes for pages known to be
     finite (`prove`) alone: the others lose their key, because they may hold a failed row's NaN.
+    Of each it is known whether the draft model's part is filled too (`fill_draft`).
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -20,6 +21,7 @@ class PagePool:
         self._holders = [0] * num_pages
         self._keys: list[bytes | None] = [None] * num_pages
         self._is_finite = [False] * num_pages
+        self._has_draft = [False] * num_pages
         self._by_key: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
 
@@ -49,7 +51,7 @@ class PagePool:
             else:
                 page, _ = self._idle.popitem(last=False)
                 self._unpublish(page)
-            self._holders[page], self._is_finite[page] = 1, False
+            self._holders[page], self._is_finite[page], self._has_draft[page] = 1, False, False
             taken.append(page)
         return taken
 
@@ -80,6 +82,15 @@ class PagePool:
         """Marks pages as finite: a token was computed from what they hold."""
         for page in pages:
             self._is_finite[page] = True
+
+    def fill_draft(self, pages: Iterable[int]) -> None:
+        """Notes that the draft model's keys and values are in these pages."""
+        for page in pages:
+            self._has_draft[page] = True
+
+    def num_with_draft(self, pages: Sequence[int]) -> int:
+        """How many of these pages, up to the first that has not, have the draft model's part."""
+        return next((i for i, page in enumerate(pages) if not self._has_draft[page]), len(pages))
 
     def distrust(self, pages: Iterable[int]) -> None:
         """Lets nobody find these pages any more, except those known to be finite."""

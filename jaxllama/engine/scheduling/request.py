@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxllama.decode.params import SamplingParams
+from jaxllama.decode.params import MAX_TOP_LOGPROBS, SamplingParams
 from jaxllama.engine.scheduling.constraint import Constraint
 from jaxllama.engine.scheduling.foresight import Foresight
 from jaxllama.errors import ContextLengthError, RequestError
@@ -70,6 +70,17 @@ class Scoring:
     def __post_init__(self) -> None:
         self.next = self.first
 
+    @classmethod
+    def of(cls, num_ids: int, first: int, num_top: int) -> Scoring:
+        """That of a prompt of `num_ids`. Raises: RequestError."""
+        if not 1 <= first < num_ids:
+            raise RequestError(
+                f"first must be from 1 to {num_ids - 1}, as there are {num_ids} ids, got {first}", "first"
+            )
+        if not 0 <= num_top <= MAX_TOP_LOGPROBS:
+            raise RequestError(f"num_top must be from 0 to {MAX_TOP_LOGPROBS}, got {num_top}", "num_top")
+        return cls(first, num_top)
+
 
 @dataclass(eq=False)
 class EngineRequest:
@@ -79,6 +90,7 @@ class EngineRequest:
     `num_cached_tokens` is how much of the prompt was found in the cache, None until the request is admitted.
     `num_accepted` of the tokens were drafts that had been right (speculation), `num_predicted` of those were found in
     `prediction`, what the output may resemble.
+    The draft model's cache has `draft_length` of its tokens, as far as is known.
     `page_keys` name the full pages of the prompt less its last token. `foresight` is what is thought to come where it
     has a constraint. `saved_as` numbers the copy that the devices'
     hosts keep of the pages of a request that was set aside. With `scoring` it ends when its prompt is in the cache.
@@ -106,6 +118,7 @@ class EngineRequest:
     pages: list[int] = field(default_factory=list)
     num_shared_pages: int = 0
     num_prefilled: int = 0
+    draft_length: int = 0
     num_cached_tokens: int | None = None
     num_accepted: int = 0
     num_predicted: int = 0

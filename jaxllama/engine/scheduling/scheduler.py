@@ -85,6 +85,7 @@ class Scheduler:
                 continue
             request.shard, request.row, request.pages = shard, rows[shard], pages + taken
             request.num_shared_pages, request.num_prefilled = len(pages), len(pages) * self._page_size
+            request.draft_length = pool.num_with_draft(pages) * self._page_size
             self.rows[request.row] = request
             return True
         return False
@@ -124,6 +125,13 @@ class Scheduler:
         request.num_prefilled += span.num_tokens
         full = slice(span.start // self._page_size, request.num_prefilled // self._page_size)
         self.pools[request.shard].publish(request.pages[full], request.page_keys[full])
+
+    def advance_draft(self, request: EngineRequest) -> list[Span]:
+        """What a draft model must prefill to come as far as the request's prefill has, which is on its way from now."""
+        spans = list(self._plan.draft_spans(request.draft_length, request.num_prefilled))
+        request.draft_length = request.num_prefilled
+        self.pools[request.shard].fill_draft(request.pages[: request.draft_length // self._page_size])
+        return spans
 
     def grow(self, request: EngineRequest, num_tokens: int) -> bool:
         """Makes sure that `request` has pages for `num_tokens` in all. False if its shard's are exhausted."""
@@ -177,6 +185,7 @@ class Scheduler:
             # to later pages only.
             full = request.pages[: request.num_to_prefill // self._page_size]
             pool.prove(full)
+            pool.fill_draft(full[: request.draft_length // self._page_size])
             self._publish(request, full)
         unclean = pool.give_back(request.pages)
         request.row, request.pages = None, []

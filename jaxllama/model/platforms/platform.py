@@ -84,13 +84,15 @@ class Platform:
         """Into how many parts rows and pages are split."""
         return self.attention.num_shards
 
-    def num_drafts(self, num_rows: int) -> int:
-        """Drafts a row for a decode program of `num_rows`; 0 where verifying would not pay."""
+    def num_drafts(self, num_rows: int, most: int | None = None) -> int:
+        """Drafts a row for a decode program of `num_rows`, at most `most` (None: `max_drafts`); 0 where verifying would
+        not pay."""
+        most = self.max_drafts if most is None else most
         if not self.programs_agree:  # All rows run that program, whatever they have.
-            num_drafts = min(self.max_drafts, self.max_verified_tokens // num_rows - 1)
-            return num_drafts if num_drafts > 1 else 0
+            num_drafts = min(most, self.max_verified_tokens // num_rows - 1)
+            return num_drafts if num_drafts >= min(most, 2) else 0
         # A layer's kernel takes the time of the tokens that there are, however many rows there could be.
-        return self.max_drafts if self.has_layer_kernel or num_rows <= self.max_verified_tokens else 0
+        return most if self.has_layer_kernel or num_rows <= self.max_verified_tokens else 0
 
     def row_buckets(self, num_rows: int) -> tuple[int, ...]:
         """Numbers of rows to make decode programs for, ascending: few rows should not pay for many.

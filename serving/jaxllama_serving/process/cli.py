@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from jaxllama.errors import (
     TokenizerError,
 )
 from jaxllama.system.explain import with_page
-from jaxllama.system.flags import add_max_in_flight
+from jaxllama.system.flags import add_max_in_flight, add_speculation, speculation_of
 from jaxllama.weights.places import ADAPTER_HELP, MODEL_HELP, short_name
 from jaxllama_serving.config import REASONING_FIELDS, TOOL_PARSERS, ServerConfig, ServerConfigError
 from jaxllama_serving.process import hosts
@@ -84,13 +85,7 @@ def add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--adapter", action="append", default=[], metavar="PEFT", help=ADAPTER_HELP)
     add_max_in_flight(group)
     group.add_argument("--kv-dtype", choices=("int8",), help="of the cache (default: as the weights)")
-    group.add_argument(
-        "--speculation",
-        choices=("off", "lookup", "auto"),
-        default="off",
-        help="several tokens a step, with the same bits, where a text repeats what came before (lookup) or what "
-        "requests predict (auto: both) (default: %(default)s)",
-    )
+    add_speculation(group)
     group.add_argument("--max-rows", type=int, default=16, help="sequences decoded together (default: %(default)s)")
     group.add_argument("--max-context", type=int, help="longest prompt and completion together (default: the model's)")
     group.add_argument(
@@ -293,7 +288,9 @@ def load_model(args: argparse.Namespace, *, max_queue: int, group: Group | None 
         max_queue=max_queue,
         kv_dtype=args.kv_dtype,
         compilation_cache=args.compilation_cache,
-        speculation=args.speculation,
+        speculation=speculation_of(args),
+        draft=args.draft,
+        draft_tokens=args.draft_tokens,
     )
     how = {"data": args.data, "dtype": args.dtype, "quantize": args.quantize, "adapters": args.adapter}
     how["max_in_flight_bytes"] = args.max_in_flight_bytes
@@ -338,10 +335,14 @@ def _settings(args: argparse.Namespace) -> dict[str, object]:
     import jaxllama
     from jaxllama.weights.opening import open_model
 
-    manifest = open_model(args.checkpoint, args.adapter).manifest
+    def hash_of(place: str, adapters: Sequence[str] = ()) -> str:
+        return hashlib.sha256(open_model(place, adapters).manifest.to_json().encode()).hexdigest()[:12]
+
     return {
         "jaxllama": jaxllama.__version__,
-        "the checkpoint": hashlib.sha256(manifest.to_json().encode()).hexdigest()[:12],
+        "the checkpoint": hash_of(args.checkpoint, args.adapter),
+        "--draft": args.draft and hash_of(args.draft),
+        "--draft-tokens": args.draft_tokens,
         "--dtype": args.dtype,
         "--quantize": args.quantize,
         "--kv-dtype": args.kv_dtype,
@@ -349,7 +350,7 @@ def _settings(args: argparse.Namespace) -> dict[str, object]:
         "--max-context": args.max_context,
         "--num-pages": args.num_pages,
         "--data": args.data,
-        "--speculation": args.speculation,
+        "--speculation": speculation_of(args),
     }
 
 

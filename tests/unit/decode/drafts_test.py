@@ -8,7 +8,7 @@ import pytest
 from tiny import config_of
 
 from jaxllama import SamplingParams
-from jaxllama.decode.drafts import FIRST_ACCEPTANCE, SUFFIXES, Drafts, best_depth, chances, learned, look_up
+from jaxllama.decode.drafts import FIRST_ACCEPTANCE, SUFFIXES, Drafts, chances, learned, look_up, rates
 from jaxllama.decode.state import row_state
 from jaxllama.engine.scheduling.speculation import StepTimes
 
@@ -90,7 +90,8 @@ def depth_of(suffix: tuple[int, int], num: tuple[int, int], costs: list[float], 
     """Of two rows that accept none, half, or all, by their suffix."""
     drafts = Drafts(jnp.zeros((2, 4), jnp.int32), jnp.array(num), jnp.array(suffix), jnp.zeros(2, bool))
     acceptance = jnp.array([[0.0, 0.5, 1.0]] * 2)
-    return int(best_depth(drafts, chances(drafts, acceptance), jnp.array([True, True]), jnp.array(costs), max_tokens))
+    found = rates(drafts, chances(drafts, acceptance), jnp.array([True, True]), jnp.array(costs), max_tokens)
+    return int(jnp.argmax(found))
 
 
 def test_as_many_drafts_are_verified_as_are_expected_to_save_time():

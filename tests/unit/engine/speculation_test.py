@@ -189,11 +189,21 @@ def test_a_prediction_is_followed_and_found_again_after_a_change(cycle: Llama):
     assert 18 <= done.request.num_predicted == done.request.num_accepted < 28
 
 
+def test_a_prediction_may_be_given_in_python(cycle: Llama):
+    params, prediction = dataclasses.replace(GREEDY, max_tokens=28), [*range(21, 49)]
+    done = cycle.generate([20], params, prediction=prediction)
+    assert list(done.token_ids) == prediction
+    assert done.num_accepted >= 20
+    assert [i for delta in cycle.stream([20], params, prediction=prediction) for i in delta.token_ids] == prediction
+    with pytest.raises(RequestError, match="tokenizer"):
+        cycle.generate([20], params, prediction="a text")
+
+
 def test_a_prediction_outside_the_vocabulary_is_refused(cycle: Llama):
     with pytest.raises(RequestError, match="the prediction has token ids outside 0 to 279"):
         Collector(cycle.engine, [20], GREEDY, prediction=[3, 280])
 
 
 def test_only_what_is_built_can_be_asked_for():
-    with pytest.raises(ConfigError, match="speculation must be one of off, lookup, auto, got 'draft'"):
-        EngineOptions(speculation="draft")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="speculation must be one of off, lookup, draft, auto, got 'medusa'"):
+        EngineOptions(speculation="medusa")  # type: ignore[arg-type]
