@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxllama
-from jaxllama import EngineOptions, Llama, SamplingParams, make_mesh
+from jaxllama import EngineOptions, Llama, SamplingParams, Structured, make_mesh
 from jaxllama.engine.options import StepReport
 from jaxllama.weights.checkpoint import Checkpoint
 
@@ -43,9 +43,26 @@ the light has been automatic since then. The tower is a historic monument since 
 QUESTION = (
     "When was the lighthouse built, how high is it, and since when is it a monument? Quote the text word for word."
 )
+ORDERS = """Ada Lovelace from Bath ordered a lamp for 40 euros; it has arrived. Alan Turing from London ordered two
+chairs for 90 euros, which are on their way. Grace Hopper from New York ordered a clock for 25 euros; it has arrived."""
+PROPERTIES = {
+    "customer_first_and_last_name": {"type": "string", "maxLength": 40},
+    "customer_city_of_residence": {"type": "string", "maxLength": 40},
+    "number_of_ordered_pieces": {"type": "integer"},
+    "total_order_amount_in_euros": {"type": "integer"},
+    "has_been_delivered_to_customer": {"type": "boolean"},
+}
+# Long enough for any number of tokens.
+SCHEMA = {
+    "type": "array",
+    "minItems": 20,
+    "items": {"type": "object", "properties": PROPERTIES, "required": [*PROPERTIES], "additionalProperties": False},
+}
+JSON = "JSON, long keys"
 TASKS = {
     "code, one change": f"Repeat this code exactly, but rename count_words to word_counts:\n\n```python\n{CODE}```",
     "quotes": f"{TEXT}\n\n{QUESTION}",
+    JSON: f"{ORDERS}\n\nWrite the orders as JSON.",
     "free text": "Write a short story about a fox who learns to swim.",
 }
 
@@ -96,7 +113,8 @@ def run_pairs(llamas: dict[str, Llama], task: str, num_rows: int, args: argparse
             ids = llama.tokenizer.encode_rendered(
                 llama.chat_template.render([{"role": "user", "content": TASKS[task]}])
             )
-            how = {"temperature": args.temperature, "ignore_eos": True, "max_tokens": args.tokens}
+            how: dict[str, Any] = {"temperature": args.temperature, "max_tokens": args.tokens}
+            how |= {"structured": Structured(json=SCHEMA)} if task == JSON else {"ignore_eos": True}
             params = [SamplingParams(seed=1000 * repeat + row, **how) for row in range(num_rows)]
             llama.engine.on_steps = steps.append if mode == "on" else None
             begun = time.perf_counter()

@@ -19,17 +19,17 @@ from jaxllama.engine.scheduling.constraint import Constraint
 from jaxllama.engine.scheduling.foresight import Foresight
 from jaxllama.engine.scheduling.request import EngineRequest
 from jaxllama.errors import RequestError
-from jaxllama.text.structured import num_mask_words
 
 
 class Constraints:
     """The constraints of all rows."""
 
-    def __init__(self, programs: Programs, num_rows: int, vocab_size: int, num_masks: int = 1) -> None:
-        """A row has up to `num_masks` masks, for so many tokens."""
+    def __init__(self, programs: Programs, masks_shape: tuple[int, ...], max_verified_tokens: int = 1) -> None:
+        """`masks_shape` is rows, masks of a row, words. A step verifies at most `max_verified_tokens`."""
         self._programs = programs
-        self._masks = np.full((num_rows, num_masks, num_mask_words(vocab_size)), 0xFFFFFFFF, np.uint32)
-        self._is_masked = np.zeros(num_rows, np.bool_)
+        self._max_verified_tokens = max_verified_tokens
+        self._masks = np.full(masks_shape, 0xFFFFFFFF, np.uint32)
+        self._is_masked = np.zeros(len(self._masks), np.bool_)
 
     def max_steps(
         self,
@@ -61,23 +61,25 @@ class Constraints:
         paths = Paths.none(len(self._masks), num_drafts)
         was_masked = self._is_masked.any()
         self._is_masked[:] = False
-        for request in running:
-            if request.constraint is not None and request.constraint.num_free <= 0:
-                assert request.row is not None
-                try:
-                    self._foresee(request, request.constraint, request.row, paths)
-                    self._is_masked[request.row] = True
-                except RequestError as error:
-                    failed.append((request, error))
+        masked = [(r, r.constraint) for r in running if r.constraint is not None and r.constraint.num_free <= 0]
+        # No more than one step may verify: each mask takes the host as long as a small part of a step.
+        most = min(num_drafts, max(1, (self._max_verified_tokens - len(running)) // max(1, len(masked))))
+        for request, constraint in masked:
+            assert request.row is not None
+            try:
+                self._foresee(request, constraint, request.row, paths, most)
+                self._is_masked[request.row] = True
+            except RequestError as error:
+                failed.append((request, error))
         if was_masked or self._is_masked.any():
             # A copy: the devices may read it after this returns.
             self._programs.run(SetMasks(self._masks.copy(), self._is_masked.copy()))
         return paths, failed
 
-    def _foresee(self, request: EngineRequest, constraint: Constraint, row: int, paths: Paths) -> None:
+    def _foresee(self, request: EngineRequest, constraint: Constraint, row: int, paths: Paths, most: int) -> None:
         if request.foresight is None:
             request.foresight = Foresight(request.prediction, request.prompt, request.stop_ids)
-        foresight, most = request.foresight, paths.tokens.shape[1]
+        foresight = request.foresight
         foresight.extend(constraint, request.generated, most)
         drafts = foresight.drafts[:most]
         paths.num[row] = len(drafts)

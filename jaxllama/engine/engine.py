@@ -115,7 +115,7 @@ class Engine:
             self._programs,
             self._scheduler,
             self._placement,
-            Constraints(self._programs, sizes.num_rows, config.vocab_size, sizes.num_masks),
+            Constraints(self._programs, self._shapes.rows.sampling.token_mask.shape, platform.max_verified_tokens),
             table_shape=(sizes.num_rows, sizes.table_width),
             row_buckets=self._row_buckets,
             speculation=self._speculation,

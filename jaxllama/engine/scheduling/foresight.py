@@ -20,7 +20,7 @@ from jaxllama.errors import RequestError
 _FEW = 1024
 _FIRST_CHANCES = {True: (0.4, 0.6, 0.75, 0.85, 0.9), False: (0.0, 0.0, 0.25, 0.5, 0.75)}
 """That a draft is right, by whether few tokens are allowed there, and how many before it are as they were."""
-_LEAST_CHANCE = 0.15
+_LEAST_CHANCE = 0.1
 """A path ends where it would hardly ever be followed."""
 _WEIGHT = 1 / 8
 _LONGEST = len(_FIRST_CHANCES[True]) - 1

@@ -140,7 +140,7 @@ def test_masks_go_to_the_device_only_when_there_are_any():
             sent.append(call)
 
     request = EngineRequest([1], PARAMS, print, 1, frozenset(), 0, 0, print, row=1)
-    constraints = Constraints(Programs(), 4, 280)
+    constraints = Constraints(Programs(), (4, 1, WORDS))
     assert constraints.send_masks([request])[1] == []
     assert not sent
     request.constraint = Rule([{5}])
@@ -160,7 +160,7 @@ def test_no_dispatch_goes_past_the_free_tokens():
 
     free, bound, masked = Request(), Request(), Request()
     bound.constraint, masked.constraint = Rule([], free=10), Rule([{1}])
-    constraints = Constraints(None, 4, 280)
+    constraints = Constraints(None, (4, 1, WORDS))
     assert constraints.max_steps([free], 32, lambda _: 32) == 32
     assert constraints.max_steps([free, bound], 32, lambda _: 0) == 10
     assert constraints.max_steps([free, bound], 32, lambda _: 8) == 2
