@@ -16,7 +16,7 @@ import numpy as np
 from jaxllama.decode.drafts import Paths
 from jaxllama.engine.calls import Programs, SetMasks
 from jaxllama.engine.scheduling.constraint import Constraint
-from jaxllama.engine.scheduling.foresight import Foresight
+from jaxllama.engine.scheduling.foresight import LEAST_CHANCE, Foresight
 from jaxllama.engine.scheduling.request import EngineRequest
 from jaxllama.errors import RequestError
 
@@ -62,12 +62,14 @@ class Constraints:
         was_masked = self._is_masked.any()
         self._is_masked[:] = False
         masked = [(r, r.constraint) for r in running if r.constraint is not None and r.constraint.num_free <= 0]
-        # No more than one step may verify: each mask takes the host as long as a small part of a step.
+        # No more than one step may verify, and what is likely to save its part of it: a mask takes the host a
+        # hundredth of a step or so, for which all rows wait.
+        least_chance = max(LEAST_CHANCE, len(masked) / 100)
         most = min(num_drafts, max(1, (self._max_verified_tokens - len(running)) // max(1, len(masked))))
         for request, constraint in masked:
             assert request.row is not None
             try:
-                self._foresee(request, constraint, request.row, paths, most)
+                self._foresee(request, constraint, request.row, paths, most, least_chance)
                 self._is_masked[request.row] = True
             except RequestError as error:
                 failed.append((request, error))
@@ -76,11 +78,19 @@ class Constraints:
             self._programs.run(SetMasks(self._masks.copy(), self._is_masked.copy()))
         return paths, failed
 
-    def _foresee(self, request: EngineRequest, constraint: Constraint, row: int, paths: Paths, most: int) -> None:
+    def _foresee(
+        self,
+        request: EngineRequest,
+        constraint: Constraint,
+        row: int,
+        paths: Paths,
+        most: int,
+        least_chance: float,
+    ) -> None:
         if request.foresight is None:
             request.foresight = Foresight(request.prediction, request.prompt, request.stop_ids)
         foresight = request.foresight
-        foresight.extend(constraint, request.generated, most)
+        foresight.extend(constraint, request.generated, most, least_chance)
         drafts = foresight.drafts[:most]
         paths.num[row] = len(drafts)
         for place, draft in enumerate(drafts):

@@ -20,7 +20,7 @@ from jaxllama.errors import RequestError
 _FEW = 1024
 _FIRST_CHANCES = {True: (0.4, 0.6, 0.75, 0.85, 0.9), False: (0.0, 0.0, 0.25, 0.5, 0.75)}
 """That a draft is right, by whether few tokens are allowed there, and how many before it are as they were."""
-_LEAST_CHANCE = 0.1
+LEAST_CHANCE = 0.1
 """A path ends where it would hardly ever be followed."""
 _WEIGHT = 1 / 8
 _LONGEST = len(_FIRST_CHANCES[True]) - 1
@@ -47,6 +47,7 @@ class Foresight:
         self.drafts: list[Draft] = []
         self.masks: list[UInt32[np.ndarray, " words"]] = []
         self._ahead: Constraint | None = None  # after all drafts
+        self._unlikely: Draft | None = None  # what would come after them: no mask was made for it
         self._chances = {(few, i): chance for few, row in _FIRST_CHANCES.items() for i, chance in enumerate(row)}
         self._ids = np.array([*before, *prompt], np.int32)  # with room at the end
         self._start = len(before)
@@ -54,8 +55,15 @@ class Foresight:
         self._num_generated = 0
         self._stop_ids = stop_ids
 
-    def extend(self, constraint: Constraint, generated: Sequence[int], max_drafts: int) -> None:
-        """Makes the path as long as it can, up to `max_drafts`, for a request that must ask for its next token.
+    def extend(
+        self,
+        constraint: Constraint,
+        generated: Sequence[int],
+        max_drafts: int,
+        least_chance: float = LEAST_CHANCE,
+    ) -> None:
+        """Makes the path as long as it can, up to `max_drafts`, while it comes with `least_chance`, for a request that
+        must ask for its next token.
 
         Raises: RequestError if there is no mask for it.
         """
@@ -68,20 +76,22 @@ class Foresight:
         chance = float(np.prod([draft.chance for draft in self.drafts]))
         while self._ahead is not None and len(self.drafts) < max_drafts:
             draft = self._next(self._ids[: end + len(self.drafts)])
-            if draft is None or chance * draft.chance < _LEAST_CHANCE:
+            if draft is None or chance * draft.chance < least_chance:
+                self._unlikely = draft
                 return
             chance *= draft.chance
             self._append(draft, end + len(self.drafts))
 
     def see(self, token_id: int) -> None:
         """Takes the next token of the request. What was thought to follow another is worth nothing."""
-        draft = self.drafts.pop(0) if self.drafts else None
+        is_beyond = not self.drafts
+        draft = self._unlikely if is_beyond else self.drafts.pop(0)
         if draft is not None and draft.kind is not None:
             self._chances[draft.kind] += _WEIGHT * ((draft.token_id == token_id) - self._chances[draft.kind])
-        if draft is not None and draft.token_id == token_id:
-            self.masks.pop(0)
+        if draft is None or is_beyond or draft.token_id != token_id:
+            self.drafts, self.masks, self._ahead, self._unlikely = [], [], None, None
         else:
-            self.drafts, self.masks, self._ahead = [], [], None
+            self.masks.pop(0)
 
     def _put(self, generated: Sequence[int]) -> int:
         """Brings `_ids` up to date. Returns where the request's text ends in it; the path follows."""

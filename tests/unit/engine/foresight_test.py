@@ -120,15 +120,28 @@ def test_a_path_is_kept_as_far_as_it_is_followed():
     foresight.extend(rule, generated, 3)
     assert path_of(foresight) == [6, 8, 9]
     assert foresight.masks[0] is masks[0]
-    chance = foresight.drafts[0].chance
     say(7)
     assert path_of(foresight) == []
     foresight.extend(rule, generated, 3)
     assert path_of(foresight) == [8, 9, 10]
-    # And it is remembered how often such a draft is right.
-    again = Rule([{6, 7}])
-    fresh, known = Foresight([], [1, 6, 2], frozenset()), foresight
-    assert fresh._chances != known._chances
-    assert min(known._chances[kind] - fresh._chances[kind] for kind in fresh._chances) < 0
-    fresh.extend(again, [], 1)
-    assert fresh.drafts[0].chance == pytest.approx(chance)
+
+
+def test_what_is_never_right_is_drafted_no_more_until_it_would_be():
+    rule, foresight, generated = Rule([{6, 7}] * 400), Foresight([], [7, 6, 3], frozenset()), []
+
+    def are_drafted(num_tokens: int, says: dict[int, int]) -> list[bool]:
+        """Of tokens that are what `says` has for what is thought to come."""
+        found = []
+        for _ in range(num_tokens):
+            foresight.extend(rule, generated, 1)
+            guess = foresight.drafts[0] if foresight.drafts else foresight._unlikely
+            assert guess is not None
+            found.append(bool(foresight.drafts))
+            foresight.see(says[guess.token_id])
+            rule.advance(says[guess.token_id])
+            generated.append(says[guess.token_id])
+        return found
+
+    assert all(are_drafted(5, {6: 6, 7: 7}))
+    assert not any(are_drafted(150, {6: 7, 7: 6})[-20:])
+    assert all(are_drafted(100, {6: 6, 7: 7})[-20:])
