@@ -409,8 +409,8 @@ struct Attention {
           const int64_t i = head * per_head + n, rows = std::min(kMaxRows, per_head - n);
           if (visible[i + rows - 1] <= first) continue;
           Rows<Lines, Start::kZero>(rows, &queries[i * head_dim], head_dim, &keys[head * packer.keys_bytes()],
-                                    packer.key_block_bytes(), num_blocks, head_dim / Lines::kInputs, scores.data(),
-                                    kBlock);
+                                    packer.key_block_bytes(), num_blocks, head_dim / Lines::kInputs,
+                                    &values[head * packer.values_bytes()], scores.data(), kBlock);
           float decays[kMaxRows];
           for (int64_t r = 0; r < rows; ++r) {
             decays[r] = Softmax(&scores[r * kBlock], key_scales, value_scales, visible[i + r] - first, scale,
@@ -422,7 +422,7 @@ struct Attention {
           }
           Rows<Lines, Start::kScaled>(rows, probs.data(), kBlock, &values[head * packer.values_bytes()],
                                       packer.value_block_bytes(), padded_dim / kBlockLanes, value_lines,
-                                      &seen->weighted[i * padded_dim], padded_dim, decays);
+                                      keys.data(), &seen->weighted[i * padded_dim], padded_dim, decays);
         }
       }
     }

@@ -43,7 +43,7 @@ ffi::ErrorOr<Matrix> ReadMatrix(const ffi::RemainingArgs& args, int64_t out, siz
 // so many rows, the first, are multiplied, and the others' results are zeros.
 ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs weights, ffi::RemainingRets ys) {
   const int64_t in = x.dimensions().back(), all_rows = x.element_count() / in;
-  std::vector<Task> tasks;
+  std::vector<std::pair<Matrix, float*>> products;
   bool needs_floats = false;
   size_t next = 0;
   for (size_t i = 0; i < ys.size(); ++i) {
@@ -52,7 +52,7 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs w
     const auto weight = ReadMatrix(weights, (*y)->dimensions().back(), &next);
     if (!weight.has_value()) return weight.error();
     needs_floats |= !weight->reads_pairs() || x.element_type() != ffi::BF16;
-    Split(*weight, (*y)->typed_data(), &tasks);
+    products.emplace_back(*weight, (*y)->typed_data());
   }
   Inputs inputs;
   inputs.rows = all_rows;
@@ -60,11 +60,7 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs w
     const auto count = weights.get<ffi::Buffer<ffi::S32>>(next);
     if (!count.has_value()) return count.error();
     inputs.rows = std::clamp<int64_t>(count->typed_data()[0], 0, all_rows);
-    for (size_t i = 0; i < ys.size(); ++i) {
-      const auto y = ys.get<ffi::Buffer<ffi::F32>>(i);
-      std::fill((*y)->typed_data() + inputs.rows * (*y)->dimensions().back(), (*y)->typed_data() + (*y)->element_count(),
-                0.0f);
-    }
+    for (const auto& [weight, y] : products) std::fill(y + inputs.rows * weight.out, y + all_rows * weight.out, 0.0f);
     if (inputs.rows == 0) return ffi::Error::Success();
   }
   inputs.stride = (in + 3) / 4 * 4;
@@ -84,6 +80,9 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs w
   } else if (needs_floats) {
     Convert(team, static_cast<const float*>(x.untyped_data()), in, &inputs);
   }
+  std::vector<Task> tasks;
+  for (const auto& [weight, y] : products) Split(weight, y, inputs.rows, team.num_threads(), &tasks);
+  Chain(&tasks, team.num_threads());
   team.For(tasks.size(), [&](int64_t i) { Run(tasks[i], inputs); });
   return ffi::Error::Success();
 }

@@ -113,9 +113,10 @@ struct Layer {
       Norm(&scratch.x[i * hidden], attention_norm, i, &scratch.normed);
     });
     std::vector<Task> tasks;
-    Split(q_proj, scratch.q.data(), &tasks);
-    Split(k_proj, scratch.k.data(), &tasks);
-    Split(v_proj, scratch.v.data(), &tasks);
+    Split(q_proj, scratch.q.data(), n, team.num_threads(), &tasks);
+    Split(k_proj, scratch.k.data(), n, team.num_threads(), &tasks);
+    Split(v_proj, scratch.v.data(), n, team.num_threads(), &tasks);
+    Chain(&tasks, team.num_threads());
     team.For(tasks.size(), [&](int64_t i) { jaxllama::Run(tasks[i], scratch.normed); });
     ByRows(team, n, [&](int64_t i) {
       const float *c = cos + source(i) * half, *s = sin + source(i) * half;
@@ -254,45 +255,56 @@ struct Layer {
 
   static void Product(Team& team, const Matrix& w, const Inputs& inputs, float* y, std::vector<Task>* tasks) {
     tasks->clear();
-    Split(w, y, tasks);
+    Split(w, y, inputs.rows, team.num_threads(), tasks);
+    Chain(tasks, team.num_threads());
     team.For(tasks->size(), [&](int64_t i) { jaxllama::Run((*tasks)[i], inputs); });
   }
 
   // silu(gate) * up to what down_proj takes in; a task has the same outputs of both.
   void FeedForward(Team& team, int64_t n, LayerScratch& scratch, std::vector<Task>* tasks) const {
     tasks->clear();
-    Split(gate_proj, scratch.gate.data(), tasks);
+    Split(gate_proj, scratch.gate.data(), n, team.num_threads(), tasks);
     const int64_t count = tasks->size();
-    Split(up_proj, scratch.up.data(), tasks);
+    Split(up_proj, scratch.up.data(), n, team.num_threads(), tasks);
+    for (int64_t i = 0; i < count; ++i) {
+      (*tasks)[i].next = (*tasks)[count + i].blocks;
+      (*tasks)[count + i].next = (*tasks)[std::min(count - 1, i + team.num_threads())].blocks;
+    }
     Inputs& to = scratch.of_down;
     team.For(count, [&](int64_t task) {
       const Task &gate = (*tasks)[task], &up = (*tasks)[count + task];
       jaxllama::Run(gate, scratch.normed);
       jaxllama::Run(up, scratch.normed);
       const int64_t first = gate.y - scratch.gate.data(), end = first + gate.num_outputs;
-      const bool is_last = end == ffn;
+      // The last also writes the zeros after the outputs.
+      const int64_t padded_end = end == ffn ? to.stride : end;
       for (int64_t i = 0; i < n; ++i) {
         const float *g = &scratch.gate[i * ffn], *u = &scratch.up[i * ffn];
         for (int64_t d = first; d < end; d += kBlockLanes) {
-          const int64_t num = std::min<int64_t>(kBlockLanes, end - d);
           float product[kBlockLanes];
-          Activate(g + d, u + d, num, product);
-          if (to.pairs != nullptr) {
-            for (int64_t j = 0; j < num; ++j) to.padded[i * to.stride + d + j] = Rounded<BFloat16>(product[j]);
-          } else {
-            for (int64_t j = 0; j < num; ++j) to.floats[i * to.stride + d + j] = ToFloat(Rounded<Entry>(product[j]));
-          }
-        }
-        if (!is_last) continue;
-        for (int64_t d = ffn; d < to.stride; ++d) {
-          if (to.pairs != nullptr) {
-            to.padded[i * to.stride + d] = 0;
-          } else {
-            to.floats[i * to.stride + d] = 0.0f;
-          }
+          Activate(g + d, u + d, std::min<int64_t>(kBlockLanes, end - d), product);
+          Enter(product, i * to.stride + d, std::min<int64_t>(kBlockLanes, padded_end - d), &to);
         }
       }
     });
+  }
+
+  // Up to 16 numbers, rounded, to place `at` of what a product takes in.
+  static void Enter(const float* from, int64_t at, int64_t count, Inputs* to) {
+    U32 bits[kVectors];
+    float floats[kBlockLanes];
+    BFloat16 halves[kBlockLanes];
+    for (int i = 0; i < kVectors; ++i) {
+      bits[i] = Load<U32>(from + i * kLanes);
+      if constexpr (!kIsFloat) bits[i] = RoundToBFloat16(bits[i]);
+      Store(floats + i * kLanes, bits[i]);
+    }
+    if (to->pairs != nullptr) {
+      for (int i = 0; i < kBlockLanes; ++i) halves[i] = static_cast<BFloat16>(bits[i / kLanes][i % kLanes] >> 16);
+      std::memcpy(&to->padded[at], halves, count * sizeof(BFloat16));
+    } else {
+      std::memcpy(&to->floats[at], floats, count * sizeof(float));
+    }
   }
 
   // silu(gate) * up of up to 16.

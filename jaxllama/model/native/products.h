@@ -25,27 +25,35 @@ struct Task {
   const char* blocks;
   int64_t num_blocks, block_bytes, lines;
   const float* scales;  // one an output, or null
+  const char* next;  // what is likely to be read after these blocks
   float* y;  // of the first block
   int64_t out, num_outputs;  // a row's outputs in all, and of these blocks
 };
 
-// The tasks of y = x * w, about 32 of whole groups of blocks.
-inline void Split(const Matrix& w, float* y, std::vector<Task>* tasks) {
-  constexpr int64_t kTasks = 32;
-  const int64_t step = std::max<int64_t>(1, w.num_blocks / kTasks / 4) * 4;
-  for (int64_t block = 0; block < w.num_blocks; block += step) {
+// Appends the tasks of y = x * w, of groups of blocks that get smaller and smaller, so that threads end together.
+inline void Split(const Matrix& w, float* y, int64_t rows, int64_t num_threads, std::vector<Task>* tasks) {
+  const int64_t unit = BlocksAtOnce(rows);
+  for (int64_t block = 0; block < w.num_blocks;) {
+    const int64_t left = w.num_blocks - block;
     Task task;
     task.format = w.format;
     task.lines = w.lines;
     task.block_bytes = w.lines * kLineBytes;
-    task.num_blocks = std::min(step, w.num_blocks - block);
+    task.num_blocks = std::min(left, std::max<int64_t>(1, left / (2 * num_threads) / unit) * unit);
     task.blocks = w.blocks + block * task.block_bytes;
+    task.next = task.blocks + task.num_blocks * task.block_bytes;
     task.scales = w.scales == nullptr ? nullptr : w.scales + block * kBlockLanes;
     task.y = y + block * kBlockLanes;
     task.out = w.out;
     task.num_outputs = std::min(task.num_blocks * kBlockLanes, w.out - block * kBlockLanes);
     tasks->push_back(task);
+    block += task.num_blocks;
   }
+}
+
+// Says of each task which is likely to be the same thread's next.
+inline void Chain(std::vector<Task>* tasks, int64_t num_threads) {
+  for (size_t i = 0; i + num_threads < tasks->size(); ++i) (*tasks)[i].next = (*tasks)[i + num_threads].blocks;
 }
 
 // x [rows, in] in both forms in which products read it, padded with zeros to whole lines.

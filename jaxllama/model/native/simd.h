@@ -50,6 +50,11 @@ inline void Store(void* to, V v) {
 }
 
 #if !defined(__AVX2__) || defined(__AVX512F__)
+// Byte kByte of each lane in the place of its highest, and zeros below.
+template <int kByte>
+inline I32 TopByte(I32 v) {
+  return (I32)(((U32)v << (24 - 8 * kByte)) & 0xff000000u);
+}
 inline void Wait(F32&, const float*&, const char*&) {}
 #endif
 
@@ -119,6 +124,16 @@ inline void Wait(F32& sum, const float*& x, const char*& line) {
 inline F32 Set1(float x) { return _mm256_set1_ps(x); }
 inline F32 Fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 inline void Pause() { _mm_pause(); }
+
+// Byte kByte of each lane in the place of its highest, and zeros below.
+template <int kByte>
+inline I32 TopByte(I32 v) {
+  if constexpr (kByte == 0 || kByte == 3) return (I32)(((U32)v << (24 - 8 * kByte)) & 0xff000000u);
+  constexpr int8_t kZero = -1;
+  const __m128i from = _mm_setr_epi8(kZero, kZero, kZero, kByte, kZero, kZero, kZero, kByte + 4, kZero, kZero, kZero,
+                                     kByte + 8, kZero, kZero, kZero, kByte + 12);
+  return (I32)_mm256_shuffle_epi8((__m256i)v, _mm256_broadcastsi128_si256(from));
+}
 
 // Rows of 8 to columns of 8.
 inline void Transpose(I32 rows[kLanes]) {

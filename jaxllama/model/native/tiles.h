@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -18,11 +19,14 @@ constexpr int64_t kAhead = 24;  // lines that are fetched before they are read
 // What weights and caches consist of.
 enum class Format { kFloat32, kBFloat16, kInt8 };
 
-// What a line holds, and the type of what it is multiplied with.
+// What a line holds, and the type of what it is multiplied with. In tiles of R rows one number of it is `kUnit` times what
+// `Expand` gives.
 struct FloatLines {
   using X = float;
   static constexpr int kInputs = 1;
-  template <int kInput>
+  template <int R>
+  static constexpr float kUnit = 1.0f;
+  template <int kInput, int R>
   static F32 Expand(I32 line) {
     return (F32)line;
   }
@@ -31,7 +35,9 @@ struct FloatLines {
 struct BFloat16Lines {
   using X = float;
   static constexpr int kInputs = 2;
-  template <int kInput>
+  template <int R>
+  static constexpr float kUnit = 1.0f;
+  template <int kInput, int R>
   static F32 Expand(I32 line) {
     return (F32)(kInput == 0 ? (U32)line << 16 : (U32)line & 0xffff0000u);
   }
@@ -40,8 +46,13 @@ struct BFloat16Lines {
 struct Int8Lines {
   using X = float;
   static constexpr int kInputs = 4;
-  template <int kInput>
+  // For few rows a byte goes to the top of its lane, which is one operation less; the sums are brought back by a power of
+  // two, which changes no bit.
+  template <int R>
+  static constexpr float kUnit = R <= 2 ? 0x1p-24f : 1.0f;
+  template <int kInput, int R>
   static F32 Expand(I32 line) {
+    if constexpr (R <= 2) return Floats(TopByte<kInput>(line));
     return Floats((I32)((U32)line << (24 - 8 * kInput)) >> 24);
   }
 };
@@ -49,6 +60,8 @@ struct Int8Lines {
 struct BFloat16PairLines {  // as BFloat16Lines, multiplied in pairs
   using X = BFloat16;
   static constexpr int kInputs = 2;
+  template <int R>
+  static constexpr float kUnit = 1.0f;
 };
 
 #if JAXLLAMA_DOTS_PAIRS
@@ -62,21 +75,18 @@ using BestBFloat16Lines = BFloat16Lines;
 #if defined(__AVX512F__)
 template <typename Lines>
 constexpr int64_t kRowsAtOnce = kMaxRows;
-template <typename Lines>
 constexpr int BlocksAtOnce(int64_t) {
   return 4;
 }
 #elif defined(__AVX2__)
 template <typename Lines>
 constexpr int64_t kRowsAtOnce = Lines::kInputs == 2 ? 5 : kMaxRows;
-template <typename Lines>
 constexpr int BlocksAtOnce(int64_t rows) {
   return rows == 1 ? 4 : rows == 2 ? 2 : 1;
 }
 #else
 template <typename Lines>
 constexpr int64_t kRowsAtOnce = kMaxRows;
-template <typename Lines>
 constexpr int BlocksAtOnce(int64_t rows) {
   return rows == 1 ? 2 : 1;
 }
@@ -89,10 +99,21 @@ struct Sums {
   template <int kInput>
   __attribute__((always_inline)) void AddInput(const float* x, int64_t x_stride, const char* line,
                                                int64_t block_bytes) {
+    if constexpr (R == 1) {
+      // One vector after another: they need no registers of their own.
+      const F32 by = Set1(x[kInput]);
+#pragma GCC unroll 16
+      for (int i = 0; i < C * kVectors; ++i) {
+        const char* part = line + i / kVectors * block_bytes + i % kVectors * (4 * kLanes);
+        at[0][i] = Fma(by, Lines::template Expand<kInput, R>(Load<I32>(part)), at[0][i]);
+        Wait(at[0][i], x, line);
+      }
+      return;
+    }
     F32 w[C * kVectors];
 #pragma GCC unroll 16
     for (int i = 0; i < C * kVectors; ++i) {
-      w[i] = Lines::template Expand<kInput>(
+      w[i] = Lines::template Expand<kInput, R>(
           Load<I32>(line + i / kVectors * block_bytes + i % kVectors * (4 * kLanes)));
     }
 #pragma GCC unroll 8
@@ -136,12 +157,13 @@ struct Sums {
   }
 #endif
 
-  // Adds lines first … end, and has the CPU fetch those `ahead` of them.
+  // Adds lines first … end, and has the CPU fetch what is `ahead`, so many bytes further with every line.
   __attribute__((always_inline)) void AddLines(const typename Lines::X* x, int64_t x_stride, const char* w,
-                                               int64_t block_bytes, int64_t first, int64_t end, const char* ahead) {
+                                               int64_t block_bytes, int64_t first, int64_t end, const char* ahead,
+                                               int64_t ahead_bytes) {
     for (int64_t n = first; n < end; ++n) {
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) Prefetch(ahead + c * block_bytes + n * kLineBytes);
+      for (int c = 0; c < C; ++c) Prefetch(ahead + c * block_bytes + n * ahead_bytes);
       AddLine(x + n * Lines::kInputs, x_stride, w + n * kLineBytes, block_bytes);
     }
   }
@@ -149,10 +171,21 @@ struct Sums {
 
 enum class Start { kZero, kScaled };
 
-// A product of R rows and C blocks. `next` is where the next such product's blocks are.
+// What a tile has the CPU fetch while it multiplies: before line `turn` what is at `first`, then what is at `rest`, each
+// `bytes` further with every line.
+struct Ahead {
+  const char* first;
+  int64_t turn;
+  const char* rest;
+  int64_t bytes;
+};
+
+// A product of R rows and C blocks.
 template <typename Lines, int R, int C, Start start>
 __attribute__((noinline)) void Tile(const typename Lines::X* x, int64_t x_stride, const char* w, int64_t block_bytes,
-                                    int64_t lines, const char* next, float* y, int64_t y_stride, const float* scale) {
+                                    int64_t lines, const Ahead& ahead, float* y, int64_t y_stride,
+                                    const float* scale) {
+  static_assert(start == Start::kZero || Lines::template kUnit<R> == 1.0f);
   Sums<Lines, R, C> sums;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -161,52 +194,90 @@ __attribute__((noinline)) void Tile(const typename Lines::X* x, int64_t x_stride
       sums.at[r][i] = start == Start::kZero ? Set1(0.0f) : Load<F32>(y + r * y_stride + i * kLanes) * Set1(scale[r]);
     }
   }
-  const int64_t near_end = std::max<int64_t>(0, lines - kAhead);
-  sums.AddLines(x, x_stride, w, block_bytes, 0, near_end, w + kAhead * kLineBytes);
-  sums.AddLines(x, x_stride, w, block_bytes, near_end, lines, next - near_end * kLineBytes);
+  sums.AddLines(x, x_stride, w, block_bytes, 0, ahead.turn, ahead.first, ahead.bytes);
+  sums.AddLines(x, x_stride, w, block_bytes, ahead.turn, lines, ahead.rest, ahead.bytes);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-    for (int i = 0; i < C * kVectors; ++i) Store(y + r * y_stride + i * kLanes, sums.at[r][i]);
-  }
-}
-
-template <typename Lines, int R, Start start>
-void RowsOf(const typename Lines::X* x, int64_t x_stride, const char* w, int64_t block_bytes, int64_t blocks,
-            int64_t lines, float* y, int64_t y_stride, const float* scale) {
-  constexpr int C = BlocksAtOnce<Lines>(R);
-  int64_t block = 0;
-  for (; block + C <= blocks; block += C, w += C * block_bytes, y += C * kBlockLanes) {
-    Tile<Lines, R, C, start>(x, x_stride, w, block_bytes, lines, w + C * block_bytes, y, y_stride, scale);
-  }
-  for (; block < blocks; ++block, w += block_bytes, y += kBlockLanes) {
-    Tile<Lines, R, 1, start>(x, x_stride, w, block_bytes, lines, w + block_bytes, y, y_stride, scale);
-  }
-}
-
-// y[r][n] = sum over k of x[r][k] * w[k][n], for so many rows and `blocks`, each `block_bytes` after the other.
-// Start::kScaled: added to y[r][n] * scale[r].
-template <typename Lines, Start start>
-void Rows(int64_t rows, const typename Lines::X* x, int64_t x_stride, const void* w, int64_t block_bytes,
-          int64_t blocks, int64_t lines, float* y, int64_t y_stride, const float* scale = nullptr) {
-  // Tiles of nearly the same size: those of few rows are slower.
-  for (int64_t tiles = (rows + kRowsAtOnce<Lines> - 1) / kRowsAtOnce<Lines>; tiles > 0; --tiles) {
-    const int64_t count = (rows + tiles - 1) / tiles;
-    const auto run = [&](auto rows_of) {
-      rows_of(x, x_stride, static_cast<const char*>(w), block_bytes, blocks, lines, y, y_stride, scale);
-    };
-    switch (count) {
-      case 1: run(RowsOf<Lines, 1, start>); break;
-      case 2: run(RowsOf<Lines, 2, start>); break;
-      case 3: run(RowsOf<Lines, 3, start>); break;
-      case 4: run(RowsOf<Lines, 4, start>); break;
-      case 5: run(RowsOf<Lines, 5, start>); break;
-      default: run(RowsOf<Lines, kRowsAtOnce<Lines>, start>);
+    for (int i = 0; i < C * kVectors; ++i) {
+      constexpr float kUnit = Lines::template kUnit<R>;
+      Store(y + r * y_stride + i * kLanes, kUnit == 1.0f ? sums.at[r][i] : sums.at[r][i] * Set1(kUnit));
     }
-    rows -= count;
-    x += count * x_stride;
-    y += count * y_stride;
-    if (start == Start::kScaled) scale += count;
+  }
+}
+
+// One tile's rows, through all blocks.
+template <typename Lines, int R, Start start>
+void OneTile(const typename Lines::X* x, int64_t x_stride, const char* w, int64_t block_bytes, int64_t blocks,
+             int64_t lines, const char* next, float* y, int64_t y_stride, const float* scale) {
+  constexpr int C = BlocksAtOnce(R);
+  const int64_t turn = std::max<int64_t>(0, lines - kAhead);
+  for (int64_t left = blocks; left > 0;) {
+    const int64_t count = left >= C ? C : 1;
+    const char* after = left == count ? next : w + count * block_bytes;
+    const Ahead ahead{w + kAhead * kLineBytes, turn, after - turn * kLineBytes, kLineBytes};
+    const auto tile = count == C ? &Tile<Lines, R, C, start> : &Tile<Lines, R, 1, start>;
+    tile(x, x_stride, w, block_bytes, lines, ahead, y, y_stride, scale);
+    left -= count;
+    w += count * block_bytes;
+    y += count * kBlockLanes;
+  }
+}
+
+// Several tiles of 3 rows or more, block by block. Each has a share of what comes next fetched: so memory is read while
+// there is much to multiply, and a block is in a near cache when its turn comes.
+template <typename Lines, Start start>
+void ManyTiles(int64_t tiles, int64_t rows, const typename Lines::X* x, int64_t x_stride, const char* w,
+               int64_t block_bytes, int64_t blocks, int64_t lines, const char* next, float* y, int64_t y_stride,
+               const float* scale) {
+  constexpr int C = BlocksAtOnce(3);
+  for (int64_t left = blocks; left > 0;) {
+    const int64_t count = left >= C ? C : 1;
+    const char* after = left == count ? next : w + count * block_bytes;
+    for (int64_t n = 0, row = 0; n < tiles; ++n) {
+      // Tiles of nearly the same size: those of few rows are slower.
+      const int64_t size = (rows - row + tiles - n - 1) / (tiles - n);
+      const Ahead ahead{after + n * block_bytes / tiles, lines, after, kLineBytes / tiles};
+      const auto run = [&](auto size_of) {
+        constexpr int R = size_of();
+        const auto tile = count == C ? &Tile<Lines, R, C, start> : &Tile<Lines, R, 1, start>;
+        tile(x + row * x_stride, x_stride, w, block_bytes, lines, ahead, y + row * y_stride, y_stride,
+             start == Start::kZero ? nullptr : scale + row);
+      };
+      switch (size) {
+        case 3: run(std::integral_constant<int, 3>()); break;
+        case 4: run(std::integral_constant<int, 4>()); break;
+        case 5: run(std::integral_constant<int, 5>()); break;
+        default: run(std::integral_constant<int, kRowsAtOnce<Lines>>());
+      }
+      row += size;
+    }
+    left -= count;
+    w += count * block_bytes;
+    y += count * kBlockLanes;
+  }
+}
+
+// y[r][n] = sum over k of x[r][k] * w[k][n], for so many rows and `blocks`, each `block_bytes` after the other. `next` is
+// what is read after them. Start::kScaled: added to y[r][n] * scale[r].
+template <typename Lines, Start start>
+void Rows(int64_t rows, const typename Lines::X* x, int64_t x_stride, const void* blocks_at, int64_t block_bytes,
+          int64_t blocks, int64_t lines, const void* next_at, float* y, int64_t y_stride,
+          const float* scale = nullptr) {
+  const char *w = static_cast<const char*>(blocks_at), *next = static_cast<const char*>(next_at);
+  const auto run = [&](auto rows_of) {
+    rows_of(x, x_stride, w, block_bytes, blocks, lines, next, y, y_stride, scale);
+  };
+  if (const int64_t tiles = (rows + kRowsAtOnce<Lines> - 1) / kRowsAtOnce<Lines>; tiles > 1) {
+    return ManyTiles<Lines, start>(tiles, rows, x, x_stride, w, block_bytes, blocks, lines, next, y, y_stride, scale);
+  }
+  switch (rows) {
+    case 1: return run(OneTile<Lines, 1, start>);
+    case 2: return run(OneTile<Lines, 2, start>);
+    case 3: return run(OneTile<Lines, 3, start>);
+    case 4: return run(OneTile<Lines, 4, start>);
+    case 5: return run(OneTile<Lines, 5, start>);
+    default: return run(OneTile<Lines, kRowsAtOnce<Lines>, start>);
   }
 }
 
