@@ -131,6 +131,7 @@ def measure_memory(checkpoint: Path, port: int) -> tuple[float, float]:
 
 def measure_start(checkpoint: Path, port: int, cache: Path) -> float:
     """Seconds to ready, with programs and kernels kept in `cache`."""
-    without = {"JAX_COMPILATION_CACHE_DIR": ""}
+    # Modules keep their bytecode, as an installed package's do.
+    without = {"JAX_COMPILATION_CACHE_DIR": "", "PYTHONDONTWRITEBYTECODE": ""}
     with serving(checkpoint, port, "--compilation-cache", str(cache), environment=without) as (_, seconds):
         return seconds

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def give_back() -> None:
@@ -15,3 +17,20 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def collecting_later() -> Iterator[None]:
+    """Has Python look for cycles of garbage only after the block, and then never among what the block has left.
+
+    Loading and compiling make millions of objects that stay: looking through them took an eighth of a warm start's CPU
+    time (bench/LOG.md), and would hold up every stream for a moment later.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()

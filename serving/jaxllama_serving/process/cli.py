@@ -25,6 +25,7 @@ from jaxllama.errors import (
 )
 from jaxllama.system.explain import with_page
 from jaxllama.system.flags import add_max_in_flight, add_speculation, speculation_of
+from jaxllama.system.memory import collecting_later
 from jaxllama.weights.places import ADAPTER_HELP, MODEL_HELP, short_name
 from jaxllama_serving.config import REASONING_FIELDS, TOOL_PARSERS, ServerConfig, ServerConfigError
 from jaxllama_serving.process import hosts
@@ -312,9 +313,10 @@ def _load(args: argparse.Namespace, found: Hosts | None) -> Llama:
             heartbeat_timeout_s=args.heartbeat_timeout,
         )
     try:
-        llama = load_model(args, max_queue=args.max_queue, group=group)
-        if group is None or group.is_leader:
-            llama.engine.warm_up(_say_nothing if args.quiet else _say_what_compiles)
+        with collecting_later():
+            llama = load_model(args, max_queue=args.max_queue, group=group)
+            if group is None or group.is_leader:
+                llama.engine.warm_up(_say_nothing if args.quiet else _say_what_compiles)
     except Exception as error:
         if group is not None:
             group.leave(error)

@@ -1,15 +1,16 @@
-"""Freed memory goes back to the system."""
+"""Freed memory goes back to the system, and garbage is looked for where it may be."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from jaxllama.system.memory import give_back
+from jaxllama.system.memory import collecting_later, give_back
 
 
 def resident_kb() -> int:
@@ -36,3 +37,25 @@ def test_what_is_freed_between_blocks_in_use_is_given_back():
     for block in blocks[::100]:
         libc.free(block)
     assert before - after > 60_000
+
+
+def test_what_a_block_leaves_is_never_looked_through_again():
+    frozen = gc.get_freeze_count()
+    try:
+        with collecting_later():
+            assert not gc.isenabled()
+            left = [[i] for i in range(1000)]
+        assert gc.isenabled()
+        assert gc.get_freeze_count() >= frozen + len(left)
+        assert not any(each is left for each in gc.get_objects())
+    finally:
+        gc.unfreeze()
+
+
+def test_collection_goes_on_after_a_block_that_failed():
+    try:
+        with pytest.raises(ValueError, match="no model"), collecting_later():
+            raise ValueError("no model")
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
