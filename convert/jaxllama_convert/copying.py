@@ -83,7 +83,8 @@ class Copier:
     ) -> None:
         self._writer = writer
         self._storage = storage
-        self._buffers = Buffers(max_in_flight_bytes)
+        self._max_bytes = max_in_flight_bytes
+        self._buffers = Buffers(0)
         self._scratch = _Scratch()
         self._readers = ThreadPoolExecutor(num_readers, "jaxllama-read")
         self._writers = ThreadPoolExecutor(num_writers, "jaxllama-write")
@@ -98,6 +99,8 @@ class Copier:
         Raises: ConversionError for a value that is not finite or that the dtype cannot hold; OSError, StoreError.
         """
         num_left = len(pairs)
+        # Of what is never touched nothing is there, but some systems refuse to promise it.
+        self._buffers = Buffers(min(self._max_bytes, 2 * self._storage.num_bytes(pairs)))
         try:
             for pair in sorted(pairs, key=lambda pair: (pair[1].file.name, pair[1].offset)):
                 for piece in self._pieces(pair):

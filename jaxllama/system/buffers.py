@@ -26,7 +26,7 @@ class Buffers:
 
     def __init__(self, num_bytes: int) -> None:
         self._memory = page_aligned(num_bytes)
-        self._free = [(0, num_bytes)]
+        self._free = [(0, num_bytes // PAGE_BYTES * PAGE_BYTES)]
         self._lent: dict[int, int] = {}
 
     def take(self, num_bytes: int) -> np.ndarray | None:

@@ -134,6 +134,8 @@ def write_file(path: Path, data: bytes | memoryview) -> FileRecord:
                 file.flush()
                 # A full disk on a network file system shows here or never.
                 os.fsync(file.fileno())
+                if len(data) >= _MIN_DIRECT_BYTES and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     except OSError as error:
         # Writes and fsync do not say which file it was.
         error.filename = error.filename or str(path)
@@ -144,8 +146,8 @@ def write_file(path: Path, data: bytes | memoryview) -> FileRecord:
 def _write_direct(path: Path, data: bytes | memoryview) -> bool:
     """Writes a large file past the system's cache. False where data, file system or system do not allow that.
 
-    Memory for all of a model, new as it is, costs more time than converting it where a virtual machine gets it from
-    its host (bench/LOG.md), and takes that of what others read.
+    Either way the cache does not keep it. Memory for all of a model, new as it is, costs more time than converting it
+    where a virtual machine gets it from its host (bench/LOG.md), and takes that of what others read.
     """
     address = np.frombuffer(data, np.uint8).ctypes.data if len(data) >= _MIN_DIRECT_BYTES else 1
     if address % PAGE_BYTES or len(data) % PAGE_BYTES or not hasattr(os, "O_DIRECT"):
