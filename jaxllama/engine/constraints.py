@@ -53,18 +53,18 @@ class Constraints:
         return max_steps
 
     def send_masks(
-        self, running: Sequence[EngineRequest], num_drafts: int = 0
+        self, running: Sequence[EngineRequest], num_drafts: int = 0, draft_cost: float = 0.0
     ) -> tuple[Paths, list[tuple[EngineRequest, RequestError]]]:
         """Gives the devices the masks for the next dispatch. Returns the paths of up to `num_drafts` tokens that these
-        are for, and the requests that cannot go on, with the reason."""
+        are for, and the requests that cannot go on, with the reason. A draft of each row costs `draft_cost` steps."""
         failed = []
         paths = Paths.none(len(self._masks), num_drafts)
         was_masked = self._is_masked.any()
         self._is_masked[:] = False
         masked = [(r, r.constraint) for r in running if r.constraint is not None and r.constraint.num_free <= 0]
-        # No more than one step may verify, and what is likely to save its part of it: a mask takes the host a
-        # hundredth of a step or so, for which all rows wait.
-        least_chance = max(LEAST_CHANCE, len(masked) / 100)
+        # No more than one step may verify, and what is likely to save what that takes: a mask takes the host a
+        # hundredth of a step or so besides, for which all rows wait.
+        least_chance = max(LEAST_CHANCE, min(0.9, draft_cost + len(masked) / 100))
         most = min(num_drafts, max(1, (self._max_verified_tokens - len(running)) // max(1, len(masked))))
         for request, constraint in masked:
             assert request.row is not None

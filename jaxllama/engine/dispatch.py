@@ -148,7 +148,8 @@ class Dispatches:
         max_steps = min(max_steps, max_tokens)
         if not max_steps or not self._make_room(max_tokens):
             return False
-        paths, failed = self._constraints.send_masks(scheduler.running, num_drafts)
+        draft_cost = self._speculation.draft_cost(num_rows, len(scheduler.running))
+        paths, failed = self._constraints.send_masks(scheduler.running, num_drafts, draft_cost)
         for request, error in failed:
             fail(request, error)
         running = scheduler.running

@@ -70,6 +70,12 @@ class Speculation:
             return self.times[num_rows].costs(num_active, num_drafts)
         return (1 + _UNMEASURED * np.arange(num_drafts + 1)).astype(np.float32)
 
+    def draft_cost(self, num_rows: int, num_active: int) -> float:
+        """What a draft of each row costs in plain steps, in the step in which it is cheapest: if it is less likely to
+        be right, it does not pay."""
+        costs = self.costs(num_rows, num_active) - 1
+        return max(0.0, float(min(costs[1:] / np.arange(1, len(costs)), default=0.0)))
+
     def model_cost(self, num_rows: int, num_active: int) -> float:
         """The same of a draft by the draft model; its share of the weights, where nothing was measured."""
         times = self.times.get(num_rows)

@@ -10,7 +10,7 @@ from tiny import config_of
 from jaxllama import SamplingParams
 from jaxllama.decode.drafts import FIRST_ACCEPTANCE, SUFFIXES, Drafts, chances, learned, look_up, rates
 from jaxllama.decode.state import row_state
-from jaxllama.engine.scheduling.speculation import StepTimes
+from jaxllama.engine.scheduling.speculation import Speculation, StepTimes
 
 NUM_DRAFTS = 5
 
@@ -116,6 +116,14 @@ def test_costs_lie_between_those_that_were_measured():
     times = StepTimes({1: 1.0, 4: 1.6}, {2: 1.2, 8: 2.0, 32: 8.0})
     np.testing.assert_allclose(times.costs(1, 2), [1, 1.2, 1.2 + 0.8 / 6], rtol=1e-6)
     np.testing.assert_allclose(times.costs(4, 3), [1, 2 / 1.6, 3 / 1.6, 4 / 1.6], rtol=1e-6)
+
+
+def test_a_draft_costs_what_it_does_where_it_is_cheapest():
+    times = StepTimes({4: 1.0}, {8: 1.5, 16: 1.9})
+    speculation = Speculation(num_drafts={4: 3, 8: 0, 2: 2}, times={4: times})
+    assert speculation.draft_cost(4, 4) == pytest.approx(0.3)
+    assert speculation.draft_cost(8, 8) == 0
+    assert speculation.draft_cost(2, 1) == pytest.approx(0.1)
 
 
 def test_acceptance_follows_the_last_tokens_of_that_suffix_alone():
