@@ -104,6 +104,8 @@ class HeadLayout:
         return own.reshape(*batch, row_heads, head_dim)[..., :heads, :]
 
     def _side_by_side(self, kv: Shaped[Array, "*batch kv2 part"]) -> Shaped[Array, "*batch rows2 parts"]:
+        if self.per_row == 1:
+            return kv
         *batch, kv2, part = kv.shape
         rows = -(-kv2 // (2 * self.per_row))
         missing = 2 * rows * self.per_row - kv2

@@ -134,12 +134,14 @@ class TpuAttention:
         (heads, head_dim), kv_heads = q.shape[-2:], kv.shape[-2] // 2
         if self.layout is not None:
             q, kv = self.layout.pack_queries(q, kv_heads), self.layout.pack(kv)
+        # As what `interleave_kv` put together, which XLA sees through: strided slices are copies of a chunk's tokens.
+        pairs = kv.reshape(*kv.shape[:-2], -1, 2, kv.shape[-1])
         out, pages = _kernel()(
             q,
             pages,
             None,
-            kv[..., 0::2, :],
-            kv[..., 1::2, :],
+            pairs[..., 0, :],
+            pairs[..., 1, :],
             softmax_scale=head_dim**-0.5,
             causal=True,
             interpret=self.interpret,

@@ -93,6 +93,30 @@ def test_int8_saves_half_of_the_weights_traffic(small):
     assert got.temporary_bytes < 64 << 20
 
 
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+def test_heads_of_64_have_kernels_that_copy_nothing(kv):
+    """Three KV heads, of which two share a row and one has half of another."""
+    config = dataclasses.replace(SMALL, num_heads=9, num_kv_heads=3, head_dim=64)
+    setup = Setup(config, Topology.parse("v5e:1x1"), rows=16, context=1024, kv=kv, chunk_tokens=512, prompt_tokens=512)
+    for program in ("decode", "prefill"):
+        got = compile_program(setup, program)
+        assert got.measurement is not None
+        # Nobody reads what a chunk's last layer attends to, and an int8 cache is written before its kernel.
+        assert got.measurement.num_kernel_calls >= config.num_layers - (program == "prefill")
+        assert not [copy for copy in got.measurement.large_copies if copy.bytes >= resident_bytes(setup).kv / 4]
+        assert got.output_bytes < resident_bytes(setup).kv / 4, "the pool is not written in place"
+
+
+def test_messages_are_counted(small):
+    """Two sums a layer cross the links; no program hides them."""
+    assert small.decode is not None
+    rows_bytes = 16 * SMALL.hidden_size * 2
+    least = 2 * SMALL.num_layers * 2 * rows_bytes * 7 / 8 / (2 * 90e9)
+    assert small.decode.message_s > least
+    assert 0 < small.decode.exposed_s <= small.decode.message_s
+    assert small.step.seconds >= small.step.roofline + small.decode.exposed_s
+
+
 def test_a_tpu7x_reads_the_weights_as_they_lie():
     """Its compiler would copy them all into other tiles (`startup.keep_weights_as_they_are`)."""
     config = dataclasses.replace(LlamaConfig.from_hf(json.loads(LLAMA_70B.read_text())), num_layers=1)
