@@ -71,14 +71,15 @@ def make_inputs(case: Case, *, rounded: bool = False) -> Inputs:
     return Inputs(q.astype(to).astype(np.float32), pool.astype(np.float32), table, positions, ks, vs)
 
 
-def exact(case: Case, x: Inputs) -> np.ndarray:
-    """Float64 softmax attention, one head of one query at a time."""
+def exact(case: Case, x: Inputs, window: int | None = None) -> np.ndarray:
+    """Float64 softmax attention, one head of one query at a time; over the last `window` keys."""
     out = np.zeros(x.q.shape)
     for row, token, head in np.ndindex(*x.q.shape[:3]):
         end = x.positions[row, token] + 1
+        start = 0 if window is None else max(end - window, 0)
         kv_head = head // (case.heads // case.kv_heads)
-        scores = x.k[row][:end, kv_head] @ x.q[row, token, head].astype(np.float64) / math.sqrt(case.head_dim)
-        out[row, token, head] = reference.softmax(scores) @ x.v[row][:end, kv_head]
+        scores = x.k[row][start:end, kv_head] @ x.q[row, token, head].astype(np.float64) / math.sqrt(case.head_dim)
+        out[row, token, head] = reference.softmax(scores) @ x.v[row][start:end, kv_head]
     return out
 
 

@@ -268,7 +268,12 @@ class Dispatches:
         return len(request.generated) + self._tokens_in_flight(request) >= request.budget
 
     def _make_room(self, max_tokens: int) -> bool:
-        """Takes the pages that `max_tokens` more tokens need. False if what is in flight must be read first."""
+        """Takes the pages that `max_tokens` more tokens need, once those are given back that nothing needs any more.
+
+        False if what is in flight must be read first.
+        """
+        for request in self._scheduler.running:
+            self._placement.release_unreachable(request)
         for request in sorted(self._scheduler.running, key=lambda r: r.order):
             while request.is_running:
                 steps = min(self._tokens_in_flight(request) + max_tokens, request.budget - len(request.generated))

@@ -101,6 +101,9 @@ class Engine:
             plan=self._plan,
             max_steps=MAX_STEPS,
             num_shards=sizes.num_shards,
+            # A draft model reads the same pages, and may see further back.
+            window=config.longest_window if draft is None else None,
+            reach=config.reach,
         )
         self._placement = Placement(
             config,

@@ -110,9 +110,14 @@ class Placement:
         place = Place(self._table(request.pages), np.int32(request.shard))
         return place, Chunk(tokens, np.int32(span.start), np.int32(span.num_tokens))
 
+    def release_unreachable(self, request: EngineRequest) -> None:
+        """Gives back a running request's pages that no layer reads any more."""
+        self.clear(request, self._scheduler.release_unreachable(request))
+
     def set_aside(self, request: EngineRequest) -> None:
         """Takes a request's row and pages. The hosts keep a copy of a running one's: prefill may give other bits."""
         if request.is_running:
+            self.release_unreachable(request)
             request.saved_as = next(self._numbers)
             saved = (np.int32(request.saved_as), self._written_pages(request), np.int32(request.shard))
             self._programs.run(SavePages(*saved))
@@ -155,7 +160,8 @@ class Placement:
         request.is_running = True
 
     def _written_pages(self, request: EngineRequest) -> Int[np.ndarray, " pages"]:
-        return np.array(request.pages[: self._scheduler.num_pages_for(request.num_to_prefill)], np.int32)
+        end = self._scheduler.num_pages_for(request.num_to_prefill)
+        return np.array(request.pages[request.num_released : end], np.int32)
 
     def _table(self, pages: list[int]) -> Int[np.ndarray, " max_pages"]:
         table = np.zeros(self._table_width, np.int32)

@@ -92,7 +92,7 @@ class Transformer(nnx.Module):
             window: int | None,
         ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
             if self.has_layer_kernel:
-                return self._run_kernel(weights, x, pool, pages, positions, written, angles, has_rope)
+                return self._run_kernel(weights, x, pool, pages, positions, written, angles, has_rope, window)
 
             def within(
                 q: Float[Array, "rows tokens heads head_dim"],
@@ -126,6 +126,7 @@ class Transformer(nnx.Module):
         written: Int[Array, " rows"],
         angles: RotaryAngles,
         has_rope: bool,
+        window: int | None,
     ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
         config = self.config
         cos, sin = (x[:, :, 0] if has_rope else x[:, :, 0, :0] for x in angles)
@@ -134,6 +135,7 @@ class Transformer(nnx.Module):
             heads=config.num_heads,
             ffn=config.intermediate_size,
             epsilon=config.rms_norm_eps,
+            window=window,
         )
 
     def logits(

@@ -117,6 +117,7 @@ class EngineRequest:
     shard: int = 0  # of its row and pages; the last one's if it has none now
     pages: list[int] = field(default_factory=list)
     num_shared_pages: int = 0
+    num_released: int = 0  # pages at the start that no layer reads any more: they are given back, and 0 in `pages`
     num_prefilled: int = 0
     draft_length: int = 0
     num_cached_tokens: int | None = None

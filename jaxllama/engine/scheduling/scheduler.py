@@ -15,12 +15,27 @@ from jaxllama.engine.scheduling.chunks import ChunkPlan, Span
 from jaxllama.engine.scheduling.pages import PagePool
 from jaxllama.engine.scheduling.request import EngineRequest
 
-
 class Scheduler:
     """Rows, pages and the queue. Not thread-safe: the engine's thread alone uses it."""
 
-    def __init__(self, *, num_rows: int, num_pages: int, plan: ChunkPlan, max_steps: int, num_shards: int = 1) -> None:
-        """`num_rows` in all, `num_pages` on each shard; a dispatch runs at most `max_steps` steps."""
+    def __init__(
+        self,
+        *,
+        num_rows: int,
+        num_pages: int,
+        plan: ChunkPlan,
+        max_steps: int,
+        num_shards: int = 1,
+        window: int | None = None,
+        reach: int | None = None,
+        read_tokens: int = 128,
+    ) -> None:
+        """`num_rows` in all, `num_pages` on each shard; a dispatch runs at most `max_steps` steps.
+
+        No layer sees further back than `window` tokens, itself included, and logits depend on the last `reach` tokens
+        before their own alone (None: some layer sees all). Attention reads keys in blocks of `read_tokens`: of one that
+        is seen in part, all pages are held.
+        """
         self.rows: list[EngineRequest | None] = [None] * num_rows
         self.waiting: list[EngineRequest] = []
         self.pools = [PagePool(num_pages) for _ in range(num_shards)]
@@ -29,6 +44,7 @@ class Scheduler:
         self._plan = plan
         self._page_size = plan.page_size
         self._max_steps = max_steps
+        self._window, self._reach, self._read_tokens = window, reach, read_tokens
 
     @property
     def running(self) -> list[EngineRequest]:
@@ -76,14 +92,19 @@ class Scheduler:
                 usable = self._plan.usable(len(pages) * self._page_size, request.num_to_prefill)
                 del pages[usable // self._page_size :]
         num_pages = self.num_pages_for(request.num_to_prefill + self._room(request))
+        gap = self._num_unreachable(request) if request.is_saved else 0
+        if gap:
+            # What it shared lies before the window, or is in its copy.
+            found = {shard: [] for shard in rows}
         for shard in sorted(rows, key=lambda shard: (-len(found[shard]), -self.pools[shard].num_free)):
             pool, pages = self.pools[shard], found[shard]
             pool.share(pages)
-            taken = pool.take(num_pages - len(pages))
+            taken = pool.take(num_pages - gap - len(pages))
             if taken is None:
                 pool.give_back(pages)
                 continue
-            request.shard, request.row, request.pages = shard, rows[shard], pages + taken
+            request.shard, request.row, request.pages = shard, rows[shard], [0] * gap + pages + taken
+            request.num_released = gap
             request.num_shared_pages, request.num_prefilled = len(pages), len(pages) * self._page_size
             request.draft_length = pool.num_with_draft(pages) * self._page_size
             self.rows[request.row] = request
@@ -144,6 +165,32 @@ class Scheduler:
         request.pages += pages
         return True
 
+    def release_unreachable(self, request: EngineRequest) -> list[int]:
+        """Gives back a running request's pages that no layer reads any more; others still find them by what they hold.
+
+        What was launched before reads them before anything that is launched later writes to them. Returns the pages to
+        clear, as `PagePool.give_back`.
+        """
+        first, end = request.num_released, self._num_unreachable(request)
+        if end <= first:
+            return []
+        pool, pages = self.pools[request.shard], request.pages[first:end]
+        self._prove(request, request.pages[:end])
+        self._publish(request, request.pages[:end])
+        request.pages[first:end] = [0] * len(pages)
+        request.num_released = end
+        return pool.give_back(pages)
+
+    def _num_unreachable(self, request: EngineRequest) -> int:
+        """Pages at the start of a request's that lie before the window of its next token, in whole blocks of reading.
+
+        None before its first token has come: until then nothing tells that what it wrote is finite.
+        """
+        if self._window is None or not request.generated:
+            return 0
+        num_tokens = len(request.prompt) + len(request.generated) - self._window
+        return max(num_tokens, 0) // self._read_tokens * self._read_tokens // self._page_size
+
     def youngest(self, shard: int) -> EngineRequest:
         """The request to set aside when a shard's pages run out: of those with a row there, the last in order."""
         first = shard * self._rows_per_shard
@@ -177,19 +224,27 @@ class Scheduler:
     def _release(self, request: EngineRequest, *, has_failed: bool = False) -> list[int]:
         assert request.row is not None
         self.rows[request.row] = None
-        pool = self.pools[request.shard]
+        pool, held = self.pools[request.shard], request.pages[request.num_released :]
         if has_failed:
-            pool.distrust(request.pages)
+            pool.distrust(held)
         elif (request.is_running and request.generated) or request.has_all_scores:
-            # The last token attended to all of these, and its scores were finite. A dispatch that still runs writes
-            # to later pages only.
+            # A dispatch that still runs writes to later pages only.
             full = request.pages[: request.num_to_prefill // self._page_size]
-            pool.prove(full)
+            self._prove(request, full)
             pool.fill_draft(full[: request.draft_length // self._page_size])
             self._publish(request, full)
-        unclean = pool.give_back(request.pages)
-        request.row, request.pages = None, []
+        unclean = pool.give_back(held)
+        request.row, request.pages, request.num_released = None, [], 0
         return unclean
+
+    def _prove(self, request: EngineRequest, full: list[int]) -> None:
+        """Marks those of a request's first pages as finite on which its scores depended, that were finite themselves.
+
+        Of what lies before the reach of the first scores nothing is known.
+        """
+        first = len(request.prompt) - 1 if request.scoring is None else request.scoring.first - 1
+        known = 0 if self._reach is None else self.num_pages_for(max(first - self._reach, 0))
+        self.pools[request.shard].prove(full[max(known, request.num_released) :])
 
     def _publish(self, request: EngineRequest, full: list[int]) -> None:
         """Lets others find a request's full pages; those of generated tokens only if prefill gives the same bits."""
@@ -197,7 +252,8 @@ class Scheduler:
         if self._plan.programs_agree and request.params.steering is None:
             ids = (request.prompt + request.generated)[len(keys) * self._page_size : request.num_to_prefill]
             keys = keys + self._plan.more_keys(keys[-1] if keys else self._plan.root(request.scope), ids)
-        self.pools[request.shard].publish(full[: len(keys)], keys)
+        held = slice(request.num_released, min(len(keys), len(full)))
+        self.pools[request.shard].publish(full[held], keys[held])
 
     def num_pages_for(self, num_tokens: int) -> int:
         """Pages that hold so many tokens."""

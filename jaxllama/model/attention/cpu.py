@@ -23,8 +23,7 @@ class CpuAttention(ReferenceAttention):
         positions: Int[Array, "rows tokens"],
         window: int | None,
     ) -> Float[Array, "rows tokens heads head_dim"]:
-        assert window is None, "windows have no kernel here"
-        return native.attend(q, pool, page_table, positions)
+        return native.attend(q, pool, page_table, positions, window)
 
     def _attend_once(
         self,
@@ -35,5 +34,9 @@ class CpuAttention(ReferenceAttention):
         active: Bool[Array, " rows"],
         window: int | None,
     ) -> Float[Array, "rows heads head_dim"]:
-        # A row that is not active has one key to attend to.
         return self._attend(q[:, None], pool, page_table, positions[:, None], window)[:, 0]
+
+    def _idle_position(
+        self, positions: Int[Array, " rows"], active: Bool[Array, " rows"], window: int | None
+    ) -> Int[Array, ""] | int:
+        return 0  # one key: rows do not wait for each other here

@@ -39,9 +39,7 @@ class ReferenceAttention:
     ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
         """As `Attention.decode`."""
         pool = write_tokens(pool, kv, page_table, positions, active)
-        # Rows that are not active would only make the others wait for their blocks.
-        none = 0 if window is None else jnp.where(active, positions, 0).max()
-        positions = jnp.where(active, positions, none)
+        positions = jnp.where(active, positions, self._idle_position(positions, active, window))
         return self._attend_once(q, pool, page_table, positions, active, window), pool
 
     def verify(
@@ -64,7 +62,7 @@ class ReferenceAttention:
         pool = write_tokens(pool, kv.reshape(-1, *kv.shape[2:]), table, at, is_real.ravel())
         # As for `decode`; and the last real query stands in for those after it, as in `chunk_positions`.
         active = num_tokens > 0
-        none = 0 if window is None else jnp.where(active, positions, 0).max()
+        none = self._idle_position(positions, active, window)
         last = jnp.where(active, positions + num_tokens - 1, none)
         places = jnp.minimum(jnp.where(active[:, None], places, none), last[:, None])
         return self._attend(q, pool, page_table, places, window), pool
@@ -83,6 +81,12 @@ class ReferenceAttention:
         pool = write_pages(pool, kv, page_table, start, num_tokens)
         positions = chunk_positions(len(q), start, num_tokens)
         return self._attend(q[None], pool, page_table[None], positions[None], window)[0], pool
+
+    def _idle_position(
+        self, positions: Int[Array, " rows"], active: Bool[Array, " rows"], window: int | None
+    ) -> Int[Array, ""] | int:
+        """Where rows attend from that are not active: the others are not to wait for their blocks."""
+        return 0 if window is None else jnp.where(active, positions, 0).max()
 
     def _attend(
         self,
@@ -232,7 +236,11 @@ def _walk(
     def visit(index: Int[Array, ""], sums: _Sums) -> _Sums:
         pages = jax.lax.dynamic_slice_in_dim(page_table, index * num_pages, num_pages, axis=1)
         kv_positions = index * size + jnp.arange(size)
-        kv, scales = _read(pool, pages, None if is_whole else kv_positions <= positions[:, -1:], q)
+        is_own: Array | None = None if is_whole else kv_positions <= positions[:, -1:]
+        if is_own is not None and window is not None:
+            # Pages before the window may be another row's by now.
+            is_own &= kv_positions > positions[:, :1] - window
+        kv, scales = _read(pool, pages, is_own, q)
         scores = scales.of_keys(products.scores(kv))
         if not is_whole:
             visible = kv_positions <= positions[:, :, None]

@@ -51,11 +51,11 @@ class TpuAttention:
         active: Bool[Array, " rows"],
         window: int | None = None,
     ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
-        """As `Attention.decode`, without windows. Rows that are not active write to page 0, which no row is given."""
-        assert window is None, "windows have no kernel here"
+        """As `Attention.decode`. Rows that are not active write to page 0, which no row is given."""
         page_table, positions = self.without_inactive(page_table, positions, active, pool)
         kv = jnp.where(active[:, None, None], kv, 0)
-        out, pages = self._run(q[:, None], kv[:, None], pool.pages, cache_seqlens=positions, block_table=page_table)
+        where = {"cache_seqlens": positions, "block_table": page_table}
+        out, pages = self._run(q[:, None], kv[:, None], pool.pages, window, **where)
         return out[:, 0], pool._replace(pages=pages)
 
     def verify(
@@ -68,13 +68,12 @@ class TpuAttention:
         num_tokens: Int[Array, " rows"],
         window: int | None = None,
     ) -> tuple[Float[Array, "rows tokens heads head_dim"], KVPool]:
-        """As `Attention.verify`, without windows. What is not real is written as zeros: to page 0 where the row has no
-        page, else past its end."""
-        assert window is None, "windows have no kernel here"
+        """As `Attention.verify`. What is not real is written as zeros: to page 0 where the row has no page, else past
+        its end."""
         page_table, positions = self.without_inactive(page_table, positions, num_tokens > 0, pool)
         is_real = jnp.arange(q.shape[1]) < num_tokens[:, None]
         kv = jnp.where(is_real[..., None, None], kv, 0)
-        out, pages = self._run(q, kv, pool.pages, cache_seqlens=positions, block_table=page_table)
+        out, pages = self._run(q, kv, pool.pages, window, cache_seqlens=positions, block_table=page_table)
         return out, pool._replace(pages=pages)
 
     def without_inactive(
@@ -100,9 +99,8 @@ class TpuAttention:
         num_tokens: Int[Array, ""],
         window: int | None = None,
     ) -> tuple[Float[Array, "tokens heads head_dim"], KVPool]:
-        """As `Attention.prefill`, without windows. Zeros for the padding."""
-        assert window is None, "windows have no kernel here"
-        out, pages = self.prefill_pages(q, kv, pool.pages, page_table, start, num_tokens)
+        """As `Attention.prefill`. Zeros for the padding."""
+        out, pages = self.prefill_pages(q, kv, pool.pages, page_table, start, num_tokens, window)
         return out, pool._replace(pages=pages)
 
     def prefill_pages(
@@ -113,12 +111,14 @@ class TpuAttention:
         table: Int[Array, " max_pages"],
         start: Int[Array, ""],
         num_tokens: Int[Array, ""],
+        window: int | None,
     ) -> tuple[Float[Array, "tokens heads head_dim"], Float[Array, "pages page_size rows2 width"]]:
         """`prefill` of a pool's pages."""
         return self._run(
             q,
             kv,
             pages,
+            window,
             cache_seqlens=start[None],
             block_table=table[None],
             cu_seqlens_q=jnp.stack((jnp.zeros_like(num_tokens), num_tokens)),
@@ -129,6 +129,7 @@ class TpuAttention:
         q: Float[Array, "*batch heads head_dim"],
         kv: Float[Array, "*batch kv2 head_dim"],
         pages: Float[Array, "pages page_size rows2 width"],
+        window: int | None,
         **where: Any,
     ) -> tuple[Float[Array, "*batch heads head_dim"], Float[Array, "pages page_size rows2 width"]]:
         (heads, head_dim), kv_heads = q.shape[-2:], kv.shape[-2] // 2
@@ -144,10 +145,16 @@ class TpuAttention:
             pairs[..., 1, :],
             softmax_scale=head_dim**-0.5,
             causal=True,
+            window_size=_window_size(window),
             interpret=self.interpret,
             **where,
         )
         return out if self.layout is None else self.layout.unpack(out, heads, kv_heads, head_dim), pages
+
+
+def _window_size(window: int | None) -> tuple[int, int]:
+    """How many keys before and after a query's own the kernels take; -1: all that the causal mask leaves."""
+    return (-1, -1) if window is None else (window - 1, 0)
 
 
 def _kernel() -> Callable[..., tuple[Array, Array]]:

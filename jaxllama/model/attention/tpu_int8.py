@@ -42,10 +42,9 @@ class Int8TpuAttention(TpuAttention):
         active: Bool[Array, " rows"],
         window: int | None = None,
     ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
-        """As `Attention.decode`, without windows. Rows that are not active write to page 0, which no row is given."""
-        assert window is None, "windows have no kernel here"
+        """As `Attention.decode`. Rows that are not active write to page 0, which no row is given."""
         page_table, positions = self.without_inactive(page_table, positions, active, pool)
-        return self._decode(q, kv, pool, page_table, positions)
+        return self._decode(q, kv, pool, page_table, positions, window)
 
     def verify(
         self,
@@ -75,8 +74,7 @@ class Int8TpuAttention(TpuAttention):
         num_tokens: Int[Array, ""],
         window: int | None = None,
     ) -> tuple[Float[Array, "tokens heads head_dim"], KVPool]:
-        """As `Attention.prefill`, without windows."""
-        assert window is None, "windows have no kernel here"
+        """As `Attention.prefill`."""
         pool = write_pages(pool, kv, page_table, start, num_tokens, self.layout)
         (heads, head_dim), kv_heads, per_row = q.shape[1:], kv.shape[1] // 2, 1
         if self.layout is not None:
@@ -89,6 +87,7 @@ class Int8TpuAttention(TpuAttention):
             num_tokens,
             scale=head_dim**-0.5,
             per_row=per_row,
+            window=window,
             interpret=self.interpret,
         )
         return out if self.layout is None else self.layout.unpack(out, heads, kv_heads, head_dim), pool
@@ -100,13 +99,14 @@ class Int8TpuAttention(TpuAttention):
         pool: KVPool,
         page_table: Int[Array, "rows max_pages"],
         positions: Int[Array, " rows"],
+        window: int | None,
     ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
         (heads, head_dim), kv_heads = q.shape[1:], kv.shape[1] // 2
         new, per_row = stored(kv, pool, self.layout), 1
         if self.layout is not None:
             q, per_row = self.layout.pack_queries(q, kv_heads), self.layout.per_row
-        scale = head_dim**-0.5
-        out, pool = _decode(q, new, pool, page_table, positions, scale=scale, per_row=per_row, interpret=self.interpret)
+        how: dict[str, Any] = {"scale": head_dim**-0.5, "per_row": per_row, "window": window}
+        out, pool = _decode(q, new, pool, page_table, positions, **how, interpret=self.interpret)
         return out if self.layout is None else self.layout.unpack(out, heads, kv_heads, head_dim), pool
 
 
@@ -119,6 +119,7 @@ def _decode(
     *,
     scale: float,
     per_row: int,
+    window: int | None,
     interpret: bool,
 ) -> tuple[Float[Array, "rows heads head_dim"], KVPool]:
     """`new` is each row's token: values [rows, 2K, D], scales [rows, 2K × per_row].
@@ -136,7 +137,9 @@ def _decode(
     row_block = partial(pl.BlockSpec, memory_space=pltpu.VMEM)
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     out, pages, scales = pl.pallas_call(
-        partial(_decode_kernel, table_width=page_table.shape[1], ring=ring, scale=scale, per_row=per_row),
+        partial(
+            _decode_kernel, table_width=page_table.shape[1], ring=ring, scale=scale, per_row=per_row, window=window
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(rows,),
@@ -186,19 +189,32 @@ def _decode(
 class _Ring:
     """Buffers that blocks of pages are copied into, in the order rows and blocks are visited.
 
-    `cursor` is (steps done, row, block) of the next block to ask for. Pages past a row's end are not copied.
+    `cursor` is (steps done, row, block) of the next block to ask for. Pages past a row's end are not copied, nor blocks
+    before its window.
     """
 
     def __init__(
-        self, table: Any, positions: Any, width: int, hbm: tuple[Any, Any], buffers: tuple[Any, Any], sems: Any
+        self,
+        table: Any,
+        positions: Any,
+        width: int,
+        window: int | None,
+        hbm: tuple[Any, Any],
+        buffers: tuple[Any, Any],
+        sems: Any,
     ) -> None:
-        self.table, self.positions, self.width = table, positions, width
+        self.table, self.positions, self.width, self.window = table, positions, width, window
         self.hbm, self.buffers, self.sems = hbm, buffers, sems
         self.page_size = hbm[0].shape[2]
         self.size = buffers[0].shape[0]
 
     def num_blocks(self, row: Any) -> Any:
         return self.positions[row] // (BLOCK_PAGES * self.page_size) + 1
+
+    def first_block(self, row: Any) -> Any:
+        if self.window is None:
+            return 0
+        return jnp.maximum(self.positions[row] - self.window + 1, 0) // (BLOCK_PAGES * self.page_size)
 
     def start(self, row: Any, block: Any, slot: Any) -> None:
         for copies, is_needed in self._copies(row, block, slot):
@@ -251,12 +267,13 @@ def _decode_kernel(
     ring: int,
     scale: float,
     per_row: int,
+    window: int | None,
 ) -> None:
     row, num_rows = pl.program_id(0), pl.num_programs(0)
     _, kv_heads, group, head_dim = q.shape
     page_size = pages.shape[2]
     position = positions[row]
-    buffers = _Ring(table, positions, table_width, (pages, scales), (page_buffers, scale_buffers), read_sems)
+    buffers = _Ring(table, positions, table_width, window, (pages, scales), (page_buffers, scale_buffers), read_sems)
 
     def fetch(slot: Any) -> None:
         """Asks for the block at the cursor and moves it on."""
@@ -266,13 +283,15 @@ def _decode_kernel(
         def _() -> None:
             buffers.start(at_row, at_block, slot)
             is_last = at_block + 1 >= buffers.num_blocks(at_row)
-            cursor[1] = jnp.where(is_last, at_row + 1, at_row)
-            cursor[2] = jnp.where(is_last, 0, at_block + 1)
+            next_row = jnp.where(is_last, at_row + 1, at_row)
+            cursor[1] = next_row
+            cursor[2] = jnp.where(is_last, buffers.first_block(jnp.minimum(next_row, num_rows - 1)), at_block + 1)
 
     @pl.when(row == 0)
     def fill() -> None:
-        for index in range(3):
-            cursor[index] = 0
+        cursor[0] = 0
+        cursor[1] = 0
+        cursor[2] = buffers.first_block(0)
         for slot in range(ring - 1):
             fetch(slot)
 
@@ -316,6 +335,8 @@ def _decode_kernel(
         first = block * BLOCK_PAGES * page_size
         tokens = first + jax.lax.broadcasted_iota(jnp.int32, (1, BLOCK_PAGES * page_size), 1)
         visible = tokens <= position
+        if window is not None:
+            visible &= tokens > position - window
         carry = tuple(
             _attend_head(
                 q[0, head], page_buffers, scale_buffers, slot, head, visible, carry[head], scale=scale, per_row=per_row
@@ -335,7 +356,7 @@ def _decode_kernel(
         jnp.zeros((group, 1), jnp.float32),
         jnp.zeros((group, head_dim), jnp.float32),
     )
-    carry = jax.lax.fori_loop(0, last_block + 1, visit, (nothing,) * kv_heads)
+    carry = jax.lax.fori_loop(buffers.first_block(row), last_block + 1, visit, (nothing,) * kv_heads)
     for head, (_, total, weighted) in enumerate(carry):
         out[0, head] = weighted / total
 

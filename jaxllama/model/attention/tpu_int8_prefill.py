@@ -37,12 +37,13 @@ def attend_chunk(
     *,
     scale: float,
     per_row: int,
+    window: int | None,
     interpret: bool,
 ) -> Float[Array, "tokens heads width"]:
     """What each query from position `start` on sees, of which `num_tokens` are real; of others it means nothing.
 
     A KV head of the pool may stand for `per_row` side by side (`HeadLayout`), of which each has as many query heads.
-    Scores are multiplied by `scale`.
+    Scores are multiplied by `scale`. Of blocks of pages, none is read that lies before all of their windows.
     """
     assert pool.scales is not None
     tokens, heads, width = q.shape
@@ -54,7 +55,7 @@ def attend_chunk(
     of_block = pl.BlockSpec((1, group, block, width), lambda head, part, *_: (head, 0, part, 0))
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     out = pl.pallas_call(
-        partial(_kernel, scale=scale, per_row=per_row),
+        partial(_kernel, scale=scale, per_row=per_row, window=window),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(kv_heads, tokens // block),
@@ -89,6 +90,7 @@ def _kernel(
     *,
     scale: float,
     per_row: int,
+    window: int | None,
 ) -> None:
     head, part = pl.program_id(0), pl.program_id(1)
     _, group, size, width = q.shape
@@ -98,6 +100,7 @@ def _kernel(
     first = start + part * size
     last = jnp.minimum(first + size, end) - 1
     num_blocks = jnp.where(first < end, last // keys + 1, 0)
+    first_block = 0 if window is None else jnp.maximum(first - window + 1, 0) // keys
 
     def copies(block: Any, slot: Any) -> Iterator[tuple[Any, Any]]:
         for i in range(BLOCK_PAGES):
@@ -155,7 +158,8 @@ def _kernel(
         for i in range(BLOCK_PAGES):
             values, own = page(slot, i, 0)
             product = jax.lax.dot_general(queries, values, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-            visible.append(key + (block * keys + i * page_size) <= limit)
+            at = key + (block * keys + i * page_size)
+            visible.append(at <= limit if window is None else (at <= limit) & (at > limit - window))
             # Where nothing is visible, buffers hold whatever was there, a scale of NaN perhaps.
             scores.append(jnp.where(visible[i], product * (own * scale), _MASKED))
         new_largest = largest
@@ -175,12 +179,12 @@ def _kernel(
 
     @pl.when(num_blocks > 0)
     def begin_first() -> None:
-        begin(0, 0)
+        begin(first_block, jax.lax.rem(first_block, 2))
 
     nothing = (
         jnp.full((rows, 1), _MASKED, jnp.float32),
         jnp.zeros((rows, 1), jnp.float32),
         jnp.zeros((rows, width), jnp.float32),
     )
-    _, total, weighted = jax.lax.fori_loop(0, num_blocks, visit, nothing)
+    _, total, weighted = jax.lax.fori_loop(first_block, num_blocks, visit, nothing)
     out[0] = (weighted / jnp.where(total == 0, 1.0, total)).astype(out.dtype).reshape(group, size, width)

@@ -171,6 +171,16 @@ class LlamaConfig:
         """How many tokens back a query of the layer sees, itself included; None: all."""
         return (self.windows[layer] if self.windows else 0) or None
 
+    @property
+    def longest_window(self) -> int | None:
+        """How many tokens back any layer sees, itself included, if all of them have a window."""
+        return max(self.windows) if self.windows and all(self.windows) else None
+
+    @property
+    def reach(self) -> int | None:
+        """How many tokens back a token's logits depend on, through all layers, if all of them have a window."""
+        return None if self.longest_window is None else sum(window - 1 for window in self.windows)
+
     def has_rope(self, layer: int) -> bool:
         """Whether the layer rotates queries and keys."""
         return self.rotates[layer] if self.rotates else True

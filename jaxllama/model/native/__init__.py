@@ -49,11 +49,15 @@ def attend(
     pool: KVPool,
     page_table: Int32[Array, "rows max_pages"],
     positions: Int32[Array, "rows tokens"],
+    window: int | None = None,
 ) -> Float[Array, "rows tokens heads head_dim"]:
-    """As `attention.reference.paged_attention`, for heads of an even size. A query's bits depend on no other."""
+    """As `attention.reference.paged_attention`, for heads of an even size. A query's bits depend on no other.
+
+    Keys before a window are read, and must be finite, where they share a block of 128 with one that is seen.
+    """
     out = jax.ShapeDtypeStruct(q.shape, q.dtype)
     args = (q, pool.pages, page_table, positions, *([] if pool.scales is None else [pool.scales]))
-    result: Array = jax.ffi.ffi_call("jaxllama_attend", out)(*args)
+    result: Array = jax.ffi.ffi_call("jaxllama_attend", out)(*args, window=np.int64(window or 0))
     return result
 
 
@@ -72,12 +76,13 @@ def run_layer(
     heads: int,
     ffn: int,
     epsilon: float,
+    window: int | None = None,
 ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
     """A plain Llama's layer with packed `weights`, and the pool with its keys and values.
 
     Of each row the first `written` tokens are computed and written; the rest of the result is zeros. `page_table` holds
     pages of this layer. What enters a product is rounded to the norms' dtype. A token's bits depend on no other row,
-    nor on how many tokens are computed beside it.
+    nor on how many tokens are computed beside it. `window` is as in `attend`.
     """
     norms = [weights[name] for name in ("input_layernorm", "post_attention_layernorm")]
     cache = jax.tree.leaves(pool)
@@ -86,6 +91,7 @@ def run_layer(
     aliases = {len(args) + i: 1 + i for i in range(len(cache))}
     call = jax.ffi.ffi_call("jaxllama_layer", out, input_output_aliases=aliases)
     attributes = {"heads": np.int64(heads), "ffn": np.int64(ffn), "epsilon": np.float32(epsilon)}
+    attributes["window"] = np.int64(window or 0)
     attributes["is_float"] = norms[0].dtype == jnp.float32
     x, *cache = call(*args, *cache, *norms, *jax.tree.leaves([weights[name] for name in LAYER_WEIGHTS]), **attributes)
     return x, jax.tree.unflatten(jax.tree.structure(pool), cache)

@@ -190,21 +190,24 @@ struct Seen {
   }
 };
 
-// Of one query: scores of a block's keys, of which it sees `visible`, to probabilities relative to the largest score so
-// far. Returns what earlier sums are to be multiplied with. `key_scales` and `value_scales` may be null.
+// Of one query: scores of a block's keys, of which it sees those from `hidden` up to `visible`, to probabilities relative
+// to the largest score so far. Returns what earlier sums are to be multiplied with. `key_scales` and `value_scales` may
+// be null.
 template <typename P>
-inline float Softmax(const float* scores, const float* key_scales, const float* value_scales, int64_t visible,
-                     float scale, float* largest, float* total, P* probs) {
+inline float Softmax(const float* scores, const float* key_scales, const float* value_scales, int64_t hidden,
+                     int64_t visible, float scale, float* largest, float* total, P* probs) {
   constexpr int kCount = kBlock / kLanes;
   I32 lanes;
   for (int i = 0; i < kLanes; ++i) lanes[i] = i;
   const int32_t end = static_cast<int32_t>(std::min(visible, kBlock));
+  const int32_t begin = static_cast<int32_t>(std::clamp<int64_t>(hidden, 0, kBlock));
   F32 x[kCount];
 #pragma GCC unroll 2
   for (int i = 0; i < kCount; ++i) {
     x[i] = Load<F32>(scores + i * kLanes);
     if (key_scales != nullptr) x[i] = x[i] * Load<F32>(key_scales + i * kLanes);
     x[i] = lanes < end - i * kLanes ? x[i] : Set1(kMasked);
+    if (begin > 0) x[i] = lanes < begin - i * kLanes ? Set1(kMasked) : x[i];
   }
   F32 most = x[0];
   for (int i = 1; i < kCount; ++i) most = Max(most, x[i]);
@@ -214,6 +217,8 @@ inline float Softmax(const float* scores, const float* key_scales, const float* 
   F32 sum = Set1(0.0f);
   for (int i = 0; i < kCount; ++i) {
     F32 p = Exp2((x[i] - Set1(now)) * by);
+    // A query that has seen nothing yet has the mask for its largest score.
+    if (begin > 0) p = x[i] == Set1(kMasked) ? Set1(0.0f) : p;
     if constexpr (std::is_same_v<P, BFloat16>) p = (F32)RoundToBFloat16((U32)p);
     sum = sum + p;
     if (value_scales != nullptr) p = p * Load<F32>(value_scales + i * kLanes);
@@ -242,7 +247,7 @@ struct Attention {
   const int32_t *tables, *positions;
   void* out;
   bool is_float;  // queries and results; else they are bfloat16
-  int64_t tokens, heads, head_dim, page_size, kv_heads, width;
+  int64_t tokens, heads, head_dim, page_size, kv_heads, width, window;
   int64_t group = heads / kv_heads;
   int64_t padded_dim = (head_dim + 15) / 16 * 16;
   float scale = 1.44269504088896340736f / std::sqrt(static_cast<float>(head_dim));
@@ -266,6 +271,16 @@ struct Attention {
   int64_t Position(const Queries& some, int64_t query) const { return positions[Token(some, query)]; }
 
   int64_t End(const Queries& some) const { return Position(some, some.num_tokens * group - 1) + 1; }
+
+  // How many keys, from position 0 on, a query at `position` does not see any more.
+  int64_t Hidden(int64_t position) const { return window > 0 ? std::max<int64_t>(position + 1 - window, 0) : 0; }
+
+  // The first segment that any of them sees, and the first key of a segment that they read.
+  int64_t FirstSegment(const Queries& some) const { return Hidden(Position(some, 0)) / kSegment; }
+
+  int64_t Start(const Queries& some, int64_t segment) const {
+    return std::max(segment * kSegment, Hidden(Position(some, 0)) / kBlock * kBlock);
+  }
 
   // The tokens at `first …` that are before `end`, up to 128. Pages of floats hold tokens of heads, of int8 heads of
   // tokens.
@@ -292,7 +307,7 @@ struct Attention {
 
   // The first block of a segment.
   Block<KV> First(const Queries& some, int64_t segment) const {
-    return Find(some, segment * kSegment, std::min((segment + 1) * kSegment, End(some)));
+    return Find(some, Start(some, segment), std::min((segment + 1) * kSegment, End(some)));
   }
 
   // Whether so few queries share a head that to pack its values would take longer than to multiply with them.
@@ -383,7 +398,7 @@ struct Attention {
       }
     }
     seen->Clear(Count(some), padded_dim);
-    const int64_t start = segment * kSegment, end = std::min(start + kSegment, End(some));
+    const int64_t start = Start(some, segment), end = std::min((segment + 1) * kSegment, End(some));
     Block<KV> next = First(some, segment);
     for (int64_t first = start; first < end; first += kBlock) {
       const Block<KV> block = next;
@@ -407,14 +422,15 @@ struct Attention {
         const float* value_scales = kIsInt8 ? key_scales + kBlock : nullptr;
         for (int64_t n = 0; n < per_head; n += kMaxRows) {
           const int64_t i = head * per_head + n, rows = std::min(kMaxRows, per_head - n);
-          if (visible[i + rows - 1] <= first) continue;
+          if (visible[i + rows - 1] <= first || Hidden(visible[i] - 1) >= first + kBlock) continue;
           Rows<Lines, Start::kZero>(rows, &queries[i * head_dim], head_dim, &keys[head * packer.keys_bytes()],
                                     packer.key_block_bytes(), num_blocks, head_dim / Lines::kInputs,
                                     &values[head * packer.values_bytes()], scores.data(), kBlock);
           float decays[kMaxRows];
           for (int64_t r = 0; r < rows; ++r) {
-            decays[r] = Softmax(&scores[r * kBlock], key_scales, value_scales, visible[i + r] - first, scale,
-                                &seen->largest[i + r], &seen->total[i + r], &probs[r * kBlock]);
+            decays[r] = Softmax(&scores[r * kBlock], key_scales, value_scales, Hidden(visible[i + r] - 1) - first,
+                                visible[i + r] - first, scale, &seen->largest[i + r], &seen->total[i + r],
+                                &probs[r * kBlock]);
           }
           if (adds_directly) {
             AddValues(rows, block, 2 * head + 1, probs.data(), decays, &seen->weighted[i * padded_dim]);
@@ -446,15 +462,17 @@ struct Attention {
       Queries queries;
       std::vector<Seen> segments;
       std::atomic<int64_t> left;
+      int64_t first_segment;
     };
     std::vector<Row> all(rows);
     std::vector<std::pair<Row*, int64_t>> tasks;
     for (int64_t i = 0; i < rows; ++i) {
       Row& row = all[i];
       row.queries = {i, 0, kv_heads, 0, 1};
-      row.left = (End(row.queries) + kSegment - 1) / kSegment;
+      row.first_segment = FirstSegment(row.queries);
+      row.left = (End(row.queries) + kSegment - 1) / kSegment - row.first_segment;
       row.segments.resize(row.left);
-      for (int64_t n = 0; n < row.left; ++n) tasks.emplace_back(&row, n);
+      for (int64_t n = 0; n < row.left; ++n) tasks.emplace_back(&row, row.first_segment + n);
     }
     const int64_t count = tasks.size(), num_threads = team.num_threads();
     team.For(count, [&](int64_t task) {
@@ -463,7 +481,7 @@ struct Attention {
       // Most likely this thread's next.
       const auto& later = tasks[std::min(task + num_threads, count - 1)];
       const Block<KV> after = First(later.first->queries, later.second);
-      See(row.queries, segment, after, &row.segments[segment]);
+      See(row.queries, segment, after, &row.segments[segment - row.first_segment]);
       if (row.left.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
       Seen& seen = row.segments[0];
       for (size_t n = 1; n < row.segments.size(); ++n) {
@@ -482,8 +500,9 @@ struct Attention {
       const int64_t row = task / kv_heads / parts, part = parts - 1 - task / kv_heads % parts;
       const Queries some{row, task % kv_heads, 1, part * step, std::min(step, tokens - part * step)};
       thread_local Seen seen, later;
-      See(some, 0, First(some, 1), &seen);
-      for (int64_t segment = 1; segment * kSegment < End(some); ++segment) {
+      const int64_t first = FirstSegment(some);
+      See(some, first, First(some, first + 1), &seen);
+      for (int64_t segment = first + 1; segment * kSegment < End(some); ++segment) {
         See(some, segment, First(some, segment + 1), &later);
         for (int64_t i = 0; i < Count(some); ++i) {
           if (Position(some, i) >= segment * kSegment) seen.Add(later, i, padded_dim, scale);
@@ -498,7 +517,7 @@ template <typename Lines, typename KV>
 void AttendWith(const AttentionCall& call, Team& team) {
   const Attention<Lines, KV> attention{call.q,      static_cast<const KV*>(call.pages), call.scales, call.tables,
                                        call.positions, call.out, call.is_float, call.tokens, call.heads, call.head_dim,
-                                       call.page_size, call.kv_heads, call.width};
+                                       call.page_size, call.kv_heads, call.width, call.window};
   if (call.tokens == 1) {
     attention.AttendOnce(team, call.rows);
   } else {

@@ -88,17 +88,19 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs w
 }
 
 // q [rows, tokens, heads, head_dim] to out like q, with a cache, its page table and positions as in `AttentionCall`. Each
-// query attends to its row's keys at positions up to its own, in blocks of 128 with an online softmax (Milakov and
-// Gimelshein 2018, arXiv:1805.02867); segments of blocks are added up one after another (Dao et al. 2023,
+// query attends to its row's keys at positions up to its own, the last `window` of them (0: all), in blocks of 128 with
+// an online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867); segments of blocks are added up one after another (Dao et al. 2023,
 // "Flash-Decoding"). What a query does not see leaves its sums as they are.
 ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer pages, ffi::Buffer<ffi::S32> page_table,
-                  ffi::Buffer<ffi::S32> positions, ffi::RemainingArgs scales, ffi::Result<ffi::AnyBuffer> out) {
+                  ffi::Buffer<ffi::S32> positions, ffi::RemainingArgs scales, ffi::Result<ffi::AnyBuffer> out,
+                  int64_t window) {
   const auto shape = q.dimensions(), pages_shape = pages.dimensions();
   const bool is_int8 = pages.element_type() == ffi::S8;
   AttentionCall call{q.untyped_data(), FormatOf(pages.element_type()), pages.untyped_data(), nullptr,
                      page_table.typed_data(), positions.typed_data(), out->untyped_data(),
                      q.element_type() == ffi::F32, shape[0], shape[1], shape[2], shape[3],
-                     pages_shape[is_int8 ? 2 : 1], pages_shape[is_int8 ? 1 : 2] / 2, page_table.dimensions()[1]};
+                     pages_shape[is_int8 ? 2 : 1], pages_shape[is_int8 ? 1 : 2] / 2, page_table.dimensions()[1],
+                     window};
   if (scales.size() > 0) {
     const auto buffer = scales.get<ffi::Buffer<ffi::F32>>(0);
     if (!buffer.has_value()) return buffer.error();
@@ -116,7 +118,7 @@ template <typename Entry>
 ffi::Error RunLayer(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32>& x, ffi::Buffer<ffi::S32>& page_table,
                     ffi::Buffer<ffi::S32>& positions, ffi::Buffer<ffi::S32>& written, ffi::Buffer<ffi::F32>& cos,
                     ffi::Buffer<ffi::F32>& sin, ffi::RemainingArgs& rest, ffi::Result<ffi::Buffer<ffi::F32>>& out,
-                    ffi::RemainingRets& cache, int64_t heads, int64_t ffn, float epsilon) {
+                    ffi::RemainingRets& cache, int64_t heads, int64_t ffn, int64_t window, float epsilon) {
   static ScratchShelf& shelf = *new ScratchShelf;
   size_t next = 0;
   const auto pages = rest.get<ffi::AnyBuffer>(next++);
@@ -155,6 +157,7 @@ ffi::Error RunLayer(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32>& x, ffi::Buffer
   layer.page_size = pages_shape[is_int8 ? 2 : 1];
   layer.kv_heads = pages_shape[is_int8 ? 1 : 2] / 2;
   layer.width = page_table.dimensions()[1];
+  layer.window = window;
   for (const Entry** norm : {&layer.attention_norm, &layer.mlp_norm}) {
     const auto buffer = rest.get<ffi::AnyBuffer>(next++);
     if (!buffer.has_value()) return buffer.error();
@@ -180,9 +183,10 @@ ffi::Error RunLayer(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32>& x, ffi::Buffer
 ffi::Error LayerOf(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> page_table,
                    ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> written, ffi::Buffer<ffi::F32> cos,
                    ffi::Buffer<ffi::F32> sin, ffi::RemainingArgs rest, ffi::Result<ffi::Buffer<ffi::F32>> out,
-                   ffi::RemainingRets cache, int64_t heads, int64_t ffn, bool is_float, float epsilon) {
+                   ffi::RemainingRets cache, int64_t heads, int64_t ffn, int64_t window, bool is_float,
+                   float epsilon) {
   return (is_float ? RunLayer<float> : RunLayer<BFloat16>)(pool, x, page_table, positions, written, cos, sin, rest, out,
-                                                           cache, heads, ffn, epsilon);
+                                                           cache, heads, ffn, window, epsilon);
 }
 
 }  // namespace
@@ -202,7 +206,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllama_attend, Attend,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>());
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("window"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllama_layer, LayerOf,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -217,6 +222,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllama_layer, LayerOf,
                                   .RemainingRets()
                                   .Attr<int64_t>("heads")
                                   .Attr<int64_t>("ffn")
+                                  .Attr<int64_t>("window")
                                   .Attr<bool>("is_float")
                                   .Attr<float>("epsilon"));
 

@@ -70,6 +70,7 @@ struct Layer {
   float epsilon;
   float* out;
   int64_t rows, tokens, hidden, heads, kv_heads, head_dim, half, ffn, page_size, width;
+  int64_t window;  // as `AttentionCall`'s
 
   // Returns what is wrong, or nothing.
   std::string Run(Team& team, LayerScratch& scratch) const {
@@ -94,7 +95,7 @@ struct Layer {
     scratch.attended.resize(scratch.queries.size());
     const AttentionCall attention{scratch.queries.data(), format, pages, scales, scratch.tables.data(),
                                   scratch.positions.data(), scratch.attended.data(), kIsFloat, num_rows, most, heads,
-                                  head_dim, page_size, kv_heads, width};
+                                  head_dim, page_size, kv_heads, width, window};
     if (const std::string complaint = attention.Complaint(); !complaint.empty()) return complaint;
 
     Resize(&scratch.normed, n, hidden, q_proj);

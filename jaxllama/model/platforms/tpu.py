@@ -1,4 +1,4 @@
-"""TPUs: Pallas kernels for a cache in bfloat16 or int8, heads of up to 256 and no windows; else plain JAX."""
+"""TPUs: Pallas kernels for a cache in bfloat16 or int8 and heads of up to 256; else plain JAX."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def describe(case: Case) -> Platform:
 
 def head_layout(config: LlamaConfig, kv_dtype: str, num_shards: int) -> HeadLayout | None:
     """How pages hold the KV heads that each of `num_shards` has; None where no kernel takes them."""
-    if kv_dtype not in _KERNELS or config.windows:
+    if kv_dtype not in _KERNELS:
         return None
     layout = HeadLayout.in_lanes(config, num_shards)
     return layout if layout.width <= _MAX_HEAD_DIM else None

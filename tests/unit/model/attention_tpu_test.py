@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ class Case:
     lengths: tuple[int, ...]
     kv_dtype: str = "bfloat16"
     head_dim: int = 128
+    window: int | None = None
 
 
 def config_of(case: Case) -> LlamaConfig:
@@ -115,6 +117,8 @@ DECODE = [
     # Two heads in a row, and one with a row for itself.
     Case(6, 3, 128, (1, 128, 300), head_dim=64),
     Case(6, 3, 128, (1, 128, 300), "int8", head_dim=64),
+    Case(4, 1, 128, (1100, 5, 130), kv_dtype="int8", window=200),
+    Case(4, 1, 128, (1100, 5, 130), window=200),
     *(
         pytest.param(case, marks=pytest.mark.slow)
         for case in (
@@ -145,8 +149,8 @@ def test_decode_writes_and_attends_as_the_reference(case):
     positions = jnp.asarray(case.lengths, jnp.int32) - 1
     active = jnp.asarray([row != 1 for row in range(rows)])
     where = (jnp.asarray(inputs.table), positions, active)
-    want, want_pool = jax.jit(REFERENCE.decode)(q, kv, inputs.pool, *where)
-    got, got_pool = jax.jit(kernel.decode)(q, kv, packed(case, inputs.pool), *where)
+    want, want_pool = jax.jit(partial(REFERENCE.decode, window=case.window))(q, kv, inputs.pool, *where)
+    got, got_pool = jax.jit(partial(kernel.decode, window=case.window))(q, kv, packed(case, inputs.pool), *where)
     is_active = np.asarray(active)
     assert_near(got[is_active], want[is_active])
     want_pool = packed(case, want_pool)
@@ -161,6 +165,8 @@ def test_decode_writes_and_attends_as_the_reference(case):
     [
         (Case(4, 2, 128, (301,)), 256, 128, 173),
         (Case(4, 2, 128, (301,), kv_dtype="int8"), 256, 128, 173),
+        (Case(4, 2, 128, (301,), window=50), 256, 128, 173),
+        (Case(4, 2, 128, (813,), "int8", window=50), 256, 640, 173),
         *(
             pytest.param(*values, marks=pytest.mark.slow)
             for values in (
@@ -182,8 +188,8 @@ def test_prefill_writes_and_attends_as_the_reference(case, size, start, num_toke
     q, kv = inputs.array(size, case.heads, case.head_dim), inputs.array(size, 2 * case.kv_heads, case.head_dim)
     table = np.pad(inputs.table[0], (0, size // case.page_size))
     where = (jnp.asarray(table), jnp.int32(start), jnp.int32(num_tokens))
-    want, want_pool = jax.jit(REFERENCE.prefill)(q, kv, inputs.pool, *where)
-    got, got_pool = jax.jit(kernel.prefill)(q, kv, packed(case, inputs.pool), *where)
+    want, want_pool = jax.jit(partial(REFERENCE.prefill, window=case.window))(q, kv, inputs.pool, *where)
+    got, got_pool = jax.jit(partial(kernel.prefill, window=case.window))(q, kv, packed(case, inputs.pool), *where)
     assert_near(got[:num_tokens], want[:num_tokens])
     want_pool = packed(case, want_pool)
     for part, want_part in zip(jax.tree.leaves(got_pool), jax.tree.leaves(want_pool), strict=True):
@@ -218,12 +224,10 @@ def test_what_the_kernels_cannot_do_is_refused_or_left_to_the_reference(monkeypa
         kernel.validate(page_size=128, num_rows=64, table_width=4096)
     kernel.validate(page_size=128, num_rows=64, table_width=2048)
     windowed = dataclasses.replace(config, windows=(64,) * config.num_layers)
-    for model, kv_dtype in (
-        (windowed, "bfloat16"),
-        (config, "float32"),
-        (config_of(Case(2, 1, 128, (1,), head_dim=288)), "int8"),
-    ):
+    wide = config_of(Case(2, 1, 128, (1,), head_dim=288))
+    for model, kv_dtype in ((config, "float32"), (wide, "int8")):
         assert tpu.head_layout(model, kv_dtype, 1) is None
+    assert tpu.head_layout(windowed, "bfloat16", 1) is not None
     monkeypatch.setattr(native, "is_available", lambda: False)
     assert describe_platform(config, make_mesh(config, tp=1), dtype=jnp.bfloat16).kernel == ReferenceAttention()
 

@@ -91,6 +91,15 @@ def test_a_converted_model_is_the_same(name, tmp_path):
             np.testing.assert_array_equal(llama.logits(ids), want)
 
 
+def test_eight_devices_that_do_not_divide_the_heads_are_the_same():
+    """6 query heads over 2 KV heads, as 28 over 4: the projections are split as far as the KV heads are."""
+    name = "qwen2"
+    ids = golden()[f"{name}/near_ids"].tolist()
+    with make_llama(name) as one, make_llama(name, tp=8) as eight:
+        want, got = one.logits(ids), eight.logits(ids)
+    assert np.abs(got - want).max() < TOLERANCE * want.std()
+
+
 @pytest.mark.parametrize("name", ["olmo2", "qwen2_upper_windows"])
 def test_a_mesh_of_four_devices_is_the_same(name):
     ids = golden()[f"{name}/near_ids"].tolist()

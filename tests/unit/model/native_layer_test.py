@@ -26,10 +26,11 @@ pytestmark = [
     pytest.mark.skipif(not native.is_available(), reason="needs AVX2 or NEON, and a C++ compiler"),
 ]
 CASES = [
-    ("divisible", "float32", "float32", None),
-    ("divisible", "float32", "int8", None),
-    ("smollm2_like", "bfloat16", "bfloat16", None),
-    ("smollm2_like", "bfloat16", "int8", "int8"),
+    ("divisible", "float32", "float32", None, 0),
+    ("divisible", "float32", "int8", None, 0),
+    ("smollm2_like", "bfloat16", "bfloat16", None, 0),
+    ("smollm2_like", "bfloat16", "int8", "int8", 0),
+    ("divisible", "float32", "float32", None, 5),
 ]
 PAGE_SIZE, NUM_PAGES = 4, 49
 
@@ -37,8 +38,9 @@ PAGE_SIZE, NUM_PAGES = 4, 49
 class Model:
     """One layer of a tiny model, with a pool of random keys and values."""
 
-    def __init__(self, name: str, dtype: str, kv_dtype: str, quantize: str | None) -> None:
-        self.config = tiny.config_of(name)
+    def __init__(self, name: str, dtype: str, kv_dtype: str, quantize: str | None, window: int) -> None:
+        config = tiny.config_of(name)
+        self.config = dataclasses.replace(config, windows=(window,) * config.num_layers)
         self.mesh = make_mesh(self.config, tp=1, devices=jax.devices()[:1])
         self.platform = describe_platform(self.config, self.mesh, dtype=dtype, kv_dtype=kv_dtype)
         params = tiny.make_params(self.config, tiny.weights_of(name), self.mesh, jnp.dtype(dtype), quantize)
@@ -55,6 +57,7 @@ class Model:
         angles = tuple(part[:, :, 0] for part in rotary_angles(self.config, positions))
         config, weights = self.config, self.params["layers"][0]
         sizes = {"heads": config.num_heads, "ffn": config.intermediate_size, "epsilon": config.rms_norm_eps}
+        sizes["window"] = config.window(0)
         return native.run_layer(x, weights, pool, table, positions, written, angles, **sizes)
 
     def random(self, *shape: int) -> jax.Array:
