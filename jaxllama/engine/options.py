@@ -15,15 +15,16 @@ from jaxllama.weights.places import PlaceLike
 class EngineOptions:
     """How much the engine may hold and how it divides its work.
 
-    `max_context` None is the model's own. `num_pages` None holds `max_rows` rows of 2,048 tokens each, and at least
-    one whole context; where a mesh's `data` and `rep` split rows and pages, it counts for each part. `chunk_sizes` are
-    the prefill programs, in tokens, multiples of `page_size`; None leaves both to the platform (CPU: 16 and
-    32, 128, 512; TPU kernels: 128 and 128, 512, 2,048). A dispatch runs as many steps as take about `dispatch_s`
-    seconds, at most 32: longer is less host work, shorter a smoother stream. With work pending and no step finished for
-    `stall_timeout_s`, `Engine.health` says so; a device that does not finish a program for `device_timeout_s`, or for
-    longer where its programs are known to take long, is named there (`hosts.watch`). `kv_dtype` None caches keys and
-    values in the model's dtype, "int8" with a float32 scale a token and head: half of bfloat16's memory and a little
-    more.
+    `max_context` None is the model's own; where that was extended (longrope), the one it had before: a longer one asks
+    for the other frequencies (`LlamaConfig.for_context`). `num_pages` None holds `max_rows` rows of 2,048 tokens each,
+    and at least one whole context; where a mesh's `data` and `rep` split rows and pages, it counts for each part.
+    `chunk_sizes` are the prefill programs, in tokens, multiples of `page_size`; None leaves both to the platform (CPU:
+    16 and 32, 128, 512; TPU kernels: 128 and 128, 512, 2,048). A dispatch runs as many steps as take about
+    `dispatch_s` seconds, at most 32: longer is less host work, shorter a smoother stream. With work pending and no
+    step finished for `stall_timeout_s`, `Engine.health` says so; a device that does not finish a program for
+    `device_timeout_s`, or for longer where its programs are known to take long, is named there (`hosts.watch`).
+    `kv_dtype` None caches keys and values in the model's dtype, "int8" with a float32 scale a token and head: half of
+    bfloat16's memory and a little more.
 
     Compiled programs are kept in the folder `compilation_cache` for later processes. None is `~/.cache/jaxllama/xla`,
     unless JAX has been told of a folder of its own (`JAX_COMPILATION_CACHE_DIR`) or to keep nothing; "off" leaves it to

@@ -130,13 +130,14 @@ class Llama(Laboratory):
         group: Group | None = None,
         draft: tuple[LlamaConfig, Params] | None = None,
     ) -> None:
-        self.config = config
+        options = options or EngineOptions()
+        self.config = config = config.for_context(options.max_context)
         self.params = params
         self.mesh = mesh
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.checkpoint = checkpoint
-        self.engine = Engine(config, params, mesh, options or EngineOptions(), group, draft)
+        self.engine = Engine(config, params, mesh, options, group, draft)
         if group is not None and not group.is_leader:
             answer_saves(config, params, group)
             answer_rows(config, params, group)

@@ -60,6 +60,7 @@ class Setup:
             raise PlanError(f"data={self.data} does not divide the {self.topology.num_devices} devices of {self.where}")
         if self.chunk_tokens % self.page_size:
             raise PlanError(f"chunk_tokens ({self.chunk_tokens}) must be a multiple of page_size ({self.page_size})")
+        object.__setattr__(self, "config", self.config.for_context(self.context))
         if self.context > self.config.max_position_embeddings:
             raise PlanError(
                 f"context is {self.context}, the model's own limit is {self.config.max_position_embeddings} tokens"

@@ -94,4 +94,14 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
         "llama", "Llama", (229, 48, 80, 2), (4, 2),
         rope_parameters={"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0},
     ),
+    # Its original context is shorter than the goldens' texts.
+    "phi3_long": _config(
+        "phi3", "Phi3", (233, 64, 92, 2), (4, 2), max_position_embeddings=256, original_max_position_embeddings=32,
+        sliding_window=21,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 32,
+            "short_factor": [1.0, 1.05, 1.1, 1.3, 1.5, 2.0, 2.5, 2.6],
+            "long_factor": [1.1, 2.0, 3.0, 4.5, 5.0, 6.0, 9.0, 11.0],
+        },
+    ),
 }  # fmt: skip

@@ -15,6 +15,7 @@ from jaxllama.engine.scheduling.chunks import ChunkPlan, Span
 from jaxllama.engine.scheduling.pages import PagePool
 from jaxllama.engine.scheduling.request import EngineRequest
 
+
 class Scheduler:
     """Rows, pages and the queue. Not thread-safe: the engine's thread alone uses it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +111,7 @@ class LlamaConfig:
     layer, how many tokens back a query sees, itself included, and 0 for all; empty: all layers see all.
     `rotates` says which layers rotate queries and keys; empty: all do. `rotary_dim` dimensions of a head are rotated.
     The embedding, what a block adds to the residual stream, and queries times keys are multiplied; logits are divided.
+    `extended_context` is the context beyond `max_position_embeddings` that `for_context` gives (longrope).
     `is_fused` is of the source: it stores q, k and v as one tensor, gate and up as another.
     """
 
@@ -138,6 +140,7 @@ class LlamaConfig:
     residual_multiplier: float = 1.0
     attention_multiplier: float | None = None
     logits_divisor: float = 1.0
+    extended_context: int | None = None
     is_fused: bool = False
 
     def __post_init__(self) -> None:
@@ -181,6 +184,21 @@ class LlamaConfig:
         """How many tokens back a token's logits depend on, through all layers, if all of them have a window."""
         return None if self.longest_window is None else sum(window - 1 for window in self.windows)
 
+    def for_context(self, max_context: int | None) -> LlamaConfig:
+        """The same model for contexts of up to `max_context` tokens; None is what it was first trained for.
+
+        A longrope model has two sets of frequencies: one up to its original context, the other beyond. Which of them it
+        is depends on `max_context` alone and not, as in transformers, on how long a text has become: keys that are in
+        the cache would be wrong from the original context's last token on. A text of at most that length is computed
+        otherwise by a model that serves longer ones; texts beyond it are as in transformers.
+        """
+        if self.extended_context is None or max_context is None or max_context <= self.max_position_embeddings:
+            return self
+        rope = dataclasses.replace(self.rope, divisors=self.rope.long_divisors)
+        return dataclasses.replace(
+            self, rope=rope, max_position_embeddings=self.extended_context, extended_context=None
+        )
+
     def has_rope(self, layer: int) -> bool:
         """Whether the layer rotates queries and keys."""
         return self.rotates[layer] if self.rotates else True
@@ -206,7 +224,7 @@ class LlamaConfig:
             )
         num_kv_heads = hf.get("num_key_value_heads")
         rope = RopeScaling.from_hf(hf)
-        context = size["max_position_embeddings"]
+        longest = context = size["max_position_embeddings"]
         if rope.rope_type == "longrope":
             context = min(context, rope.original_max_position_embeddings)
         bias = "attention_bias" in family.reads and boolean(hf, "attention_bias")
@@ -221,6 +239,7 @@ class LlamaConfig:
             head_dim=size["hidden_size"] // num_heads if head_dim is None else positive_int("head_dim", head_dim),
             rms_norm_eps=positive("rms_norm_eps", hf["rms_norm_eps"]),
             max_position_embeddings=context,
+            extended_context=longest if longest > context else None,
             rope=rope,
             tie_word_embeddings=boolean(hf, "tie_word_embeddings"),
             attention_bias=bias or "q_proj" in family.biases,
@@ -230,7 +249,7 @@ class LlamaConfig:
             eos_token_ids=token_ids(hf, "eos_token_id", size["vocab_size"]),
             qk_norm=family.qk_norm,
             norms_outputs=family.norms_outputs,
-            windows=_windows(hf, family, num_layers, context, rotates),
+            windows=_windows(hf, family, num_layers, longest, rotates),
             rotates=rotates,
             partial_rotary_factor=_partial_rotary_factor(hf, family),
             is_fused=family.is_fused,

@@ -21,7 +21,8 @@ class RopeScaling:
 
     `default` reads `theta` alone; so does `dynamic`, which differs only beyond the model's context, where nothing is
     served. `linear` reads `factor` too. `llama3` and `yarn` read what is named after their papers' symbols.
-    `longrope` divides frequency i by `divisors[i]`. Cosines and sines are multiplied by `attention_factor`.
+    `longrope` divides frequency i by `divisors[i]`; by `long_divisors[i]` where a context is served that is longer than
+    the original one (`LlamaConfig.for_context`). Cosines and sines are multiplied by `attention_factor`.
     """
 
     theta: float = 10_000.0
@@ -35,6 +36,7 @@ class RopeScaling:
     beta_slow: float = 1.0
     truncates: bool = True
     divisors: tuple[float, ...] = ()
+    long_divisors: tuple[float, ...] = ()
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> RopeScaling:
@@ -109,24 +111,24 @@ def _mscale(factor: float, scale: float) -> float:
 
 
 def _longrope(hf: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the two lists the short one: it holds up to the original context, which is all that is served.
-
-    Source: Ding et al. 2024, arXiv:2402.13753.
-    """
+    """Source: Ding et al. 2024, arXiv:2402.13753."""
     original, factor = _original(hf, scaling), _factor(hf, scaling)
-    divisors = scaling.get("short_factor")
-    if not isinstance(divisors, list) or not divisors or not all(is_number(d) and d > 0 for d in divisors):
-        raise ConfigError(
-            f"config.json: rope_scaling.short_factor must be a list of positive numbers, got {quote(divisors)}"
-        )
     if (attention_factor := _optional(scaling, "attention_factor")) is None:
         attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return {
         "factor": factor,
         "original_max_position_embeddings": original,
         "attention_factor": attention_factor,
-        "divisors": tuple(map(float, divisors)),
+        "divisors": _divisors(scaling, "short_factor"),
+        "long_divisors": _divisors(scaling, "long_factor"),
     }
+
+
+def _divisors(scaling: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    values = scaling.get(name)
+    if not isinstance(values, list) or not values or not all(is_number(value) and value > 0 for value in values):
+        raise ConfigError(f"config.json: rope_scaling.{name} must be a list of positive numbers, got {quote(values)}")
+    return tuple(map(float, values))
 
 
 def _original(hf: Mapping[str, Any], scaling: Mapping[str, Any]) -> int:

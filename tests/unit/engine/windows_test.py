@@ -45,7 +45,7 @@ def answers(llama: Llama, scope: str) -> list[Any]:
 
 @pytest.mark.parametrize("has_kernels", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_pages_before_all_windows_are_given_back_and_no_bit_changes(has_kernels, monkeypatch):
-    """With drafts, choices, requests set aside, and prompts found in the cache; beside an engine that keeps all pages."""
+    """With drafts, choices, requests set aside, and prompts found in the cache; beside an engine that keeps all."""
     if not has_kernels:
         monkeypatch.setattr(native, "is_available", lambda: False)
     saved: list[int] = []

@@ -26,10 +26,11 @@ pytestmark = pytest.mark.optimized
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "families.npz"
 TOLERANCE = 2e-5  # of the logits' spread; measured: up to 5e-6
-OPTIONS = EngineOptions(max_rows=2, max_context=96, page_size=4, num_pages=61, chunk_sizes=(8, 32))
+OPTIONS = EngineOptions(max_rows=2, max_context=64, page_size=4, num_pages=61, chunk_sizes=(8, 32))
 # Conversion is the same for all but in how tensors are named, joined and shaped.
 GREEDY = (
-    "qwen2_upper_windows", "qwen3", "mistral_window", "ministral", "phi4_mini", "granite", "olmo2", "smollm3_windows",
+    "qwen2_upper_windows", "qwen3", "mistral_window", "ministral", "phi4_mini", "phi3_long", "granite", "olmo2",
+    "smollm3_windows",
 )  # fmt: skip
 CONVERTED = ("phi3", "olmo2_biased_linear", "qwen3_biased_yarn", "granite")
 
@@ -166,11 +167,23 @@ def test_what_a_family_does_not_have_is_refused_by_name(name, changes, message):
         LlamaConfig.from_hf(TINY_FAMILIES[name] | changes)
 
 
-def test_longrope_serves_the_original_context():
-    """Beyond it all frequencies change, those of tokens that are in the cache already too."""
+def test_longrope_serves_the_original_context_unless_more_is_asked_for():
+    """Beyond it all frequencies change, those of tokens that are in the cache already too: so a model has one or the
+    other, and the goldens of `phi4_mini` are within its original context, those of `phi3_long` beyond."""
     config = LlamaConfig.from_hf(TINY_FAMILIES["phi4_mini"])
     assert config.max_position_embeddings == 64 < TINY_FAMILIES["phi4_mini"]["max_position_embeddings"]
     assert config.rotary_dim == 12
+    assert config.for_context(None) == config.for_context(64) == config
+    longer = config.for_context(65)
+    assert longer.max_position_embeddings == TINY_FAMILIES["phi4_mini"]["max_position_embeddings"]
+    assert longer.rope.divisors == config.rope.long_divisors != config.rope.divisors
+    assert longer.for_context(64) == longer
+    with make_llama("phi4_mini") as llama:
+        assert llama.config == config
+        assert llama.max_context == 64
+    with make_llama("phi3_long") as llama:
+        assert llama.max_context == 64
+        assert llama.config.max_position_embeddings == 256
 
 
 def make_llama(name: str, **more) -> jaxllama.Llama:

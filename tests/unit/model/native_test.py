@@ -19,7 +19,6 @@ from attention_cases import Case, Inputs, exact, make_inputs, poisoned
 import jaxllama
 from jaxllama import Checkpoint, EngineOptions, Llama, make_mesh
 from jaxllama.model import native
-from jaxllama.model.attention import ReferenceAttention
 from jaxllama.model.attention.cpu import CpuAttention
 from jaxllama.model.cache import KVPool
 from jaxllama.model.int8 import quantize_rows
