@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -46,10 +47,13 @@ from jaxllama.engine.compilation import OnProgress, announced, compile_all
 from jaxllama.hosts.watch import DeviceWatch
 from jaxllama.model.cache import KVPool, clear_pages, put_pages, read_pages
 from jaxllama.model.config import LlamaConfig
+from jaxllama.model.mesh import uneven_splits
 from jaxllama.model.params import Params
 from jaxllama.model.platforms.platform import Platform
 
 PAGES_PER_COPY = 16
+
+logger = logging.getLogger("jaxllama.engine")
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,8 @@ class Device:
         watch: DeviceWatch | None = None,
         draft: DraftModel | None = None,
     ) -> None:
+        for note in uneven_splits(config, mesh):
+            logger.info("%s", note)
         self.on_progress: OnProgress | None = None
         self.shows_compilation = False
         self._called: set[str] = set()

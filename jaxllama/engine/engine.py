@@ -37,7 +37,6 @@ from jaxllama.hosts.group import Group
 from jaxllama.hosts.lockstep import Leading, check_processes, follow
 from jaxllama.hosts.watch import DeviceWatch
 from jaxllama.model.config import LlamaConfig
-from jaxllama.model.mesh import uneven_splits
 from jaxllama.model.params import Params
 from jaxllama.model.platforms.describe import describe_platform
 from jaxllama.system.memory import give_back
@@ -68,8 +67,6 @@ class Engine:
         self.group = group
         self.max_context = min(options.max_context or config.max_position_embeddings, config.max_position_embeddings)
         self.kv_dtype = jnp.dtype(options.kv_dtype or params["norm"].dtype)
-        for note in uneven_splits(config, mesh):
-            logger.info("%s", note)
         self.platform = platform = describe_platform(config, mesh, dtype=params["norm"].dtype, kv_dtype=self.kv_dtype)
         self.sizes = sizes = size_engine(
             max_rows=options.max_rows,
@@ -101,8 +98,7 @@ class Engine:
             plan=self._plan,
             max_steps=MAX_STEPS,
             num_shards=sizes.num_shards,
-            # A draft model reads the same pages, and may see further back.
-            window=config.longest_window if draft is None else None,
+            window=config.longest_window if draft is None else None,  # a draft model may see further back
             reach=config.reach,
         )
         self._placement = Placement(

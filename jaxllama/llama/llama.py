@@ -34,6 +34,7 @@ from jaxllama.system.progress import show_progress
 from jaxllama.text.chat import ChatTemplate
 from jaxllama.text.constraint import ConstraintMaker
 from jaxllama.text.encoding.tokenizer import Tokenizer
+from jaxllama.text.reasoning import THINK
 from jaxllama.weights.checkpoint import Checkpoint
 from jaxllama.weights.exporting.export import export_params
 from jaxllama.weights.exporting.rows import answer_rows
@@ -132,6 +133,8 @@ class Llama(Laboratory):
     ) -> None:
         options = options or EngineOptions()
         self.config = config = config.for_context(options.max_context)
+        if draft is not None:
+            draft = (draft[0].for_context(options.max_context), draft[1])
         self.params = params
         self.mesh = mesh
         self.tokenizer = tokenizer
@@ -161,7 +164,8 @@ class Llama(Laboratory):
         """
         if self.tokenizer is None:
             raise RequestError("this checkpoint has no tokenizer, which structured output and thinking budgets need")
-        return ConstraintMaker(self.tokenizer, self.config.vocab_size, self.config.eos_token_ids)
+        tags = THINK if self.chat_template is None else self.chat_template.reasoning_tags
+        return ConstraintMaker(self.tokenizer, self.config.vocab_size, self.config.eos_token_ids, tags)
 
     @property
     def num_params(self) -> int:
@@ -294,6 +298,7 @@ class Llama(Laboratory):
             one,
             is_chat=True,
             starts_in_reasoning=rendered.starts_in_reasoning,
+            reasoning_tags=self.chat_template.reasoning_tags,
             prediction=self._encode_prediction(prediction),
         )
         for _ in _deltas(output):

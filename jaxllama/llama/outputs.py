@@ -18,6 +18,7 @@ from jaxllama.system.progress import Advance
 from jaxllama.text.constraint import ConstraintMaker, OutputConstraint
 from jaxllama.text.encoding.tokenizer import Tokenizer
 from jaxllama.text.output import PROMPT_TAIL, GrowingOutput, OutputAssembler
+from jaxllama.text.reasoning import THINK, ReasoningTags
 from jaxllama.text.structured import Grammar
 
 _QUEUE_RETRY_S = 0.05
@@ -140,6 +141,7 @@ class Output:
         *,
         is_chat: bool = False,
         starts_in_reasoning: bool | None = None,
+        reasoning_tags: ReasoningTags = THINK,
         prediction: Sequence[int] = (),
     ) -> None:
         self._model = model
@@ -154,6 +156,7 @@ class Output:
                 stop=params.stop,
                 include_stop=params.include_stop_str_in_output,
                 starts_in_reasoning=starts_in_reasoning,
+                reasoning_tags=reasoning_tags,
                 prompt_tail=() if is_chat else prompt[-PROMPT_TAIL:],
             )
         elif params.stop:

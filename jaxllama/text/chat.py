@@ -12,7 +12,7 @@ from jaxllama.text.encoding.backend import named_token, tokenizer_config
 from jaxllama.text.encoding.specials import RenderedChat, Spellings, StandIns
 from jaxllama.text.encoding.tokenizer import special_spellings
 from jaxllama.text.messages import for_template, normalized
-from jaxllama.text.reasoning import CLOSE_TAG, OPEN_TAG
+from jaxllama.text.reasoning import THINK, choose_tags
 from jaxllama.text.sandbox import TemplateBoundError, TemplateEnvironment
 from jaxllama.text.tools import Tool, ToolFormat, choose_format
 
@@ -57,8 +57,11 @@ class ChatTemplate:
             {*_OWN_VARIABLES, *_NAMED_TOKENS, *self._named_tokens, *self._environment.globals}
         )
         """The names that are not for callers to set: `render` gives them itself, or Jinja's environment has them."""
-        self.has_reasoning = CLOSE_TAG in source or CLOSE_TAG in self._spellings.all
-        """Whether replies may hold `<think>` … `</think>`: the template or the tokenizer knows the tags."""
+        tags = choose_tags(source, self._spellings.all)
+        self.has_reasoning = tags is not None
+        """Whether replies may hold reasoning: the template or the tokenizer knows tags for it."""
+        self.reasoning_tags = tags or THINK
+        """What is around it; `<think>`, which messages may hold too, for a model that does not reason."""
         self.tool_format = choose_format(source)
         """How the model writes calls."""
         self._names = self._environment.names_in(source)
@@ -99,7 +102,8 @@ class ChatTemplate:
             options: dict[str, Any] = {"continue_last": continue_last, "close_reasoning": close_reasoning}
             options |= {"tools": tools, "tool_format": tool_format, "variables": variables}
             return self._tool_use.render(messages, add_generation_prompt=add_generation_prompt, **options)
-        plain = normalized(messages, keep_last=continue_last and not self.has_reasoning)
+        tags, keeps_last = self.reasoning_tags, continue_last and not self.has_reasoning
+        plain = normalized(messages, keep_last=keeps_last, tags=tags)
         reasoning, content = "", ""
         if continue_last:
             reasoning, content = self._begun(messages, plain)
@@ -120,11 +124,11 @@ class ChatTemplate:
             protected = self._run(given)
         except Exception as error:
             raise ChatTemplateError(f"The chat template refuses these messages: {_message(error)}") from None
-        is_open = protected.rstrip().endswith(OPEN_TAG) if self.has_reasoning else None
+        is_open = protected.rstrip().endswith(tags.open) if self.has_reasoning else None
         if continue_last and (reasoning or content):
             protected, is_open = self._begin(protected, is_open, reasoning, content, stand_ins)
         elif close_reasoning and is_open is not None:
-            protected += f"\n{CLOSE_TAG}\n\n" if is_open else f"{OPEN_TAG}\n\n{CLOSE_TAG}\n\n"
+            protected += tags.closing if is_open else f"{tags.open}{tags.newline}{tags.closing}"
             is_open = False
         return RenderedChat(
             text=stand_ins.restore(protected),
@@ -171,13 +175,14 @@ class ChatTemplate:
 
         Every tag is our own, outside what users wrote.
         """
+        tags = self.reasoning_tags
         if reasoning:
-            protected += ("" if is_open else f"{OPEN_TAG}\n") + stand_ins.protect(reasoning)
+            protected += ("" if is_open else tags.open + tags.newline) + stand_ins.protect(reasoning)
             if not content:
                 return protected, True
-            protected += f"\n{CLOSE_TAG}\n\n"
+            protected += tags.closing
         elif is_open:
-            protected += f"\n{CLOSE_TAG}\n\n"
+            protected += tags.closing
         # A begun answer has left its reasoning behind, and may speak of the tags.
         return protected + stand_ins.protect(content), None
 

@@ -16,7 +16,7 @@ from jaxtyping import UInt32
 from jaxllama.errors import GrammarError
 from jaxllama.text.encoding.detokenize import IncrementalDecoder
 from jaxllama.text.encoding.tokenizer import Tokenizer
-from jaxllama.text.reasoning import CLOSE_TAG, OPEN_TAG, ReasoningSplitter
+from jaxllama.text.reasoning import THINK, ReasoningSplitter, ReasoningTags
 from jaxllama.text.structured import Grammar, GrammarCompiler, GrammarSource, GrammarState, num_mask_words
 
 FOREVER = 1 << 40
@@ -28,8 +28,8 @@ _MAX_NEWLINES = 2  # between the end of the reasoning and a grammar's content, a
 class ReasoningTokens:
     """A tokenizer's tags of reasoning: their ids where they are single tokens, else None.
 
-    `forced` are the ids that end the reasoning, `newlines` how many newlines a token of nothing else holds, `blank` all
-    tokens of white space.
+    `tags` are their text, `forced` are the ids that end the reasoning, `newlines` how many newlines a token of nothing
+    else holds, `blank` all tokens of white space.
     """
 
     open_id: int | None
@@ -37,17 +37,18 @@ class ReasoningTokens:
     forced: tuple[int, ...]
     newlines: dict[int, int]
     blank: frozenset[int]
+    tags: ReasoningTags = THINK
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> ReasoningTokens:
+    def of(cls, tokenizer: Tokenizer, tags: ReasoningTags = THINK) -> ReasoningTokens:
         """Those of `tokenizer`. Walks its vocabulary: keep the result."""
-        open_id, close_id = (tokenizer.special_tokens.get(tag) for tag in (OPEN_TAG, CLOSE_TAG))
+        open_id, close_id = (tokenizer.special_tokens.get(tag) for tag in (tags.open, tags.close))
         if open_id is None or close_id is None:
-            return cls(None, None, tuple(tokenizer.encode(CLOSE_TAG, add_bos=False)), {}, frozenset())
+            return cls(None, None, tuple(tokenizer.encode(tags.close, add_bos=False)), {}, frozenset(), tags)
         texts = {i: tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)}
         newlines = {i: len(text) for i, text in texts.items() if text and not text.strip(b"\n")}
         blank = frozenset(i for i, text in texts.items() if not text.strip())
-        return cls(open_id, close_id, (close_id,), newlines, blank)
+        return cls(open_id, close_id, (close_id,), newlines, blank, tags)
 
 
 class OutputConstraint:
@@ -93,7 +94,7 @@ class OutputConstraint:
         if self._tokens is not None and not self._has_ids:
             assert decoder is not None
             self._decoder = decoder
-            self._splitter = ReasoningSplitter(self._in_reasoning)
+            self._splitter = ReasoningSplitter(self._in_reasoning, self._tokens.tags)
 
     @property
     def halt_id(self) -> int | None:
@@ -224,7 +225,10 @@ class OutputConstraint:
 class ConstraintMaker:
     """Makes the constraints of one model's outputs. Threads may share it."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int], tags: ReasoningTags = THINK
+    ) -> None:
+        self.tags = tags
         self.compiler = GrammarCompiler(tokenizer, vocab_size, eos_ids)
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
@@ -234,7 +238,7 @@ class ConstraintMaker:
 
     @cached_property
     def _tokens(self) -> ReasoningTokens:
-        return ReasoningTokens.of(self._tokenizer)
+        return ReasoningTokens.of(self._tokenizer, self.tags)
 
     def compile(self, source: GrammarSource, name: str, starts_in_reasoning: bool | None) -> Grammar:
         """The grammar of the content, for `make` with the same `starts_in_reasoning`.
@@ -242,7 +246,7 @@ class ConstraintMaker:
         Raises: GrammarError, whose param is `name`.
         """
         if starts_in_reasoning and self._tokens.close_id is None:
-            source = source.after(CLOSE_TAG)
+            source = source.after(self.tags.close)
         key = source.to_llguidance()
         with self._lock:
             grammar = self._compiled.pop(key, None)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxllama.errors import ChatTemplateError, quote
-from jaxllama.text.reasoning import split_reasoning
+from jaxllama.text.reasoning import THINK, ReasoningTags, split_reasoning
 from jaxllama.text.tools import Tool, ToolFormat, as_templates_expect, in_system_message, write_out
 
 REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
@@ -14,12 +14,14 @@ REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def normalized(messages: Sequence[Mapping[str, Any]], *, keep_last: bool = False) -> list[dict[str, Any]]:
+def normalized(
+    messages: Sequence[Mapping[str, Any]], *, keep_last: bool = False, tags: ReasoningTags = THINK
+) -> list[dict[str, Any]]:
     """Checked copies of `messages`: content is one text, developers are systems, and the system message comes first.
 
     Several system messages become one, in their order, with a blank line between.
 
-    An assistant's reasoning is in `reasoning_content` alone, whatever name it had, or where it was: `<think>…</think>`
+    An assistant's reasoning is in `reasoning_content` alone, whatever name it had, or where it was: between `tags`
     at the start of the content is split off. With `keep_last` the last message's content stays as it is. Content is
     None only where the assistant calls tools.
 
@@ -28,7 +30,7 @@ def normalized(messages: Sequence[Mapping[str, Any]], *, keep_last: bool = False
     if not messages:
         raise ChatTemplateError("messages is empty: at least one is needed.", "messages")
     plain = [
-        _plain(message, f"messages[{i}]", splits=not keep_last or i < len(messages) - 1)
+        _plain(message, f"messages[{i}]", tags if not keep_last or i < len(messages) - 1 else None)
         for i, message in enumerate(messages)
     ]
     system = [message for message in plain if message["role"] == "system"]
@@ -45,7 +47,7 @@ def _joined(system: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**joined, "name": names.pop()} if is_shared else joined]
 
 
-def _plain(message: Mapping[str, Any], where: str, *, splits: bool) -> dict[str, Any]:
+def _plain(message: Mapping[str, Any], where: str, tags: ReasoningTags | None) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ChatTemplateError(f"{where} must be an object, got {type(message).__name__}.", where)
     role = message.get("role")
@@ -53,8 +55,8 @@ def _plain(message: Mapping[str, Any], where: str, *, splits: bool) -> dict[str,
         raise ChatTemplateError(f"{where}.role must be one of {', '.join(_ROLES)}; got {quote(role)}.", f"{where}.role")
     content = _text(message, f"{where}.content")
     reasoning = next((text for name in REASONING_NAMES if (text := message.get(name))), "")
-    if role == "assistant" and content and splits:
-        inside, content = split_reasoning(content)
+    if role == "assistant" and content and tags is not None:
+        inside, content = split_reasoning(content, tags)
         reasoning = reasoning or inside
     others = {key: value for key, value in message.items() if key not in ("role", "content", *REASONING_NAMES)}
     plain = {"role": "system" if role == "developer" else role, "content": content, **others}

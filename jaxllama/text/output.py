@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxllama.text.encoding.tokenizer import Tokenizer
-from jaxllama.text.reasoning import CLOSE_TAG, OPEN_TAG, Part, ReasoningSplitter
+from jaxllama.text.reasoning import THINK, Part, ReasoningSplitter, ReasoningTags
 from jaxllama.text.stops import StopMatcher
 from jaxllama.text.tool_parsing import ToolDelta, ToolParser
 
@@ -29,10 +29,10 @@ class TextDelta:
 class OutputAssembler:
     """Turns the tokens of one output into content and reasoning, as they come.
 
-    `starts_in_reasoning` is `RenderedChat.starts_in_reasoning`: None leaves `<think>` tags in the content. Where the
-    tags are single tokens only those count, and a reply may spell them; else the text of the tags counts.
-    `stop` ends the content, with `stop_in_reasoning` the reasoning too. `num_reasoning_tokens` counts the tokens of the
-    reasoning and its tags.
+    `starts_in_reasoning` is `RenderedChat.starts_in_reasoning`: None leaves the tags in the content. Where the tags
+    (`reasoning_tags`, those of `ChatTemplate`) are single tokens only those count, and a reply may spell them; else
+    the text of the tags counts. `stop` ends the content, with `stop_in_reasoning` the reasoning too.
+    `num_reasoning_tokens` counts the tokens of the reasoning and its tags.
 
     Special tokens never show (see `Tokenizer.decode`). The deltas joined are the same however the tokens are pushed.
     After `prompt_tail`, the last ids of the prompt, the text continues the prompt's (see `Tokenizer.decoder`); with
@@ -48,18 +48,20 @@ class OutputAssembler:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         starts_in_reasoning: bool | None = None,
+        reasoning_tags: ReasoningTags = THINK,
         stop_in_reasoning: bool = False,
         prompt_tail: Sequence[int] = (),
         continues: bool = False,
         tools: ToolParser | None = None,
     ) -> None:
         self._decoder = tokenizer.decoder(prompt_tail=prompt_tail, shown=tools.marks if tools is not None else ())
-        tags = (tokenizer.special_tokens.get(OPEN_TAG), tokenizer.special_tokens.get(CLOSE_TAG))
-        self._open_id, self._close_id = tags if None not in tags else (None, None)
+        known = tokenizer.special_tokens
+        ids = (known.get(reasoning_tags.open), known.get(reasoning_tags.close))
+        self._open_id, self._close_id = ids if None not in ids else (None, None)
         self._splitter = None
         if starts_in_reasoning is not None:
             self._splitter = ReasoningSplitter(
-                starts_in_reasoning, tags_in_text=self._open_id is None, continues=continues
+                starts_in_reasoning, reasoning_tags, tags_in_text=self._open_id is None, continues=continues
             )
         self._tools = tools
         self._content_stops = StopMatcher(stop, include_stop)

@@ -28,6 +28,7 @@ from unit.serving.fakes import BOS, EOS, FIRST_WORD, FakeEngine, FakeLlama, Fake
 from jaxllama import SamplingParams
 from jaxllama.text.encoding.detokenize import ByteDecoder
 from jaxllama.text.messages import for_template, normalized
+from jaxllama.text.reasoning import THINK
 from jaxllama.text.structured import GrammarSource, quote
 from jaxllama.text.tools import HERMES, Tool
 
@@ -65,6 +66,7 @@ class JsonTemplate:
 
     variables = own_variables = frozenset({"tools"})
     has_reasoning = False
+    reasoning_tags = THINK
     tool_format = HERMES
 
     def variant(self, *, with_tools: bool) -> JsonTemplate:

@@ -1,4 +1,4 @@
-"""A tiny R1-Distill-Qwen, from the files that its folder on the hub has to a chat over HTTP."""
+"""A tiny R1-Distill-Qwen, from the files that its folder on the hub has to a chat over HTTP; and Magistral's tags."""
 
 from __future__ import annotations
 
@@ -35,21 +35,32 @@ TEMPLATE = (
     "{% if m['role'] == 'assistant' %}{{ '<｜Assistant｜>' + m['content'].split('</think>')[-1] + eos_token }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
 )
-CONFIG = TINY_FAMILIES["r1_distill_qwen"] | {"vocab_size": 272, "bos_token_id": BEGIN, "eos_token_id": END}
+# The 1.5B's heads, in two thin layers.
+CONFIG = TINY_FAMILIES["r1_distill_qwen"] | {
+    "vocab_size": 272,
+    "bos_token_id": BEGIN,
+    "eos_token_id": END,
+    "hidden_size": 1536,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=[("<think>", "</think>"), ("[THINK]", "[/THINK]")], ids=["r1", "magistral"])
+def folder(request, tmp_path_factory):
     """What the model says depends on the last token alone: "Hm", the tag, "Yes!", the end."""
     folder = tmp_path_factory.mktemp("r1") / "DeepSeek-R1-Distill-Qwen-Tiny"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    flagged = {END, BEGIN}
-    added = [tokenizers.AddedToken(text, special=i in flagged, normalized=False) for i, text in SPELLINGS.items()]
+    opens, closes = request.param
+    spellings = SPELLINGS | {THINK: opens, END_THINK: closes}
+    # Magistral's tags are flagged: no text shows them.
+    flagged = {END, BEGIN} if opens == SPELLINGS[THINK] else {END, BEGIN, THINK, END_THINK}
+    added = [tokenizers.AddedToken(text, special=i in flagged, normalized=False) for i, text in spellings.items()]
     tokenizer.add_tokens(added)
-    assert all(tokenizer.token_to_id(text) == i for i, text in SPELLINGS.items())
+    assert all(tokenizer.token_to_id(text) == i for i, text in spellings.items())
     byte = {char: tokenizer.encode(char).ids[0] for char in "\nHmYes!"}
     chain = dict(itertools.pairwise([*(byte[char] for char in "\nHm"), END_THINK, *(byte[c] for c in "Yes!"), END]))
     shapes = {}
@@ -65,13 +76,14 @@ def folder(tmp_path_factory):
         weights["lm_head.weight"][following] += weights["model.embed_tokens.weight"][token]
     write_hf(folder, CONFIG, weights, shards=2)
     tokenizer.save(str(folder / "tokenizer.json"))
-    named = {"bos_token": SPELLINGS[BEGIN], "eos_token": SPELLINGS[END], "chat_template": TEMPLATE}
+    template = TEMPLATE.replace(SPELLINGS[THINK], opens).replace(SPELLINGS[END_THINK], closes)
+    named = {"bos_token": SPELLINGS[BEGIN], "eos_token": SPELLINGS[END], "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, USER], "temperature": 0.6}))
     return folder
 
 
-def test_r1_distill_qwen_is_served_with_its_reasoning_apart(folder):
+def test_a_reasoning_model_is_served_with_its_reasoning_apart(folder):
     mesh = jaxllama.make_mesh(LlamaConfig.from_hf(CONFIG), tp=1)
     with jaxllama.load(folder, mesh, dtype=jnp.float32, options=tiny.SMALL) as llama:
         assert llama.config.eos_token_ids == (END, USER), "of generation_config.json"

@@ -49,6 +49,7 @@ class ChatResponse(Response):
                     stop=params.stop,
                     include_stop=params.include_stop_str_in_output,
                     starts_in_reasoning=prompt.starts_in_reasoning,
+                    reasoning_tags=prompt.reasoning_tags,
                     stop_in_reasoning=self.config.stop_in_reasoning,
                     prompt_tail=prompt.prompt_ids[-PROMPT_TAIL:] if prompt.continues else (),
                     continues=prompt.continues,

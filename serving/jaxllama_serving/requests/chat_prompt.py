@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jaxllama import Structured
 from jaxllama.errors import GrammarError, RequestError, quote
 from jaxllama.text.constraint import OutputConstraint
+from jaxllama.text.reasoning import ReasoningTags
 from jaxllama.text.structured import GrammarSource
 from jaxllama.text.tool_parsing import LiveParser, LooseParser, ToolParser
 from jaxllama.text.tools import (
@@ -60,6 +61,7 @@ class ChatPrompt:
 
     prompt_ids: list[int]
     starts_in_reasoning: bool | None
+    reasoning_tags: ReasoningTags
     continues: bool
     tools: Tools | None
     constraints: tuple[OutputConstraint | None, ...]
@@ -141,7 +143,7 @@ def make_prompt(llama: Llama, config: ServerConfig, request: ChatRequest, num_ch
             )
             for _ in range(num_choices)
         )
-    return ChatPrompt(found.prompt_ids, starts, continues, tools, constraints, found.ignored)
+    return ChatPrompt(found.prompt_ids, starts, template.reasoning_tags, continues, tools, constraints, found.ignored)
 
 
 def template_of(llama: Llama) -> ChatTemplate:

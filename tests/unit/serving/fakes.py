@@ -15,6 +15,8 @@ from jaxllama.engine.options import EngineStats
 from jaxllama.errors import ChatTemplateError, ContextLengthError, EngineStoppedError, QueueFullError
 from jaxllama.text.encoding.detokenize import ByteDecoder
 from jaxllama.text.messages import for_template, normalized
+from jaxllama.text.reasoning import THINK as THINK_TAGS
+from jaxllama.text.reasoning import ReasoningTags
 from jaxllama.text.tools import ToolFormat, choose_format
 
 EOS = 0
@@ -98,6 +100,7 @@ class FakeTemplate:
     source: str = "<|im_start|>"
     variables: frozenset[str] = frozenset()
     own_variables: frozenset[str] = frozenset({"messages", "tools", "bos_token"})
+    reasoning_tags: ReasoningTags = THINK_TAGS
 
     @property
     def has_reasoning(self) -> bool:

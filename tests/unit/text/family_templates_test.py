@@ -10,6 +10,7 @@ from unit.text.output_test import tokenizer_of
 from jaxllama.errors import ChatTemplateError
 from jaxllama.text.chat import ChatTemplate
 from jaxllama.text.output import OutputAssembler
+from jaxllama.text.reasoning import GRANITE, MAGISTRAL, THINK
 from jaxllama.text.tool_parsing import LooseParser, ToolDelta
 from jaxllama.text.tools import MISTRAL, Tool
 
@@ -122,6 +123,32 @@ def test_enable_thinking_switches_the_reasoning(source):
     assert off.text.rstrip("\n").endswith("<think>\n\n</think>")
     # The model opens its reasoning itself: neither prompt ends inside.
     assert on.starts_in_reasoning is off.starts_in_reasoning is False
+
+
+@pytest.mark.parametrize(
+    ("source", "spellings", "tags"),
+    [
+        (QWEN3_LIKE, [], THINK),
+        (GRANITE_LIKE, [], None),
+        (GRANITE_LIKE + "{# <think></think> and <response></response> #}", [], GRANITE),
+        (MISTRAL_LIKE, [], None),
+        (MISTRAL_LIKE + "{# [THINK][/THINK] #}", [], MAGISTRAL),
+        (MISTRAL_LIKE, ["[THINK]", "[/THINK]"], MAGISTRAL),
+        (MISTRAL_LIKE, ["<think>", "</think>"], THINK),
+    ],
+)
+def test_the_tags_are_the_template_s_or_else_the_tokenizer_s(source, spellings, tags):
+    template = ChatTemplate(source, spellings=spellings, named_tokens=NAMED)
+    assert template.has_reasoning == (tags is not None)
+    assert template.reasoning_tags == (tags or THINK)
+
+
+def test_a_begun_answer_follows_the_tags_of_its_family():
+    template = ChatTemplate(MISTRAL_LIKE, spellings=["[THINK]", "[/THINK]"], named_tokens=NAMED)
+    begun = {"role": "assistant", "reasoning_content": "Hm.", "content": "It is"}
+    assert template.render([CHAT[0], begun], continue_last=True).text.endswith("[/INST][THINK]Hm.[/THINK]It is")
+    said = [CHAT[0], {"role": "assistant", "content": "[THINK]Hm.[/THINK]2."}, CHAT[0]]
+    assert template.render(said).text == "<s>[INST]1?[/INST]2.</s>[INST]1?[/INST]"
 
 
 def test_calls_written_with_hidden_tokens_are_found(mistral_like):

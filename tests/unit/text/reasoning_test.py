@@ -8,14 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllama.text.reasoning import ReasoningSplitter
+from jaxllama.text.reasoning import GRANITE, MAGISTRAL, THINK, ReasoningSplitter, ReasoningTags, split_reasoning
 
 LAW = settings(deadline=None, max_examples=300)
-pieces = st.sampled_from(["<think>", "</think>", "<th", "ink>", "</", "\n", "\n\n", " ", "a", "bc", "<", "\r\n"])
+PIECES = ["<think>", "</think>", "<th", "ink>", "</", "\n", "\n\n", " ", "a", "bc", "<", "\r\n"]
+pieces = st.sampled_from(PIECES)
+wrapped = st.sampled_from([*PIECES, "</think>", "<response>", "</response>", "<resp", "onse>"])
 
 
-def split(cuts: list[str], starts_inside: bool) -> dict[str, str]:
-    splitter = ReasoningSplitter(starts_inside)
+def split(cuts: list[str], starts_inside: bool, tags: ReasoningTags = THINK) -> dict[str, str]:
+    splitter = ReasoningSplitter(starts_inside, tags)
     parts = list(itertools.chain(*map(splitter.push, cuts), splitter.flush()))
     assert all(text for _, text in parts)
     return {kind: "".join(t for k, t in parts if k == kind) for kind in ("reasoning", "content")}
@@ -45,13 +47,48 @@ def test_examples(text: str, starts_inside: bool, reasoning: str, content: str) 
     assert split([text], starts_inside) == {"reasoning": reasoning, "content": content}
 
 
+@pytest.mark.parametrize(
+    ("text", "reasoning", "content"),
+    [
+        ("<think>so</think>\n<response>Hello\n</response>\n", "so", "Hello"),
+        ("<think>so</think><response>\na </response> b</response> ", "so", "a </response> b"),
+        ("<think>so</think>\n\nno <response>a</response>", "so", "no <response>a</response>"),
+        ("<think>so</think><response>Hello", "so", "Hello"),
+        ("<think>so</think><resp", "so", "<resp"),
+        ("<think>so</think><response>a\n</resp", "so", "a\n</resp"),
+        ("<think>so</think><response></response>", "so", ""),
+        ("<response>a</response>", "", "<response>a</response>"),
+    ],
+)
+def test_granite_s_answer_has_tags_too(text: str, reasoning: str, content: str) -> None:
+    assert split([text], False, GRANITE) == {"reasoning": reasoning, "content": content}
+    assert split_reasoning(text, GRANITE) == (reasoning, content) or "</response>" not in text.strip()[-11:]
+    inside = text.removeprefix("<think>")
+    if inside != text:
+        assert split([inside], True, GRANITE) == {"reasoning": reasoning, "content": content}
+    # Whoever has no such tags is asked for an answer in them, perhaps.
+    assert "<resp" not in text or "<resp" in split([text], False)["content"]
+
+
+def test_magistral_has_tags_of_its_own() -> None:
+    text = "[THINK]so <think>[/THINK]Hello [THINK]"
+    assert split([text], False, MAGISTRAL) == {"reasoning": "so <think>", "content": "Hello [THINK]"}
+    assert split_reasoning(text, MAGISTRAL) == ("so <think>", "Hello [THINK]")
+    assert split([text], False) == {"reasoning": "", "content": text}
+
+
 @LAW
-@given(text=st.lists(pieces, max_size=10).map("".join), starts_inside=st.booleans(), data=st.data())
-def test_every_cut_gives_the_same(text: str, starts_inside: bool, data: st.DataObject) -> None:
-    whole = split([text], starts_inside)
-    assert split(list(text), starts_inside) == whole
+@given(
+    text=st.lists(wrapped, max_size=10).map("".join),
+    starts_inside=st.booleans(),
+    tags=st.sampled_from([THINK, GRANITE]),
+    data=st.data(),
+)
+def test_every_cut_gives_the_same(text: str, starts_inside: bool, tags: ReasoningTags, data: st.DataObject) -> None:
+    whole = split([text], starts_inside, tags)
+    assert split(list(text), starts_inside, tags) == whole
     cut = data.draw(st.integers(0, len(text)))
-    assert split([text[:cut], text[cut:]], starts_inside) == whole
+    assert split([text[:cut], text[cut:]], starts_inside, tags) == whole
 
 
 @LAW
