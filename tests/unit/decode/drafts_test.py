@@ -104,7 +104,7 @@ def test_as_many_drafts_are_verified_as_are_expected_to_save_time():
     assert depth_of((1, 1), (3, 3), [1, 1.89, 1.89, 1.89, 1.89]) == 0
     assert depth_of((0, 0), (4, 4), [1, 1.001, 1.001, 1.001, 1.001]) == 0
     # A text without matches, however little it costs.
-    assert depth_of((2, 2), (0, 0), [1, 1, 1, 1, 1]) == 0
+    assert depth_of((2, 2), (0, 0), [1.0, 1, 1, 1, 1]) == 0
 
 
 def test_no_more_tokens_are_verified_than_there_is_room_for():
