@@ -1,4 +1,4 @@
-"""The pages that the code itself writes: the command's flags, the HTTP API, the errors; and the notebook."""
+"""The pages that the code itself writes: the command's flags, the HTTP API, the errors; and the notebooks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ def write_pages(folder: Path) -> None:
         path = folder / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
-    shutil.copy2(ROOT / "notebooks" / "decode.ipynb", folder / "notebook.ipynb")
+    # Where it was until there were several: a page in no table of contents.
+    (folder / "notebook.ipynb").unlink(missing_ok=True)
+    (folder / "notebooks").mkdir(exist_ok=True)
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        shutil.copy2(path, folder / "notebooks" / path.name)
 
 
 def cli_page() -> str:
