@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
             "would go wrong. Exit code 1 if anything would.",
         )
     )
+    _add_check(commands)
     explain = commands.add_parser(
         "explain", help="say what an error means and what to do", description="Explains an error by its name."
     )
@@ -113,6 +114,20 @@ def _add_application(commands: argparse._SubParsersAction[_Parser], name: str, t
     cli.add_arguments(parser)
     parser.set_defaults(run=cli.run)
     return parser
+
+
+def _add_check(commands: argparse._SubParsersAction[_Parser]) -> None:
+    from jaxllama.llama.check import cli as check_cli
+
+    check_cli.add_arguments(
+        commands.add_parser(
+            "check",
+            help="say whether kernels, bits and speed hold on these devices",
+            description="Runs kernels beside the reference, compares bits, and measures memory, products, collectives, "
+            "a step and a chunk, in three minutes. Prints a table to paste into an issue. Exit code 1 if anything does "
+            "not hold. What is missing or wrong before a model runs, `jaxllama doctor` says.",
+        )
+    )
 
 
 def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:

@@ -38,7 +38,7 @@ from jaxllama.hosts.lockstep import Leading, check_processes, follow
 from jaxllama.hosts.watch import DeviceWatch
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.params import Params
-from jaxllama.model.platforms.describe import describe_platform
+from jaxllama.model.platforms.self_check import describe_checked
 from jaxllama.system.memory import give_back
 
 logger = logging.getLogger("jaxllama.engine")
@@ -67,7 +67,8 @@ class Engine:
         self.group = group
         self.max_context = min(options.max_context or config.max_position_embeddings, config.max_position_embeddings)
         self.kv_dtype = jnp.dtype(options.kv_dtype or params["norm"].dtype)
-        self.platform = platform = describe_platform(config, mesh, dtype=params["norm"].dtype, kv_dtype=self.kv_dtype)
+        platform = describe_checked(config, mesh, params["norm"].dtype, self.kv_dtype, options.page_size)
+        self.platform = platform
         self.sizes = sizes = size_engine(
             max_rows=options.max_rows,
             max_context=self.max_context,
@@ -271,6 +272,7 @@ class Engine:
             has_failed=self._failure is not None,
             num_compilations=num_compilations() - self._compilations_before,
             device_hangs=self._watch.hang is not None,
+            kernel_fault=self.platform.kernel_fault,
             ready=self._is_warm and self.health() is None and self._is_accepting,
         )
 
@@ -306,10 +308,7 @@ class Engine:
             self.group.close()
 
     def give_up(self, reason: str) -> None:
-        """Fails every request now and takes no more: a device hangs (`health`), and the engine's thread with it.
-
-        Of a group all processes end.
-        """
+        """Fails every request now and takes no more, as a device hangs (`health`). Of a group all processes end."""
         self._abandon(error := EngineStoppedError(reason))
         if self.group is not None:
             self.group.leave(error)

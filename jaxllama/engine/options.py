@@ -76,7 +76,7 @@ class EngineOptions:
 @dataclass(frozen=True)
 class EngineStats:
     """The engine's load at one moment. `has_failed`: it has ended for good; `Engine.health` says why, and
-    which device it is if one hangs.
+    which device it is if one hangs. `kernel_fault`: what a kernel does wrong on these devices, so that plain JAX runs.
 
     `num_cached_pages` can be found by later requests. Of all prompts so far, `num_prompt_tokens` in length,
     `num_prompt_tokens_cached` were found. `num_compilations` is the process's since the engine was made.
@@ -92,6 +92,7 @@ class EngineStats:
     num_prompt_tokens_cached: int = 0
     has_failed: bool = False
     device_hangs: bool = False
+    kernel_fault: str | None = None
     num_compilations: int = 0
 
 

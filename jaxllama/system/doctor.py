@@ -26,24 +26,13 @@ from jaxllama.errors import one_line
 from jaxllama.model.native import library
 from jaxllama.model.platforms.startup import has_libtpu, may_have_tpu
 from jaxllama.system.progress import is_watched
+from jaxllama.system.versions import installed, version_of
 
 type Status = Literal["ok", "note", "warning", "problem"]
 
 _GB = 1e9
 _LOW_DISK_BYTES = 5e9
 _LOW_MEMORY_BYTES = 2e9
-_VERSIONED = (
-    "jax",
-    "jaxlib",
-    "libtpu",
-    "flax",
-    "orbax-checkpoint",
-    "numpy",
-    "tokenizers",
-    "llguidance",
-    "aiohttp",
-    "pydantic",
-)
 # Extra to the module that shows whether it is installed, and what it is for.
 _EXTRAS = {
     "serve": ("aiohttp", "serve, batch, chat and bench"),
@@ -136,23 +125,16 @@ def _versions() -> Iterator[Finding]:
         f"{python} on {where}",
         "" if supported else "3.12 or newer is needed",
     )
-    yield Finding("jaxllama", "ok", f"{_version('jaxllama') or 'not installed'}, in {Path(__file__).parents[1]}")
-    have = {name: _version(name) for name in _VERSIONED}
-    yield Finding("libraries", "ok", ", ".join(f"{name} {version}" for name, version in have.items() if version))
+    yield Finding("jaxllama", "ok", f"{version_of('jaxllama') or 'not installed'}, in {Path(__file__).parents[1]}")
+    have = installed()
+    yield Finding("libraries", "ok", ", ".join(f"{name} {version}" for name, version in have.items()))
     for requirement, version in _too_old():
         yield Finding(
             "libraries", "problem", f"{requirement} is needed, {version} is installed", f"pip install '{requirement}'"
         )
-    if have["jax"] and have["jaxlib"] and have["jax"].split(".")[:2] != have["jaxlib"].split(".")[:2]:
+    if "jax" in have and "jaxlib" in have and have["jax"].split(".")[:2] != have["jaxlib"].split(".")[:2]:
         text = f"jax {have['jax']} and jaxlib {have['jaxlib']} do not belong together"
         yield Finding("libraries", "problem", text, f"pip install 'jaxlib=={have['jax']}'")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _too_old() -> Iterator[tuple[str, str]]:
@@ -163,7 +145,7 @@ def _too_old() -> Iterator[tuple[str, str]]:
         return
     for requirement in requirements:
         name, found, least = requirement.split(";")[0].strip().partition(">=")
-        version = _version(name) if found else None
+        version = version_of(name) if found else None
         if version and _numbers(version) < _numbers(least):
             yield f"{name}>={least.split(',')[0]}", version
 

@@ -26,6 +26,7 @@ GAUGES = {
     "jaxllama_cache_hit_ratio": "Of all prompts' tokens since the start, how many were found in the cache.",
     "jaxllama_compilations": "Programs compiled, or read from the cache on disk. Once ready it stays as it is.",
     "jaxllama_device_hangs": "1 while a device does not finish what it was given; /health says which.",
+    "jaxllama_kernel_fault": "1 where a kernel disagrees with the reference on these devices, which runs in its place.",
     "jaxllama_decode_roofline_ratio": "Bytes that the last minute's decoding had to read (weights, live keys and "
     "values), over what the memory could deliver in its time. Absent where the bandwidth is unknown.",
 }

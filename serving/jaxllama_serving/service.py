@@ -75,6 +75,11 @@ class Service:
         """The longest prompt and completion together, in tokens; None while the model loads."""
         return self._llama.max_context if self._llama is not None else None
 
+    @property
+    def kernel_fault(self) -> str | None:
+        """What a kernel does wrong on these devices, None if nothing."""
+        return None if self._llama is None else self._llama.engine.stats().kernel_fault
+
     def _gauges(self) -> dict[str, float]:
         values: dict[str, float] = {"jaxllama_ready": self.not_ready_reason() is None}
         if self._llama is None:
@@ -88,6 +93,7 @@ class Service:
             "jaxllama_kv_pages_cached": stats.num_cached_pages,
             "jaxllama_compilations": stats.num_compilations,
             "jaxllama_device_hangs": stats.device_hangs,
+            "jaxllama_kernel_fault": stats.kernel_fault is not None,
         }
         if stats.num_prompt_tokens:
             values["jaxllama_cache_hit_ratio"] = stats.num_prompt_tokens_cached / stats.num_prompt_tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxllama.errors import ConfigError, quote
@@ -202,6 +202,11 @@ class LlamaConfig:
     def has_rope(self, layer: int) -> bool:
         """Whether the layer rotates queries and keys."""
         return self.rotates[layer] if self.rotates else True
+
+    def cut_to(self, num_layers: int) -> LlamaConfig:
+        """The same with its first `num_layers` layers alone."""
+        windows, rotates = self.windows[:num_layers], self.rotates[:num_layers]
+        return replace(self, num_layers=num_layers, windows=windows, rotates=rotates)
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> LlamaConfig:

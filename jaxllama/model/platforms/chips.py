@@ -56,3 +56,34 @@ DEVICE_KINDS = {
     "TPU7x": "tpu7x",
 }
 """`jax.Device.device_kind` to the generation's name."""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What one device can do at most in bfloat16, as its maker publishes it, without sparsity."""
+
+    flops_per_s: float
+    hbm_bytes_per_s: float
+
+
+# By what a GPU's name begins with, the longer names first. Source: NVIDIA's data sheets.
+_GPUS = {
+    "NVIDIA B200": Peaks(2250e12, 8000e9),
+    "NVIDIA H200": Peaks(989e12, 4800e9),
+    "NVIDIA H100 PCIe": Peaks(756e12, 2000e9),
+    "NVIDIA H100 NVL": Peaks(835e12, 3900e9),
+    "NVIDIA H100": Peaks(989e12, 3350e9),
+    "NVIDIA A100-SXM4-40GB": Peaks(312e12, 1555e9),
+    "NVIDIA A100-PCIE-40GB": Peaks(312e12, 1555e9),
+    "NVIDIA A100": Peaks(312e12, 1935e9),
+    "NVIDIA L40S": Peaks(362e12, 864e9),
+    "NVIDIA L4": Peaks(121e12, 300e9),
+}
+
+
+def public_peaks(device_kind: str) -> Peaks | None:
+    """Of a `jax.Device.device_kind`; None for one that is not known."""
+    generation = GENERATIONS.get(DEVICE_KINDS.get(device_kind, ""))
+    if generation is not None:
+        return Peaks(generation.flops_per_s, generation.hbm_bytes_per_s)
+    return next((peaks for name, peaks in _GPUS.items() if device_kind.startswith(name)), None)

@@ -40,7 +40,8 @@ class Platform:
     because a compiler may plan its copies well for a few layers and badly for 80; None: all in one piece.
     `has_layer_kernel`: a layer is one call of `native.run_layer`.
     `compiler_options` are XLA's, for every program that runs the layers.
-    `head_layout` is how the kernel wants the cache's pages to hold KV heads; None: each by itself.
+    `head_layout` is how the kernel wants the cache's pages to hold KV heads; None: each by itself. `kernel_fault` is
+    what a kernel does wrong on these devices, in whose place the reference runs (`self_check`).
 
     The weights:
     `packs_weights`: matrices are reordered for `native.multiply`. `max_part_bytes`: feed-forward matrices are
@@ -63,6 +64,7 @@ class Platform:
     has_layer_kernel: bool = False
     compiler_options: CompilerOptions = ()
     head_layout: HeadLayout | None = None
+    kernel_fault: str | None = None
     packs_weights: bool = False
     max_part_bytes: int | None = None
     page_size: int = 16

@@ -20,7 +20,8 @@ async def health(request: web.Request) -> web.Response:
     reason = request.app[SERVICE].unhealthy_reason()
     if reason is not None:
         raise unavailable(reason)
-    return web.json_response({"status": "ok"})
+    fault = request.app[SERVICE].kernel_fault
+    return web.json_response({"status": "ok"} | ({} if fault is None else {"kernel_fault": fault}))
 
 
 async def ready(request: web.Request) -> web.Response:

@@ -283,9 +283,10 @@ class TokenizerInfo(_Response):
 
 
 class Status(_Response):
-    """All is well."""
+    """All is well; but for a `kernel_fault`, what a kernel does wrong on these devices, so that a slower one runs."""
 
     status: Literal["ok", "ready"]
+    kernel_fault: str = ""
 
 
 class Profile(_Response):

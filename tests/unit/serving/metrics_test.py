@@ -57,6 +57,7 @@ def test_gauges_are_the_engine_s_load_and_need_a_key():
                 "jaxllama_cache_hit_ratio": 0,
                 "jaxllama_compilations": 7,
                 "jaxllama_device_hangs": 0,
+                "jaxllama_kernel_fault": 0,
             }
             live.service.draining = True
             assert (await scrape(live, **key))["jaxllama_ready"] == 0

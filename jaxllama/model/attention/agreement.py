@@ -1,0 +1,229 @@
+"""Whether an implementation of attention computes what it should on the devices at hand: random ragged rows, beside
+attention in float64 that knows neither pages nor blocks.
+
+All that a kernel may get wrong is tried: rows that end within a page, at its end and after it, rows past a block of
+keys, rows that are not active, several queries a row, a chunk after another, and what lies past a row's end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int
+
+from jaxllama.model.attention.reference import BLOCK_TOKENS
+from jaxllama.model.attention.sharded import ShardedAttention
+from jaxllama.model.cache import HeadLayout, KVPool, kv_pool_shapes, pool_spec
+from jaxllama.model.config import LlamaConfig
+from jaxllama.model.int8 import quantize_rows
+
+TOLERANCES = {"float32": 2e-3, "bfloat16": 0.04}
+"""Of values of standard deviation 1, by the dtype of what enters a product."""
+
+_QUERIES = 4
+_SHARPNESS = 3.0  # Peaked scores: a wrong scale shows.
+_POISON = float("nan")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One way of calling it: the largest difference from float64, and whether a row alone gets the same bits.
+
+    `row_alone` is None where rows do not come together.
+    """
+
+    call: str
+    error: float
+    tolerance: float
+    row_alone: bool | None = None
+
+    @property
+    def holds(self) -> bool:
+        """NaN never does."""
+        return self.error <= self.tolerance and self.row_alone is not False
+
+
+def agreements(
+    attention: ShardedAttention,
+    config: LlamaConfig,
+    *,
+    page_size: int,
+    dtype: Any,
+    kv_dtype: Any,
+    needs_clean_pages: bool,
+    layout: HeadLayout | None = None,
+    seed: int = 0,
+) -> list[Agreement]:
+    """`attention` in the last layer of `config`, for products of `dtype` and a cache of `kv_dtype`: of prefill, decode,
+    verify.
+
+    Two layers are enough, and a small pool. Unless it `needs_clean_pages`, slots that no token has hold NaN. Takes
+    seconds, most of them compilation.
+
+    Raises: whatever the kernel's compilation raises.
+    """
+    story = _Story(attention, config, page_size, jnp.dtype(dtype), jnp.dtype(kv_dtype), needs_clean_pages, layout, seed)
+    return [story.prefill(), story.decode(), story.verify()]
+
+
+class _Story:
+    """Rows that are prefilled, then decoded, then verified, in one pool, whose keys and values are kept here too."""
+
+    def __init__(
+        self,
+        attention: ShardedAttention,
+        config: LlamaConfig,
+        page_size: int,
+        dtype: Any,
+        kv_dtype: Any,
+        needs_clean_pages: bool,
+        layout: HeadLayout | None,
+        seed: int,
+    ) -> None:
+        self._attention, self._config, self._dtype, self._kv_dtype = attention, config, dtype, kv_dtype
+        self._rng = np.random.default_rng(seed)
+        self._tolerance = TOLERANCES[dtype.name]
+        longest = -(-max(3 * page_size, 5 * BLOCK_TOKENS // 2) // page_size) * page_size
+        ends = [0, page_size - 1, page_size, page_size + 1, longest // 2 + 3, longest]
+        num_shards = attention.num_shards
+        # Not 1: a shard's rows are more than one program's fewest.
+        rows_per_shard = -(-(len(ends) + 1) // num_shards)
+        self._num_rows = rows_per_shard * num_shards
+        self._lengths = np.resize(ends, self._num_rows)
+        self._active = np.arange(self._num_rows) != min(2, self._num_rows - 1)
+        self._shard = np.arange(self._num_rows) // rows_per_shard
+        self._chunk = -(-(longest // 2) // page_size) * page_size
+        width = (longest + self._chunk) // page_size + 1
+        self._pages_per_shard = 1 + rows_per_shard * width
+        self._table = self._make_table(width, rows_per_shard)
+        shapes = kv_pool_shapes(config, self._pages_per_shard, page_size, kv_dtype, num_shards, layout)
+        fill = 0.0 if needs_clean_pages else _POISON
+        self._pool: KVPool = jax.tree.map(lambda part: _full(part, fill), shapes)
+        if attention.mesh is not None:
+            specs = pool_spec(self._pool, attention.mesh)
+            mesh = attention.mesh
+            self._pool = jax.tree.map(
+                lambda part, spec: jax.device_put(part, NamedSharding(mesh, spec)), self._pool, specs
+            )
+        self._keys: list[list[np.ndarray]] = [[] for _ in range(self._num_rows)]
+        self._values: list[list[np.ndarray]] = [[] for _ in range(self._num_rows)]
+        # Made here, so that no program of another implementation is found in JAX's cache.
+        self._prefill = jax.jit(lambda *args: attention.prefill(*args), donate_argnums=2)
+        self._decode = jax.jit(lambda *args: attention.decode(*args))
+        self._verify = jax.jit(lambda *args: attention.verify(*args))
+
+    def prefill(self) -> Agreement:
+        """Every row's tokens, in one chunk or two."""
+        worst = 0.0
+        for row, length in enumerate(self._lengths):
+            for start in range(0, int(length), self._chunk):
+                count = min(self._chunk, int(length) - start)
+                q, kv = self._queries(self._chunk), self._new(self._chunk)
+                table, shard = jnp.asarray(self._table[row]), jnp.int32(self._shard[row])
+                out, self._pool = self._prefill(q, kv, self._pool, table, jnp.int32(start), jnp.int32(count), shard)
+                self._keep(row, kv[:count])
+                worst = _larger(worst, self._error(out[:count], q[:count], row, start))
+        return Agreement("prefill", worst, self._tolerance)
+
+    def decode(self) -> Agreement:
+        """A token of every active row."""
+        q, kv = self._queries(self._num_rows), self._new(self._num_rows)
+        args = (jnp.asarray(self._table), jnp.asarray(self._lengths, jnp.int32))
+        out, pool = self._decode(q, kv, self._pool, *args, jnp.asarray(self._active))
+
+        def alone(mask: np.ndarray) -> Array:
+            result: Array = self._decode(q, kv, self._pool, *args, jnp.asarray(mask))[0]
+            return result
+
+        same = self._rows_alone(out, alone)
+        self._pool = pool
+        worst = 0.0
+        for row in np.flatnonzero(self._active).tolist():
+            self._keep(row, kv[row : row + 1])
+            worst = _larger(worst, self._error(out[row : row + 1], q[row : row + 1], row, int(self._lengths[row])))
+        return Agreement("decode", worst, self._tolerance, same)
+
+    def verify(self) -> Agreement:
+        """From one to four tokens of every active row."""
+        lengths = self._lengths + self._active
+        counts = np.where(self._active, 1 + np.arange(self._num_rows) % _QUERIES, 0)
+        q = self._queries(self._num_rows * _QUERIES).reshape(self._num_rows, _QUERIES, -1, self._config.head_dim)
+        kv = self._new(self._num_rows * _QUERIES).reshape(self._num_rows, _QUERIES, -1, self._config.head_dim)
+        args = (jnp.asarray(self._table), jnp.asarray(lengths, jnp.int32))
+        out, pool = self._verify(q, kv, self._pool, *args, jnp.asarray(counts, jnp.int32))
+
+        def alone(mask: np.ndarray) -> Array:
+            result: Array = self._verify(q, kv, self._pool, *args, jnp.asarray(np.where(mask, counts, 0), jnp.int32))[0]
+            return result
+
+        out = jnp.where((np.arange(_QUERIES) < counts[:, None])[..., None, None], out, 0)
+        same = self._rows_alone(
+            out, lambda mask: jnp.where((np.arange(_QUERIES) < counts[:, None])[..., None, None], alone(mask), 0)
+        )
+        self._pool = pool
+        worst = 0.0
+        for row in np.flatnonzero(self._active).tolist():
+            self._keep(row, kv[row, : counts[row]])
+            found, asked = out[row, : counts[row]], q[row, : counts[row]]
+            worst = _larger(worst, self._error(found, asked, row, int(lengths[row])))
+        return Agreement(f"verify of {_QUERIES}", worst, self._tolerance, same)
+
+    def _rows_alone(self, together: Array, alone: Callable[[np.ndarray], Array]) -> bool:
+        """Whether each of three rows has the bits of `together` when only it is active."""
+        rows = np.flatnonzero(self._active)[[0, -2, -1]]
+        bits = np.asarray(together)
+        return all(np.array_equal(np.asarray(alone(np.arange(self._num_rows) == row))[row], bits[row]) for row in rows)
+
+    def _make_table(self, width: int, rows_per_shard: int) -> Int[np.ndarray, "rows pages"]:
+        """Each row's pages, scattered, of the last layer; a shard numbers its own."""
+        tables = []
+        for _ in range(self._num_rows // rows_per_shard):
+            pages = 1 + self._rng.permutation(rows_per_shard * width)
+            tables.append(pages.reshape(rows_per_shard, width))
+        first = (self._config.num_layers - 1) * self._pages_per_shard
+        return (np.concatenate(tables) + first).astype(np.int32)
+
+    def _queries(self, count: int) -> Float[Array, "count heads head_dim"]:
+        shape = (count, self._config.num_heads, self._config.head_dim)
+        return jnp.asarray(_SHARPNESS * self._rng.standard_normal(shape), self._dtype)
+
+    def _new(self, count: int) -> Float[Array, "count kv2 head_dim"]:
+        shape = (count, 2 * self._config.num_kv_heads, self._config.head_dim)
+        return jnp.asarray(self._rng.standard_normal(shape), self._dtype)
+
+    def _keep(self, row: int, kv: Float[Array, "tokens kv2 head_dim"]) -> None:
+        """Keeps what the cache has of new keys and values now: rounded as its dtype says."""
+        if self._kv_dtype == jnp.int8:
+            values, scales = quantize_rows(kv)
+            stored = np.asarray(values, np.float64) * np.asarray(scales, np.float64)[..., None]
+        else:
+            stored = np.asarray(kv.astype(self._kv_dtype), np.float64)
+        self._keys[row].append(stored[:, 0::2])
+        self._values[row].append(stored[:, 1::2])
+
+    def _error(self, out: Any, q: Any, row: int, start: int) -> float:
+        """The largest difference of `out`, of queries from position `start` on."""
+        keys, values = np.concatenate(self._keys[row]), np.concatenate(self._values[row])
+        q = np.asarray(q, np.float64).reshape(len(q), keys.shape[1], -1, keys.shape[2])
+        scores = np.einsum("tkgd,skd->kgts", q, keys) / math.sqrt(keys.shape[2])
+        ahead = np.arange(len(keys)) > start + np.arange(len(q))[:, None]
+        weights = np.where(ahead, 0.0, np.exp(np.where(ahead, -np.inf, scores) - scores.max(-1, keepdims=True)))
+        want = np.einsum("kgts,skd->tkgd", weights / weights.sum(-1, keepdims=True), values)
+        return float(np.abs(np.asarray(out, np.float64).reshape(want.shape) - want).max())
+
+
+def _larger(a: float, b: float) -> float:
+    """NaN if either is."""
+    return float(np.maximum(a, b))
+
+
+def _full(part: Any, value: float) -> Array:
+    is_int = jnp.issubdtype(part.dtype, jnp.integer)
+    return jnp.full(part.shape, 127 if is_int and value != 0 else 0 if is_int else value, part.dtype)

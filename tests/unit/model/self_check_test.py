@@ -1,0 +1,155 @@
+"""Kernels that are broken on purpose are seen, on one device and on eight, and an engine then runs the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from collector import run
+
+from jaxllama import Engine, SamplingParams, make_mesh
+from jaxllama.model import native
+from jaxllama.model.attention import ReferenceAttention, ShardedAttention
+from jaxllama.model.attention.agreement import agreements
+from jaxllama.model.platforms import self_check
+from jaxllama.model.platforms.platform import Platform
+
+GREEDY = SamplingParams(temperature=0, ignore_eos=True, max_tokens=6, logprobs=0)
+CONFIG = tiny.config_of("divisible").cut_to(2)
+needs_kernels = pytest.mark.skipif(not native.is_available(), reason="needs AVX2 or NEON, and a C++ compiler")
+
+attend = native.attend
+BREAKS: dict[str, Callable[..., Any]] = {
+    "off by one block": lambda q, pool, table, positions: attend(q, pool, table, jnp.maximum(0, positions - 128)),
+    "another row's page": lambda q, pool, table, positions: attend(q, pool, jnp.roll(table, 1, axis=0), positions),
+    "wrong scale": lambda q, pool, table, positions: attend(q * 1.1, pool, table, positions),
+    "past a row's end": lambda q, pool, table, positions: attend(q, pool, table, positions + 1),
+    "no causal mask": lambda q, pool, table, positions: attend(
+        q, pool, table, jnp.broadcast_to(positions.max(1, keepdims=True), positions.shape)
+    ),
+}
+
+
+def fault(tp: int, dtype: str = "float32", kv_dtype: str = "float32") -> str | None:
+    mesh = make_mesh(CONFIG, tp=tp)
+    return self_check.fault_of(CONFIG, mesh, dtype=dtype, kv_dtype=kv_dtype, page_size=4)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("tp", "kv_dtype"), [(1, "float32"), (1, "int8"), (8, "float32")])
+def test_whole_kernels_have_no_fault(tp, kv_dtype):
+    assert fault(tp, kv_dtype=kv_dtype) is None
+
+
+@needs_kernels
+@pytest.mark.parametrize("broken", BREAKS)
+def test_a_broken_kernel_is_seen(monkeypatch, broken):
+    monkeypatch.setattr(native, "attend", BREAKS[broken])
+    text = fault(1) or ""
+    assert "the kernel CpuAttention for a cache of float32 computes something else than the reference here" in text
+    assert "off by nan" in text or broken != "past a row's end", "what lies there is NaN"
+
+
+@needs_kernels
+@pytest.mark.parametrize("broken", ["off by one block", "wrong scale", "past a row's end"])
+def test_a_broken_kernel_is_seen_on_eight_devices(monkeypatch, broken):
+    monkeypatch.setattr(native, "attend", BREAKS[broken])
+    assert "computes something else" in (fault(8) or "")
+
+
+@needs_kernels
+def test_a_row_that_notices_its_batch_is_seen(monkeypatch):
+    """By less than any tolerance."""
+
+    def noticing(q: Any, pool: Any, table: Any, positions: Any) -> Any:
+        return attend(q, pool, table, positions) + 1e-6 * positions.sum()
+
+    monkeypatch.setattr(native, "attend", noticing)
+    assert "a row alone has other bits than in a batch" in (fault(1) or "")
+
+
+def test_a_kernel_that_does_not_compile_is_a_fault(monkeypatch):
+    monkeypatch.setattr(self_check, "describe_platform", describe_broken)
+    monkeypatch.setattr(self_check, "agreements", lambda *_, **__: 1 / 0)
+    assert "BrokenAttention for a cache of float32 does not run here: division by zero" in (fault(1) or "")
+
+
+def test_the_reference_agrees_with_float64():
+    """On 8 devices, of which two share a KV head."""
+    mesh = make_mesh(CONFIG, tp=8)
+    how = {"dtype": "float32", "kv_dtype": "int8", "needs_clean_pages": False}
+    found = agreements(ShardedAttention(ReferenceAttention(), mesh), CONFIG, page_size=4, **how)
+    assert [each.call for each in found] == ["prefill", "decode", "verify of 4"]
+    assert all(each.holds for each in found), found
+
+
+# ---- At an engine's start ----
+
+
+@dataclasses.dataclass(frozen=True)
+class BrokenAttention(ReferenceAttention):
+    """Looks at twice the scale."""
+
+    def _attend(self, q: Any, *rest: Any) -> Any:
+        return super()._attend(2 * q, *rest)
+
+
+def describe_broken(config: Any, mesh: Any, **_: Any) -> Platform:
+    """A TPU's platform on a CPU."""
+    return Platform("tpu", ShardedAttention(BrokenAttention()), needs_clean_pages=True)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Path]:
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_an_engine_whose_kernel_disagrees_says_so_and_takes_the_reference(monkeypatch, cache, caplog):
+    prompt = tiny.prompt_of("divisible", 9)
+    options = dataclasses.replace(tiny.SMALL, compilation_cache="off")
+    with tiny.make_llama(options=options) as llama:
+        reference = Platform("cpu", ShardedAttention(ReferenceAttention()))
+        monkeypatch.setattr(self_check, "describe_platform", lambda *_, **__: reference)
+        params = tiny.make_params(llama.config, tiny.weights_of("divisible"), llama.mesh)
+        engine = Engine(llama.config, params, llama.mesh, options)
+        assert engine.stats().kernel_fault is None
+        expected = run(engine, prompt, GREEDY).tokens
+        engine.close()
+        monkeypatch.setattr(self_check, "describe_platform", describe_broken)
+        with caplog.at_level(logging.INFO, "jaxllama"):
+            engine = Engine(llama.config, params, llama.mesh, options)
+        (error,) = [record for record in caplog.records if record.levelname == "ERROR"]
+        assert "BrokenAttention" in error.getMessage()
+        assert "The reference runs in its place" in error.getMessage()
+        assert "BrokenAttention" in (engine.stats().kernel_fault or "")
+        assert type(engine.platform.kernel) is ReferenceAttention
+        assert run(engine, prompt, GREEDY).tokens == expected
+        engine.close()
+        # The verdict is known then, and of other shapes it is not.
+        (kept,) = cache.glob("kernels-*.json")
+        assert "BrokenAttention" in json.loads(kept.read_text())["fault"]
+        monkeypatch.setattr(self_check, "fault_of", lambda *_, **__: "looked again")
+        how = (llama.mesh, "float32", "float32")
+        assert "BrokenAttention" in (
+            self_check.describe_checked(llama.config, *how, options.page_size).kernel_fault or ""
+        )
+        assert self_check.describe_checked(llama.config, *how, 8).kernel_fault == "looked again"
+        kept.write_text("{")
+        assert self_check.describe_checked(llama.config, *how, options.page_size).kernel_fault == "looked again"
+
+
+def test_a_cpu_s_start_does_not_wait_for_it(monkeypatch):
+    monkeypatch.setattr(self_check, "fault_of", pytest.fail)
+    with tiny.make_llama() as llama:
+        assert llama.engine.platform.kernel_fault is None
