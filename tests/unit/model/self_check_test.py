@@ -28,12 +28,16 @@ needs_kernels = pytest.mark.skipif(not native.is_available(), reason="needs AVX2
 
 attend = native.attend
 BREAKS: dict[str, Callable[..., Any]] = {
-    "off by one block": lambda q, pool, table, positions: attend(q, pool, table, jnp.maximum(0, positions - 128)),
-    "another row's page": lambda q, pool, table, positions: attend(q, pool, jnp.roll(table, 1, axis=0), positions),
-    "wrong scale": lambda q, pool, table, positions: attend(q * 1.1, pool, table, positions),
-    "past a row's end": lambda q, pool, table, positions: attend(q, pool, table, positions + 1),
-    "no causal mask": lambda q, pool, table, positions: attend(
-        q, pool, table, jnp.broadcast_to(positions.max(1, keepdims=True), positions.shape)
+    "off by one block": lambda q, pool, table, positions, *rest: attend(
+        q, pool, table, jnp.maximum(0, positions - 128), *rest
+    ),
+    "another row's page": lambda q, pool, table, positions, *rest: attend(
+        q, pool, jnp.roll(table, 1, axis=0), positions, *rest
+    ),
+    "wrong scale": lambda q, pool, table, positions, *rest: attend(q * 1.1, pool, table, positions, *rest),
+    "past a row's end": lambda q, pool, table, positions, *rest: attend(q, pool, table, positions + 1, *rest),
+    "no causal mask": lambda q, pool, table, positions, *rest: attend(
+        q, pool, table, jnp.broadcast_to(positions.max(1, keepdims=True), positions.shape), *rest
     ),
 }
 
@@ -69,8 +73,8 @@ def test_a_broken_kernel_is_seen_on_eight_devices(monkeypatch, broken):
 def test_a_row_that_notices_its_batch_is_seen(monkeypatch):
     """By less than any tolerance."""
 
-    def noticing(q: Any, pool: Any, table: Any, positions: Any) -> Any:
-        return attend(q, pool, table, positions) + 1e-6 * positions.sum()
+    def noticing(q: Any, pool: Any, table: Any, positions: Any, *rest: Any) -> Any:
+        return attend(q, pool, table, positions, *rest) + 1e-6 * positions.sum()
 
     monkeypatch.setattr(native, "attend", noticing)
     assert "a row alone has other bits than in a batch" in (fault(1) or "")
