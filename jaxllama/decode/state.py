@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllama.decode.drafts import FIRST_ACCEPTANCE, SUFFIXES
@@ -205,14 +205,9 @@ def state_shardings(
 ) -> DecodeState:
     """Rows over `data`, pages over `data` and `rep`, KV heads over `kv`, vocabulary over `kv` and `rep`.
 
-    `draft` is the config of the draft model that there is a pool for. What has no element is everywhere, and on a mesh
-    of one device all is simply there: that is how a program gives it back, and with another sharding all would compile
-    a second time.
+    `draft` is the config of the draft model that there is a pool for. What has no element is everywhere: that is how a
+    program gives it back, and with another sharding all would compile a second time.
     """
-    if mesh.size == 1:
-        there = SingleDeviceSharding(mesh.devices.item())
-        alone: DecodeState = jax.tree.map(lambda shape: there, shapes)
-        return alone
     axes = DecodeState(
         pool=kv_pool_axes(shapes.pool.pages.dtype),
         page_table=("rows", None),  # type: ignore[arg-type]

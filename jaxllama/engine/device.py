@@ -235,8 +235,7 @@ class Device:
             num_drafts = decoding[bucket]
             costs, paths = np.zeros(1 + num_drafts, np.float32), Paths.none(num_rows, num_drafts)
             options = self._decode_options(bucket, num_drafts, Drafting(zero, costs, paths))
-            # Named as in `_run`: a jitted function knows calls by the names of their arguments too.
-            return decode_steps.lower(config, params, state, zero, keep, **options, steers=False)
+            return decode_steps.lower(config, params, state, zero, keep, **options)
 
         def lower_prefill(size: int) -> Any:
             at = (Place(pages, zero), Chunk(np.zeros(size, np.int32), zero, zero))
