@@ -8,7 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
+
 from jaxllama import Engine, EngineRequest, SamplingParams, TokenLogprob, TokenOutput
+from jaxllama.engine.calls import SavePages
+from jaxllama.engine.device import Device
 
 TIMEOUT_S = 60.0
 
@@ -105,3 +109,17 @@ def assert_idle(engine: Engine) -> None:
         return stats.num_running, stats.num_waiting, stats.num_pages_used
 
     assert wait_until(lambda: load() == (0, 0, 0)), load()
+
+
+def watch_saved_pages(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets the number of pages of each request that is set aside from now on."""
+    saved: list[int] = []
+    make_call = Device.run
+
+    def spy(self: Device, call: Any) -> Any:
+        if isinstance(call, SavePages):
+            saved.append(len(call.pages))
+        return make_call(self, call)
+
+    monkeypatch.setattr(Device, "run", spy)
+    return saved

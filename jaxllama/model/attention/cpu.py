@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllama.model import native
-from jaxllama.model.attention.reference import ReferenceAttention
+from jaxllama.model.attention.reference import KernelAttention
 from jaxllama.model.cache import KVPool
 
 
 @dataclass(frozen=True)
-class CpuAttention(ReferenceAttention):
+class CpuAttention(KernelAttention):
     """`Attention` for one CPU."""
 
     def _attend(
@@ -24,17 +24,6 @@ class CpuAttention(ReferenceAttention):
         window: int | None,
     ) -> Float[Array, "rows tokens heads head_dim"]:
         return native.attend(q, pool, page_table, positions, window)
-
-    def _attend_once(
-        self,
-        q: Float[Array, "rows heads head_dim"],
-        pool: KVPool,
-        page_table: Int[Array, "rows max_pages"],
-        positions: Int[Array, " rows"],
-        active: Bool[Array, " rows"],
-        window: int | None,
-    ) -> Float[Array, "rows heads head_dim"]:
-        return self._attend(q[:, None], pool, page_table, positions[:, None], window)[:, 0]
 
     def _idle_position(
         self, positions: Int[Array, " rows"], active: Bool[Array, " rows"], window: int | None

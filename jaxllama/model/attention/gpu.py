@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxllama.errors import ConfigError
-from jaxllama.model.attention.reference import ReferenceAttention
+from jaxllama.model.attention.reference import KernelAttention
 from jaxllama.model.cache import KVPool
 
 HEAD_DIMS = (64, 128)
@@ -34,7 +34,7 @@ _LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
-class GpuAttention(ReferenceAttention):
+class GpuAttention(KernelAttention):
     """`Attention` for one GPU, for heads of `HEAD_DIMS` and no windows. Tokens are written as the reference does.
 
     `interpret` runs the kernel in Pallas's interpreter, on any backend.
@@ -57,17 +57,6 @@ class GpuAttention(ReferenceAttention):
     ) -> Float[Array, "rows tokens heads head_dim"]:
         assert window is None, "windows have no kernel here"
         return attend(q, pool, page_table, positions, interpret=self.interpret)
-
-    def _attend_once(
-        self,
-        q: Float[Array, "rows heads head_dim"],
-        pool: KVPool,
-        page_table: Int[Array, "rows max_pages"],
-        positions: Int[Array, " rows"],
-        active: Bool[Array, " rows"],
-        window: int | None,
-    ) -> Float[Array, "rows heads head_dim"]:
-        return self._attend(q[:, None], pool, page_table, positions[:, None], window)[:, 0]
 
 
 def attend(

@@ -126,6 +126,22 @@ class ReferenceAttention:
         return out
 
 
+@dataclass(frozen=True)
+class KernelAttention(ReferenceAttention):
+    """`Attention` whose `_attend` is a kernel, which walks each row by itself: a row too many costs next to nothing."""
+
+    def _attend_once(
+        self,
+        q: Float[Array, "rows heads head_dim"],
+        pool: KVPool,
+        page_table: Int[Array, "rows max_pages"],
+        positions: Int[Array, " rows"],
+        active: Bool[Array, " rows"],
+        window: int | None,
+    ) -> Float[Array, "rows heads head_dim"]:
+        return self._attend(q[:, None], pool, page_table, positions[:, None], window)[:, 0]
+
+
 def chunk_positions(size: int, start: Int[Array, ""], num_tokens: Int[Array, ""]) -> Int[Array, " size"]:
     """Positions of a chunk's tokens. Padding repeats the last: attention then reads nothing past it, where pages may
     hold a failed row's NaN."""

@@ -10,11 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 import tiny
-from collector import Collector, assert_idle, held
+from collector import Collector, assert_idle, held, watch_saved_pages
 
 from jaxllama import EngineOptions, Llama, SamplingParams, Structured
-from jaxllama.engine.calls import SavePages
-from jaxllama.engine.device import Device
 from jaxllama.engine.options import StepReport
 from jaxllama.engine.scheduling.speculation import StepTimes
 from jaxllama.model import native
@@ -147,15 +145,7 @@ def test_grammars_have_the_same_bits_in_every_dtype(dtype, kv_dtype, quantize, t
         want = outcomes(plain, jobs(), "", at_once=True)
     with make_model(tokenizer_folder, dataclasses.replace(options, speculation="lookup"), dtype, quantize) as model:
         check_same_bits(model, want, [])
-    saved: list[int] = []
-    make_call = Device.run
-
-    def spy(self: Device, call: Any) -> Any:
-        if isinstance(call, SavePages):
-            saved.append(len(call.pages))
-        return make_call(self, call)
-
-    monkeypatch.setattr(Device, "run", spy)
+    saved = watch_saved_pages(monkeypatch)
     few = dataclasses.replace(options, speculation="auto", num_pages=42, dispatch_s=1e-6)
     with make_model(tokenizer_folder, few, dtype, quantize) as model:
         assert outcomes(model, jobs(), "", at_once=True) == want

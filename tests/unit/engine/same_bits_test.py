@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from collector import Collector, assert_idle, held
+from collector import Collector, assert_idle, held, watch_saved_pages
 
 import jaxllama
 from jaxllama import EngineOptions, Llama, SamplingParams, make_mesh
 from jaxllama.decode.state import Chunk, Place
-from jaxllama.engine.calls import Prefill, SavePages
-from jaxllama.engine.device import Device
+from jaxllama.engine.calls import Prefill
 from jaxllama.model import native
 from jaxllama.model.cache import read_pages
 from jaxllama.weights.checkpoint import Checkpoint
@@ -130,15 +129,7 @@ def as_first_of_four(llama: Llama, requests: list[Request]) -> list[Outcome]:
 
 def set_aside(llama: Llama, requests: list[Request], monkeypatch: pytest.MonkeyPatch) -> list[Outcome]:
     """So few pages that rows are set aside again and again, and single steps."""
-    saved: list[int] = []
-    run = Device.run
-
-    def spy(self: Device, call: Any) -> Any:
-        if isinstance(call, SavePages):
-            saved.append(len(call.pages))
-        return run(self, call)
-
-    monkeypatch.setattr(Device, "run", spy)
+    saved = watch_saved_pages(monkeypatch)
     with held(llama.engine):
         got = [submit(llama, request, "shared") for request in requests]
     outcomes = [outcome(done) for done in got]

@@ -10,11 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 import tiny
-from collector import Collector, assert_idle, held, run
+from collector import Collector, assert_idle, held, run, watch_saved_pages
 
 from jaxllama import EngineOptions, Llama, SamplingParams
-from jaxllama.engine.calls import SavePages
-from jaxllama.engine.device import Device
 from jaxllama.engine.options import StepReport
 from jaxllama.engine.scheduling.speculation import StepTimes
 from jaxllama.errors import ConfigError, RequestError
@@ -94,15 +92,7 @@ def test_speculation_changes_no_bit(name, dtype, kv_dtype, quantize, monkeypatch
         assert_idle(model.engine)
     assert sum(report.num_accepted for report in reports) > 100
     assert sum(report.num_drafted - report.num_accepted for report in reports) > 100
-    saved: list[int] = []
-    make_call = Device.run
-
-    def spy(self: Device, call: Any) -> Any:
-        if isinstance(call, SavePages):
-            saved.append(len(call.pages))
-        return make_call(self, call)
-
-    monkeypatch.setattr(Device, "run", spy)
+    saved = watch_saved_pages(monkeypatch)
     few = dataclasses.replace(options, speculation="lookup", num_pages=36, dispatch_s=1e-6)
     with make_model(name, dtype, few, quantize) as model:
         assert outcomes(model, requests, "", at_once=True) == want

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import tiny
-from collector import Collector, assert_idle, held, run
+from collector import Collector, assert_idle, held, run, watch_saved_pages
 
 from jaxllama import EngineOptions, Llama, SamplingParams
-from jaxllama.engine.calls import SavePages
-from jaxllama.engine.device import Device
 from jaxllama.model import native
 
 pytestmark = pytest.mark.optimized
@@ -48,15 +46,7 @@ def test_pages_before_all_windows_are_given_back_and_no_bit_changes(has_kernels,
     """With drafts, choices, requests set aside, and prompts found in the cache; beside an engine that keeps all."""
     if not has_kernels:
         monkeypatch.setattr(native, "is_available", lambda: False)
-    saved: list[int] = []
-    make_call = Device.run
-
-    def spy(self: Device, call: Any) -> Any:
-        if isinstance(call, SavePages):
-            saved.append(len(call.pages))
-        return make_call(self, call)
-
-    monkeypatch.setattr(Device, "run", spy)
+    saved = watch_saved_pages(monkeypatch)
     with make_model(speculation="lookup") as llama:
         got = answers(llama, "given back")
         assert answers(llama, "given back") == got
