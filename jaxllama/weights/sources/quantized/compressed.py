@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxllama.errors import ConversionError
 from jaxllama.model.int8 import quantize_rows
 from jaxllama.weights.sources.patterns import compile_pattern
 from jaxllama.weights.sources.quantized.interface import (
@@ -19,6 +18,7 @@ from jaxllama.weights.sources.quantized.interface import (
     Int8Tensor,
     QuantizedTensor,
     Settings,
+    check_groups,
     check_part,
     modules,
     read_all,
@@ -284,7 +284,7 @@ def _packed(left: dict[str, SourceTensor], module: str, scheme: _Scheme) -> Sour
         check_part(zero_point, [(out, num_groups) if dtype == "I8" else (words, num_groups)], ["I8", "I32"])
     group_of = left.pop(f"{module}.weight_g_idx", None)
     if group_of is not None:
-        group_of = _act_order(check_part(group_of, [(width,)], ["I32", "I64"]), num_groups)
+        group_of = _act_order(group_of, width, num_groups)
     has_rows = num_groups == 1 and zero_point is None
     return (PackedRowsTensor if has_rows else PackedTensor)(
         name=f"{module}.weight",
@@ -302,13 +302,9 @@ def _packed(left: dict[str, SourceTensor], module: str, scheme: _Scheme) -> Sour
     )
 
 
-def _act_order(group_of: SourceTensor, num_groups: int) -> SourceTensor | None:
+def _act_order(group_of: SourceTensor, width: int, num_groups: int) -> SourceTensor | None:
     """None where it says nothing (-1 everywhere)."""
-    groups = read_all(group_of)
-    if (groups == -1).any():
+    if (read_all(group_of) == -1).all():
         return None
-    if groups.min() < 0 or groups.max() >= num_groups:
-        raise ConversionError(
-            f"{group_of.file.path}: {group_of.name} names group {int(groups.max())}, but there are {num_groups}"
-        )
+    check_groups(group_of, width, num_groups)
     return group_of

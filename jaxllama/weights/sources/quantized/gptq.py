@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxllama.errors import ConversionError
 from jaxllama.weights.sources.quantized.interface import (
     DTYPES,
     QuantizedTensor,
     RecentReads,
     Settings,
+    check_groups,
     check_part,
     modules,
     read_all,
@@ -109,11 +109,7 @@ def _gptq_tensor(
     check_part(scales, [(num_groups, out)], DTYPES)
     check_part(zeros, [(num_groups, -(-out * num_bits // 32))], ["I32"])
     if group_of is not None:
-        groups = read_all(check_part(group_of, [(width,)], ["I32", "I64"]))
-        if groups.min() < 0 or groups.max() >= num_groups:
-            raise ConversionError(
-                f"{group_of.file.path}: {group_of.name} names group {int(groups.max())}, but there are {num_groups}"
-            )
+        check_groups(group_of, width, num_groups)
     return GptqTensor(
         name=f"{module}.weight",
         file=words.file,

@@ -197,6 +197,19 @@ def check_part(tensor: SourceTensor, shapes: Iterable[tuple[int, ...]], dtypes: 
     return tensor
 
 
+def check_groups(group_of: SourceTensor, width: int, num_groups: int) -> None:
+    """Holds that `group_of` names the group of each of `width` inputs.
+
+    Raises: ConversionError when the tensor has another shape or dtype, or names a group that is not there.
+    """
+    groups = read_all(check_part(group_of, [(width,)], ["I32", "I64"]))
+    strange = groups[(groups < 0) | (groups >= num_groups)]
+    if strange.size:
+        raise ConversionError(
+            f"{group_of.file.path}: {group_of.name} names group {int(strange[0])}, expected 0 to {num_groups - 1}"
+        )
+
+
 def take(tensors: dict[str, SourceTensor], module: str, part: str) -> SourceTensor:
     """Removes `MODULE.part` and returns it.
 
