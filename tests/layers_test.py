@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -420,6 +421,45 @@ def test_the_tree_in_the_documentation_is_the_tree():
     # What a folder of the tree keeps to itself.
     undescribed = {path for path in undescribed if path.count("/") < 4}
     assert not undescribed, f"docs/architecture.md, 'The tree', needs a line for {', '.join(sorted(undescribed))}"
+
+
+DESCRIPTIONS = ("docs/architecture.md", "CONTRIBUTING.md")
+
+
+@pytest.mark.parametrize("page", DESCRIPTIONS)
+def test_files_and_names_in_the_descriptions_are_there(page):
+    """Paths (`decode/steps.py`, from anywhere) and dotted names (`steps.prefill`, from any folder of ours)."""
+    quoted = {name for line in (ROOT / page).read_text().splitlines() for name in re.findall("`([^` ]+)`", line)}
+    paths = {name for name in quoted if re.fullmatch(r"[\w*-][\w./*-]*(\.(py|md|txt|toml)|/)", name)}
+    names = {name for name in quoted - paths if re.fullmatch(r"[a-z]\w*(\.\w+)+", name)}
+    assert (len(paths), len(names)) > (10, 0), "the patterns no longer find what is quoted"
+    made = {".cache/", "models/"}
+    roots = [ROOT, *PACKAGES.values()]
+    missing = {path for path in paths - made if not any(_is_there(root, path) for root in roots)}
+    missing |= {name for name in names if not any(_resolves(module, name) for module in module_names())}
+    assert not missing, f"{page} names what is not there: {', '.join(sorted(missing))}"
+
+
+def _is_there(root: Path, path: str) -> bool:
+    return any(root.glob(path)) or (root != ROOT and any(root.rglob(path)))
+
+
+def _resolves(module: str, name: str) -> bool:
+    """Whether `module` is what `name` begins with (by its last parts), and has the rest."""
+    # `llama` is what `load` returns.
+    name = re.sub("^llama[.]", "llama.Llama.", name)
+    first, *rest = name.split(".")
+    if module.split(".")[-1] != first and module != first:
+        return False
+    while rest and f"{module}.{rest[0]}" in module_names():
+        module = f"{module}.{rest.pop(0)}"
+    found = importlib.import_module(module)
+    for part in rest:
+        fields = getattr(found, "__dataclass_fields__", {})
+        if not hasattr(found, part) and part not in fields:
+            return False
+        found = getattr(found, part, None)
+    return True
 
 
 def test_every_grant_is_used():

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
@@ -97,6 +105,32 @@ def disagreement(param: str, message: str) -> PydanticCustomError:
 def unsupported(message: str) -> PydanticCustomError:
     """What a field's validator raises for a value that means something, but nothing that this server can do."""
     return PydanticCustomError("unsupported", "{message}", {"message": f": {message}"})
+
+
+def _only_text(kind: Any) -> Any:
+    if isinstance(kind, str) and kind != "text":
+        raise unsupported(f'a part of type {kind!r:.40} is not supported, only "text": this model reads text alone')
+    return kind
+
+
+class TextPart(Strict):
+    """One part of a message's content."""
+
+    type: Annotated[Literal["text"], BeforeValidator(_only_text, json_schema_input_type=Literal["text"])] = Field(
+        description='"text" (this model reads no other kind of part)'
+    )
+    text: str = Field(description="a string")
+
+
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+type TextParts = Annotated[
+    list[TextPart],
+    BeforeValidator(_as_parts, json_schema_input_type=str | Annotated[list[TextPart], Field(min_length=1)]),
+]
+"""A text, or its parts."""
 
 
 def parse[M: Strict](model: type[M], data: Mapping[str, Any], *, strict_fields: bool = False) -> M:

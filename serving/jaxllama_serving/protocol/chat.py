@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from jaxllama.decode.params import MAX_TOP_LOGPROBS
 from jaxllama_serving.protocol.base import (
     Strict,
+    TextParts,
     boolean,
     disagreement,
     parse,
     problem,
-    unsupported,
     with_example,
 )
 from jaxllama_serving.protocol.output_format import (
@@ -33,25 +33,6 @@ from jaxllama_serving.protocol.shared_fields import GenerationRequest, field_of
 from jaxllama_serving.protocol.tools import MAX_TOOLS, ToolCall, ToolChoiceField, ToolSpec
 
 
-def _only_text(kind: Any) -> Any:
-    if isinstance(kind, str) and kind != "text":
-        raise unsupported(f'a part of type {kind!r:.40} is not supported, only "text": this model reads text alone')
-    return kind
-
-
-class TextPart(Strict):
-    """One part of a message's content."""
-
-    type: Annotated[Literal["text"], BeforeValidator(_only_text, json_schema_input_type=Literal["text"])] = Field(
-        description='"text" (this model reads no other kind of part)'
-    )
-    text: str = Field(description="a string")
-
-
-def _as_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
 class ChatMessage(Strict):
     """One message. What an answer of ours holds is accepted back."""
 
@@ -60,10 +41,7 @@ class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description='one of "system", "developer", "user", "assistant" and "tool"'
     )
-    content: Annotated[
-        list[TextPart],
-        BeforeValidator(_as_parts, json_schema_input_type=str | Annotated[list[TextPart], Field(min_length=1)]),
-    ] = Field(
+    content: TextParts = Field(
         min_length=1,
         description="a string or a list of at least one text part; null beside tool_calls or reasoning",
     )
@@ -91,7 +69,7 @@ class ChatMessage(Strict):
             raise problem("a tool message needs tool_call_id")
         if self.role != "tool" and self.tool_call_id is not None:
             raise problem("tool_call_id belongs in tool messages only")
-        if self.role != "assistant" and self.reasoning_text is not None:
+        if self.role != "assistant" and self.reasoning_text:
             raise problem("reasoning_content and reasoning belong in assistant messages only")
         if self.role != "assistant" and self.tool_calls:
             raise problem("tool_calls belong in assistant messages only")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
-from jaxllama_serving.protocol.base import Strict, disagreement, problem
+from jaxllama_serving.protocol.base import Strict, TextParts, disagreement, problem
 from jaxllama_serving.protocol.refused import Refusals, Refused
 
 type Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
@@ -143,21 +143,12 @@ class Prediction(Strict):
     """A draft of the answer. It has no effect on the answer; with speculation, one that resembles it is sooner."""
 
     type: Literal["content"] = Field(description='"content"')
-    content: Any = Field(description="a string or a list of text parts")
-
-    @model_validator(mode="after")
-    def _is_text(self) -> Self:
-        parts = self.content if isinstance(self.content, list) else [{"type": "text", "text": self.content}]
-        for part in parts:
-            is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-            if not is_text:
-                raise disagreement("prediction.content", "prediction.content must be a string or a list of text parts")
-        return self
+    content: TextParts = Field(min_length=1, description="a string or a list of at least one text part")
 
     @property
     def text(self) -> str:
         """All of it."""
-        return self.content if isinstance(self.content, str) else "".join(part["text"] for part in self.content)
+        return "".join(part.text for part in self.content)
 
 
 class Reasoning(Strict):

@@ -139,6 +139,57 @@ def test_an_unknown_field_is_a_400_only_when_fields_are_strict():
         assert unknown_fields(parse_chat_request(body(**fields))) == (param,)
 
 
+def test_no_unknown_field_goes_unnamed_however_deep():
+    """Every object of a request that is read field by field, each with a field of its own that nothing knows."""
+
+    def odd(**fields):
+        return {**fields, "odd": 1}
+
+    call = odd(id="c", type="function", function=odd(name="add", arguments="{}"))
+    named = odd(type="function", function=odd(name="add"))
+    answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+    schema = odd(type="json_schema", json_schema=odd(schema={"type": "object", "odd": 1}))
+    requests = {
+        "": odd(),
+        "messages[0].": {"messages": [odd(role="user", content="a")]},
+        "messages[0].content[1].": {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, odd(type="text", text="b")]}]
+        },
+        "messages[1].tool_calls[0].|messages[1].tool_calls[0].function.": {"messages": [*body()["messages"], answer]},
+        "tools[1].|tools[1].function.": {"tools": [TOOL, odd(type="function", function=odd(name="look_up"))]},
+        "tool_choice.|tool_choice.function.": {"tools": [TOOL], "tool_choice": named},
+        "tool_choice.|tool_choice.allowed_tools.|tool_choice.allowed_tools.tools[0].|"
+        "tool_choice.allowed_tools.tools[0].function.": {
+            "tools": [TOOL],
+            "tool_choice": odd(type="allowed_tools", allowed_tools=odd(mode="auto", tools=[named])),
+        },
+        "stream_options.": {"stream": True, "stream_options": odd()},
+        "response_format.|response_format.json_schema.": {"response_format": schema},
+        "structured_outputs.": {"structured_outputs": odd(choice=["a"])},
+        "reasoning.": {"reasoning": odd(effort="low")},
+        "prediction.|prediction.content[0].": {
+            "prediction": odd(type="content", content=[odd(type="text", text="a")]),
+        },
+    }
+    for paths, fields in requests.items():
+        found = unknown_fields(parse_chat_request(body(**fields)))
+        assert list(found) == [f"{path}odd" for path in paths.split("|")]
+    # A model that a request holds and that is not above would go untested.
+    defined = ChatRequest.model_json_schema()["$defs"].items()
+    models = {name for name, schema in defined if "properties" in schema and not name.endswith("Choice")}
+    assert models == {
+        *("AllowedTools", "ChatMessage", "FunctionCall", "FunctionName", "FunctionSpec", "JsonSchemaFormat"),
+        *("NamedTool", "Prediction", "Reasoning", "ResponseFormat", "StreamOptions", "StructuredOutputs", "TextPart"),
+        *("ToolCall", "ToolSpec"),
+    }
+
+
+def test_an_empty_reasoning_is_none_whosoever_message_it_is_in():
+    message = {"role": "user", "content": "Hi", "reasoning_content": "", "tool_calls": []}
+    assert chat(messages=[message]).messages[0].reasoning_text == ""
+    assert refusal(chat, messages=[{**message, "reasoning_content": "hm"}]).param == "messages[0]"
+
+
 def test_fields_are_named_safely_and_not_without_bound():
     named = name_fields([f"a\r\nX: {i}, ü" for i in range(50)])
     assert named.split(", ") == [f"a??X??{i}???" for i in range(MAX_NAMED_FIELDS)]
@@ -208,7 +259,8 @@ def test_budgets_go_by_either_name_and_must_agree():
 @pytest.mark.parametrize("content", ["a draft", [{"type": "text", "text": "a draft"}]])
 def test_a_prediction_is_accepted(content):
     assert chat(prediction={"type": "content", "content": content}).prediction is not None
-    assert refusal(chat, prediction={"type": "content", "content": 5}).param == "prediction.content"
+    for bad in (5, []):
+        assert refusal(chat, prediction={"type": "content", "content": bad}).param == "prediction.content"
 
 
 def test_accepted_with_meaning():
