@@ -20,8 +20,12 @@ from jaxllama.errors import TokenizerError, one_line
 from jaxllama.text.encoding.tokenizer import load_tokenizer
 
 MEMORY_BYTES = 2 * 2**30
-"""Of addresses, not of pages in use. Llama 3's tokenizer, 128,000 tokens, takes a fifth of it and 3 s."""
+"""The most, of addresses and not of pages in use. Llama 3's tokenizer, 128,000 tokens, takes a fifth of it and 3 s."""
 CPU_S = 40
+"""The most."""
+# Each about three times what a vocabulary of 256,000 in a file of 10 MB takes: 34 bytes a byte, and 0.3 s a megabyte.
+_MEMORY_BYTES_PER_BYTE, _LEAST_MEMORY_BYTES = 96, 2**29
+_CPU_S_PER_BYTE, _LEAST_CPU_S = 1e-6, 10
 _WALL_S = 4 * CPU_S  # for a machine that is busy with other things
 
 _TEXT = "The quick brown fox jumps over the lazy DOG, 1234567890. " * 20
@@ -29,17 +33,36 @@ _TEXT = "The quick brown fox jumps over the lazy DOG, 1234567890. " * 20
 _MOST_TOKENS_PER_CHAR = 4
 
 
+def bounds_of(folder: Path) -> tuple[int, int]:
+    """The bytes of memory and seconds of processor time that the tokenizer in `folder` may take, by its files' sizes.
+
+    What grows in memory, or never ends, is mostly small; a large vocabulary needs more of both.
+    """
+    num_bytes = sum(path.stat().st_size for path in folder.glob("tokenizer*") if path.is_file())
+    memory_bytes = _LEAST_MEMORY_BYTES + _MEMORY_BYTES_PER_BYTE * num_bytes
+    cpu_s = _LEAST_CPU_S + int(_CPU_S_PER_BYTE * num_bytes)
+    return min(memory_bytes, MEMORY_BYTES), min(cpu_s, CPU_S)
+
+
 def try_tokenizer(
-    folder: Path, vocab_size: int, *, memory_bytes: int = MEMORY_BYTES, cpu_s: int = CPU_S, wall_s: float = _WALL_S
+    folder: Path,
+    vocab_size: int,
+    *,
+    memory_bytes: int | None = None,
+    cpu_s: int | None = None,
+    wall_s: float = _WALL_S,
 ) -> None:
     """Loads the tokenizer in `folder`, encodes and decodes a text, in another process.
 
-    The bounds on memory and processor time are the operating system's, where it has them (not on Windows, and on macOS
-    not on memory); `wall_s` holds everywhere.
+    The bounds on memory and processor time (None: `bounds_of`) are the operating system's, where it has them (not on
+    Windows, and on macOS not on memory); `wall_s` holds everywhere.
 
     Raises: TokenizerError, on one line, if it cannot be loaded, does not fit `vocab_size`, makes no tokens or far too
         many, or goes beyond the bounds.
     """
+    usual_memory_bytes, usual_cpu_s = bounds_of(folder)
+    memory_bytes = usual_memory_bytes if memory_bytes is None else memory_bytes
+    cpu_s = usual_cpu_s if cpu_s is None else cpu_s
     command = [sys.executable, "-P", "-m", "jaxllama.text.encoding.trial"]
     command += [str(folder), str(vocab_size), str(memory_bytes), str(cpu_s)]
     # The modules are found as here, wherever they are; one thread, which is enough and does not reserve memory.
@@ -57,7 +80,7 @@ def try_tokenizer(
         raise TokenizerError(problem)
     if done.returncode > 0:
         raise TokenizerError(f"{folder}: a trial ended with {_last_line(done.stderr)}")
-    bounds = f"{memory_bytes / 2**30:g} GiB of memory or {cpu_s} s of processor time"
+    bounds = f"{memory_bytes / 2**30:.2g} GiB of memory or {cpu_s} s of processor time"
     raise TokenizerError(f"{folder}: a trial crashed, or went beyond {bounds}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jaxllama.errors import TokenizerError
-from jaxllama.text.encoding.trial import try_tokenizer
+from jaxllama.text.encoding.trial import CPU_S, MEMORY_BYTES, bounds_of, try_tokenizer
 
 _BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}
 
@@ -54,8 +54,7 @@ def _refused(folder: Path, **bounds: Any) -> str:
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_tokenizer_is_one_line(tmp_path, capfd, case):
     changes, reason = HOSTILE[case]
-    # A bound that is met soon: filling 2 GiB takes its time.
-    assert reason in _refused(_write(tmp_path, changes), memory_bytes=2**29)
+    assert reason in _refused(_write(tmp_path, changes))
     # A panic of Rust's writes pages to standard error, past Python.
     assert capfd.readouterr() == ("", "")
 
@@ -64,6 +63,19 @@ def test_a_hostile_tokenizer_is_one_line(tmp_path, capfd, case):
 def test_what_is_no_tokenizer_is_refused(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     assert "tokenizer.json" in _refused(tmp_path)
+
+
+def test_bounds_grow_with_the_files_so_that_a_small_hostile_one_ends_soon(tmp_path, capfd):
+    _write(tmp_path, {"normalizer": _growing(100, 5)})
+    memory_bytes, cpu_s = bounds_of(tmp_path)
+    assert (memory_bytes, cpu_s) <= (MEMORY_BYTES / 3, CPU_S / 3)
+    assert f"{memory_bytes / 2**30:.2g} GiB" in _refused(tmp_path)
+    assert capfd.readouterr() == ("", "")
+    (tmp_path / "tokenizer.model").write_bytes(b"x" * 2_000_000)
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 8_000_000)  # no file of a tokenizer's
+    assert (memory_bytes, cpu_s) < bounds_of(tmp_path) < (MEMORY_BYTES, CPU_S)
+    (tmp_path / "tokenizer.json").write_bytes(b"x" * 30_000_000)
+    assert bounds_of(tmp_path) == (MEMORY_BYTES, CPU_S)
 
 
 def test_time_is_bounded_by_the_processor_and_by_the_clock(tmp_path):
