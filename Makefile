@@ -20,7 +20,7 @@ QUICK := tests/layers_test.py tests/unit/docs_test.py tests/unit/errors_test.py 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-serve: $(VENV)/.serve $(MODEL)/manifest.json  ## Serve the default model on http://localhost:$(PORT)
+serve: $(VENV)/.serve $(MODEL)/manifest.json  ## Serve the default model on http://localhost:8000 (PORT=… for another port)
 	$(BIN)/jaxllama serve $(MODEL) --port $(PORT) --served-model-name default HuggingFaceTB/SmolLM2-135M-Instruct
 
 check: lint  ## Before every commit, in under two minutes: lint, types, and the tests that compile next to nothing

@@ -8,7 +8,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jaxllama
 from jaxllama.decode.controls import Boolean, Control, Integer, Strings
@@ -45,6 +45,13 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the process with code 2."""
         self.exit(2, f"{self.prog}: {one_line(message)}. See {self.prog} --help\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses what it does not know itself, where the command's name and help are at hand."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
 
 
 def _parser() -> argparse.ArgumentParser:

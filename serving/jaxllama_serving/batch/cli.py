@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError, StoreError
-from jaxllama.system.explain import with_page
+from jaxllama.errors import MissingExtraError
 from jaxllama.weights.places import MODEL_HELP
 from jaxllama_serving.config import ServerConfig
 from jaxllama_serving.process.cli import add_behaviour, add_model, behaviour, load_model
@@ -46,16 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answers the batch. Returns 0, 1 on a failure and 2 on bad input; the last two say why."""
-    try:
-        return _run(args)
-    except (EngineError, StoreError, OSError) as error:
-        return _fail(error, 1)
-    except JaxLlamaError as error:
-        return _fail(error, 2)
+    """Answers the batch. Returns 0.
 
-
-def _run(args: argparse.Namespace) -> int:
+    Raises: JaxLlamaError and OSError, which `jaxllama` turns into a line and an exit code.
+    """
     try:
         from jaxllama_serving.batch.files import BatchError, InputFile, OutputFile
         from jaxllama_serving.process.server import check_model
@@ -107,8 +100,3 @@ def _answer(
 
 def _say(text: str) -> None:
     print(f"jaxllama batch: {text}", file=sys.stderr, flush=True)
-
-
-def _fail(error: Exception, code: int) -> int:
-    _say(with_page(error))
-    return code
