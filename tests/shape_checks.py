@@ -3,6 +3,9 @@ sizes of one call agree."""
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import jax
 import jaxtyping
 import numpy as np
@@ -19,4 +22,19 @@ def install() -> None:
     """Call it before anything of `PACKAGES` is imported. Programs are checked while they are traced."""
     # A program takes NumPy's arrays too.
     jaxtyping.Array = jax.Array | np.ndarray  # type: ignore[misc,assignment]
-    install_import_hook(PACKAGES, "shape_checks.check")
+    install_import_hook(modules(), "shape_checks.check")
+
+
+def modules() -> list[str]:
+    """Those of `PACKAGES` that annotate arrays. To others tests give what is wrong, and they refuse it themselves."""
+    found = []
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        (place,) = spec.submodule_search_locations or ()
+        folder = Path(place)
+        for path in folder.rglob("*.py"):
+            if "from jaxtyping import" in path.read_text(encoding="utf-8"):
+                name = ".".join((package, *path.relative_to(folder).with_suffix("").parts))
+                found.append(name.removesuffix(".__init__"))
+    return found

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from jaxllama.model.params import ParamSpec, stored_specs
 from jaxllama.system.buffers import Buffers, page_aligned
@@ -215,7 +216,7 @@ class Copier:
             for name, block in files:
                 self._run(self._writers, self._write, piece, name, block)
 
-    def _write(self, piece: _Piece, name: str, block: np.ndarray) -> None:
+    def _write(self, piece: _Piece, name: str, block: Shaped[np.ndarray, " ..."]) -> None:
         tensor = piece.tensor
         begun = [future.result() for future in tensor.begun]
         record = self._writer.write_block(tensor.parts[0], name, block, self._scratch.take)

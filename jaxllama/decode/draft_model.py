@@ -22,7 +22,7 @@ from jaxllama.decode.state import DecodeState
 from jaxllama.errors import ConfigError
 from jaxllama.model.cache import KVPool
 from jaxllama.model.config import LlamaConfig
-from jaxllama.model.forward import Transformer
+from jaxllama.model.forward import NewKV, Pages, Queries, Transformer
 from jaxllama.model.params import Params
 from jaxllama.model.platforms.describe import describe_platform
 from jaxllama.model.platforms.platform import Platform
@@ -107,13 +107,13 @@ class _Run:
         """Feeds what is missing of the rows that want drafts, but for their last two tokens at most."""
         enough = self.rows.length - 1
 
-        def feed(carry: tuple[Array, KVPool]) -> tuple[Array, KVPool]:
+        def feed(carry: tuple[Int[Array, " rows"], KVPool]) -> tuple[Int[Array, " rows"], KVPool]:
             length, pool = carry
             count = jnp.where(self._num > 0, jnp.clip(enough - length, 0, _CATCH_UP_TOKENS), 0)
             _, pool = self._forward(pool, length, count, _CATCH_UP_TOKENS)
             return length + count, pool
 
-        def is_behind(carry: tuple[Array, KVPool]) -> Bool[Array, ""]:
+        def is_behind(carry: tuple[Int[Array, " rows"], KVPool]) -> Bool[Array, ""]:
             return jnp.any((self._num > 0) & (carry[0] < enough))
 
         behind: tuple[Array, KVPool] = jax.lax.while_loop(is_behind, feed, (self.rows.draft_length, pool))
@@ -131,7 +131,7 @@ class _Run:
         active = made.place < self._num
         positions = self.rows.length + made.place
 
-        def attend(q: Array, kv: Array, pool: KVPool, pages: Array, window: int | None) -> tuple[Array, KVPool]:
+        def attend(q: Queries, kv: NewKV, pool: KVPool, pages: Pages, window: int | None) -> tuple[Queries, KVPool]:
             out, pool = self._attention.decode(q[:, 0], kv[:, 0], pool, pages, positions, active, window)
             return out[:, None], pool
 
@@ -149,7 +149,7 @@ class _Run:
         at = jnp.minimum(self.rows.history_start[:, None] + positions, self.rows.history.shape[1] - 1)
         tokens = jnp.take_along_axis(self.rows.history, at, axis=1)
 
-        def attend(q: Array, kv: Array, pool: KVPool, pages: Array, window: int | None) -> tuple[Array, KVPool]:
+        def attend(q: Queries, kv: NewKV, pool: KVPool, pages: Pages, window: int | None) -> tuple[Queries, KVPool]:
             return self._attention.verify(q, kv, pool, pages, start, count, window)
 
         return self._model(tokens, positions, pool, self._page_table, attend, self._once, count)

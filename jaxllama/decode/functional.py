@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxllama.decode.params import SamplingParams
 from jaxllama.decode.prompts import read_params, token_ids
@@ -186,7 +186,7 @@ def push(decoding: Decoding, chosen: Int[Array, " rows"]) -> Decoding:
 def _forked(decoding: Decoding, sources: Int[Array, " rows"], num_layers: int) -> Decoding:
     state, (num_rows, pages_per_row) = decoding.state, decoding.state.page_table.shape
 
-    def copied(part: Array) -> Array:
+    def copied(part: Shaped[Array, "pages ..."]) -> Shaped[Array, "pages ..."]:
         layers = part.reshape(num_layers, -1, *part.shape[1:])
         own = layers[:, 1:].reshape(num_layers, num_rows, pages_per_row, *part.shape[1:])
         own = own[:, sources].reshape(num_layers, -1, *part.shape[1:])

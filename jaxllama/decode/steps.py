@@ -44,7 +44,7 @@ from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, Chunk, DecodeState, Pla
 from jaxllama.model.attention.reference import chunk_positions
 from jaxllama.model.cache import KVPool
 from jaxllama.model.config import LlamaConfig
-from jaxllama.model.forward import Transformer
+from jaxllama.model.forward import NewKV, Pages, Queries, Transformer
 from jaxllama.model.params import Params
 from jaxllama.model.platforms.cpu import PLAIN
 from jaxllama.model.platforms.platform import Platform
@@ -92,7 +92,7 @@ def forward_chunk(
     (page_table, shard), (tokens, start, num_tokens) = place, chunk
     positions = chunk_positions(tokens.shape[0], start, num_tokens)[None]
 
-    def attend(q: Array, kv: Array, pool: KVPool, pages: Array, window: int | None) -> tuple[Array, KVPool]:
+    def attend(q: Queries, kv: NewKV, pool: KVPool, pages: Pages, window: int | None) -> tuple[Queries, KVPool]:
         out, pool = platform.attention.prefill(q[0], kv[0], pool, pages[0], start, num_tokens, shard, window)
         return out[None], pool
 
@@ -201,7 +201,7 @@ def next_logits(
     rows = jax.tree.map(lambda x: x[:num_rows], state.rows)
     active, positions = rows.active, rows.length
 
-    def attend(q: Array, kv: Array, pool: KVPool, pages: Array, window: int | None) -> tuple[Array, KVPool]:
+    def attend(q: Queries, kv: NewKV, pool: KVPool, pages: Pages, window: int | None) -> tuple[Queries, KVPool]:
         out, pool = platform.attention.decode(q[:, 0], kv[:, 0], pool, pages, positions, active, window)
         return out[:, None], pool
 
@@ -210,6 +210,10 @@ def next_logits(
     written = active.astype(jnp.int32)
     hidden, pool = model(tokens, positions[:, None], state.pool, page_table, attend, once, written, steer)
     return model.logits(hidden[:, 0], jnp.max(jnp.where(active, 1 + jnp.arange(num_rows), 0))), pool
+
+
+type _Drawn = tuple[RowState, StepOutput, Int[Array, " rows"], Bool[Array, " rows"], Int[Array, ""]]
+type _Ran = tuple[Int[Array, ""], Float[Array, "tokens vocab"], Int[Array, " rows"], KVPool]
 
 
 class _Carry(NamedTuple):
@@ -274,9 +278,7 @@ class _Step(NamedTuple):
             logits, first, pool = self._forward_drafts(state, state.pool, drafts, num, logits.shape[0])
         out = carry.out._replace(num_drafted=carry.out.num_drafted + num, num_steps=carry.out.num_steps + 1)
 
-        def draw(
-            carry: tuple[RowState, StepOutput, Array, Array, Array],
-        ) -> tuple[RowState, StepOutput, Array, Array, Array]:
+        def draw(carry: _Drawn) -> _Drawn:
             all_rows, out, num_tokens, going, index = carry
             # Apart from what made it, so that it is read as a plain step reads its own.
             own = jax.lax.optimization_barrier(logits[first + jnp.minimum(index, num)])
@@ -363,13 +365,13 @@ class _Step(NamedTuple):
         """`_forward_drafts` if it `verifies`, else the same of a plain step."""
         size = logits.shape[0]
 
-        def plain(carry: tuple[Array, Array, Array, KVPool]) -> tuple[Array, Array, Array, KVPool]:
+        def plain(carry: _Ran) -> _Ran:
             done, logits, _, pool = carry
             own, pool = self._forward(state, pool)
             logits = jax.lax.dynamic_update_slice_in_dim(logits, own, 0, axis=0)
             return done + 1, logits, jnp.arange(self.num_rows), pool
 
-        def verify(carry: tuple[Array, Array, Array, KVPool]) -> tuple[Array, Array, Array, KVPool]:
+        def verify(carry: _Ran) -> _Ran:
             return carry[0] + 1, *self._forward_drafts(state, carry[3], drafts, num, size)
 
         # One of two loops of one round, and not a branch: what passes through a branch is copied there, the pool too.
@@ -391,7 +393,7 @@ class _Step(NamedTuple):
         rows = self._own(state.rows)
         num_tokens = jnp.where(rows.active, 1 + num, 0)
 
-        def attend(q: Array, kv: Array, pool: KVPool, pages: Array, window: int | None) -> tuple[Array, KVPool]:
+        def attend(q: Queries, kv: NewKV, pool: KVPool, pages: Pages, window: int | None) -> tuple[Queries, KVPool]:
             return self.platform.attention.verify(q, kv, pool, pages, rows.length, num_tokens, window)
 
         tokens = jnp.concatenate((rows.last_token[:, None], drafts.tokens), axis=1)

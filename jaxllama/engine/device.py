@@ -12,7 +12,7 @@ from typing import Any, overload
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 
 from jaxllama.decode.draft_model import DraftModel
 from jaxllama.decode.drafts import Drafting, Paths
@@ -307,7 +307,7 @@ def _score_name(num_tokens: int) -> str:
     return f"scores of {num_tokens} tokens"
 
 
-def _put(array: np.ndarray, sharding: Any) -> jax.Array:
+def _put(array: Shaped[np.ndarray, " ..."], sharding: Any) -> jax.Array:
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     # Here `device_put` would compare the array between all processes, a collective at every call.

@@ -15,6 +15,7 @@ from typing import Any, Protocol, get_type_hints
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Shaped
 
 from jaxllama.errors import ConfigError, LockstepError
 from jaxllama.hosts.group import Group
@@ -123,7 +124,7 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _build(kind: Any, leaves: Iterator[np.ndarray]) -> Any:
+def _build(kind: Any, leaves: Iterator[Shaped[np.ndarray, " ..."]]) -> Any:
     parts = _parts(kind)
     return next(leaves) if parts is None else kind(*[_build(part, leaves) for part in parts])
 

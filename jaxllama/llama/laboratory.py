@@ -174,8 +174,8 @@ class Laboratory:
 
     def _dense(
         self,
-        tokens: Array,
-        mask: Array,
+        tokens: Int[Array, "batch tokens"] | Float[Array, "batch tokens embed"],
+        mask: Bool[Array, "batch tokens"],
         patches: Sequence[Patch],
         *,
         params: Params | None = None,

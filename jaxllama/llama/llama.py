@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from jaxllama.decode.params import MAX_TOP_LOGPROBS, SamplingParams
 from jaxllama.decode.prompts import Prompt, read_params, read_prompt, read_prompts, token_ids
@@ -383,7 +384,7 @@ class Llama(Laboratory):
             raise ContextLengthError(f"{len(tokens)} ids are more than the {context} that the context allows", "ids")
         return np.asarray(tokens, np.int32)
 
-    def _logits(self, tokens: np.ndarray) -> Iterator[jax.Array]:
+    def _logits(self, tokens: Int[np.ndarray, " tokens"]) -> Iterator[jax.Array]:
         engine = self.engine
         return logits_of(
             self.config,

@@ -344,7 +344,7 @@ def _of_owner(part: Shaped[Array, " pages *page"], shard: Int[Array, ""]) -> Sha
     return jax.lax.bitcast_convert_type(bits, part.dtype)
 
 
-def _in_every_layer(pool: KVPool, pages: Int[Array, " some"], num_layers: int) -> Int[Array, " layers*some"]:
+def _in_every_layer(pool: KVPool, pages: Int[Array, " some"], num_layers: int) -> Int[Array, " all_pages"]:
     first = jnp.arange(num_layers) * (pool.pages.shape[0] // num_layers)
     return (first[:, None] + pages).ravel()
 

@@ -15,12 +15,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxllama.errors import RequestError, quote
 from jaxllama.model import native
+from jaxllama.model.cache import KVPool
 from jaxllama.model.config import LlamaConfig
-from jaxllama.model.forward import DecoderLayer, Tap, Transformer
+from jaxllama.model.forward import DecoderLayer, NewKV, Pages, Queries, Tap, Transformer
 from jaxllama.model.native import PackedWeight
 from jaxllama.model.params import Params, QuantizedWeight
 from jaxllama.model.platforms.platform import Platform
@@ -74,7 +75,7 @@ class Patch:
         if self.positions is not None:
             object.__setattr__(self, "positions", tuple(int(position) for position in self.positions))
 
-    def apply(self, x: Array) -> Array:
+    def apply(self, x: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
         """`x` with the change."""
         index: list[Any] = [slice(None)] * x.ndim
         if self.positions is not None:
@@ -130,11 +131,16 @@ def forward(
     angles = rotary_angles(config, positions)
     x = model.embed(tokens) if jnp.issubdtype(tokens.dtype, jnp.integer) else tokens.astype(model.dtype)
     recorded: dict[str, list[Array]] = {name: [] for name in record}
+    # Nothing is kept: a cache without pages.
+    no_pool = KVPool(jnp.zeros((0, 1, 2 * config.num_kv_heads, config.head_dim)), None)
+    no_pages = jnp.zeros((tokens.shape[0], 0), jnp.int32)
 
-    def layer(index: int, weights: Mapping[str, Any], x: Array, own: Sequence[Patch]) -> tuple[Array, dict[str, Array]]:
+    def layer(
+        index: int, weights: Mapping[str, Any], x: Float[Array, "batch tokens embed"], own: Sequence[Patch]
+    ) -> tuple[Float[Array, "batch tokens embed"], dict[str, Array]]:
         seen: dict[str, Array] = {}
 
-        def tap(name: str, value: Array) -> Array:
+        def tap(name: str, value: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
             for patch in own:
                 if patch.what == name:
                     value = patch.apply(value)
@@ -142,12 +148,11 @@ def forward(
                 seen[name] = value
             return value
 
-        def attend(q: Array, kv: Array, pool: Any, pages: Any) -> tuple[Array, Any]:
+        def attend(q: Queries, kv: NewKV, pool: KVPool, pages: Pages) -> tuple[Queries, KVPool]:
             return attention(q, kv, mask, positions, config.window(index), tap), pool
 
-        nothing: Any = None
         own_angles = angles if config.has_rope(index) else None
-        x, _ = DecoderLayer(config, weights, model.dtype)(x, own_angles, nothing, nothing, attend, tap)
+        x, _ = DecoderLayer(config, weights, model.dtype)(x, own_angles, no_pool, no_pages, attend, tap)
         return x, seen
 
     for index, weights in enumerate(params["layers"]):
@@ -206,7 +211,7 @@ def _precision(dtype: Any) -> Any:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def _over_data(x: Array, mesh: Mesh | None) -> Array:
+def _over_data(x: Shaped[Array, "batch ..."], mesh: Mesh | None) -> Shaped[Array, "batch ..."]:
     if mesh is None or mesh.shape["data"] == 1 or x.shape[0] % mesh.shape["data"]:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec("data")))

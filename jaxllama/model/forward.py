@@ -30,7 +30,10 @@ from jaxllama.model.params import Params
 from jaxllama.model.platforms.platform import Platform
 from jaxllama.model.rope import RotaryAngles, rotary_angles, rotate
 
-type Attend = Callable[[Array, Array, KVPool, Array, int | None], tuple[Array, KVPool]]
+type Queries = Float[Array, "rows tokens heads head_dim"]
+type NewKV = Float[Array, "rows tokens kv2 head_dim"]
+type Pages = Int[Array, "rows max_pages"]
+type Attend = Callable[[Queries, NewKV, KVPool, Pages, int | None], tuple[Queries, KVPool]]
 """Writes, then attends: `(q [rows, tokens, H, D], kv [rows, tokens, 2K, D], pool, page_table, window) -> (out, pool)`.
 
 `out` is as `q`. A query sees the last `window` tokens, itself included; None: all before it."""
@@ -40,7 +43,7 @@ type Tap = Callable[[str, Array], Array]
 """Sees a value within a layer by its name, as in `dense.POINTS`, and returns what goes on in its place."""
 
 
-def untapped(name: str, value: Array) -> Array:
+def untapped(name: str, value: Float[Array, " ..."]) -> Float[Array, " ..."]:
     """The tap of a forward pass that nobody looks into."""
     return value
 
@@ -94,12 +97,7 @@ class Transformer(nnx.Module):
             if self.has_layer_kernel:
                 return self._run_kernel(weights, x, pool, pages, positions, written, angles, has_rope, window)
 
-            def within(
-                q: Float[Array, "rows tokens heads head_dim"],
-                kv: Float[Array, "rows tokens kv2 head_dim"],
-                pool: KVPool,
-                pages: Int[Array, "rows max_pages"],
-            ) -> tuple[Float[Array, "rows tokens heads head_dim"], KVPool]:
+            def within(q: Queries, kv: NewKV, pool: KVPool, pages: Pages) -> tuple[Queries, KVPool]:
                 return attend(q, kv, pool, pages, window)
 
             return DecoderLayer(self.config, weights, self.dtype)(x, angles if has_rope else None, pool, pages, within)
@@ -175,8 +173,8 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "rows tokens embed"],
         angles: RotaryAngles | None,
         pool: KVPool,
-        page_table: Int[Array, "rows max_pages"],
-        attend: Callable[[Array, Array, KVPool, Array], tuple[Array, KVPool]],
+        page_table: Pages,
+        attend: Callable[[Queries, NewKV, KVPool, Pages], tuple[Queries, KVPool]],
         tap: Tap = untapped,
     ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
         x = tap("resid_pre", x)
@@ -211,8 +209,8 @@ class SelfAttention(nnx.Module):
         x: Float[Array, "rows tokens embed"],
         angles: RotaryAngles | None,
         pool: KVPool,
-        page_table: Int[Array, "rows max_pages"],
-        attend: Callable[[Array, Array, KVPool, Array], tuple[Array, KVPool]],
+        page_table: Pages,
+        attend: Callable[[Queries, NewKV, KVPool, Pages], tuple[Queries, KVPool]],
         tap: Tap = untapped,
     ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
         config = self.config

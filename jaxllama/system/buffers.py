@@ -7,6 +7,7 @@ them from its host (bench/LOG.md).
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import UInt8
 
 PAGE_BYTES = 4096
 
@@ -29,7 +30,7 @@ class Buffers:
         self._free = [(0, num_bytes // PAGE_BYTES * PAGE_BYTES)]
         self._lent: dict[int, int] = {}
 
-    def take(self, num_bytes: int) -> np.ndarray | None:
+    def take(self, num_bytes: int) -> UInt8[np.ndarray, " bytes"] | None:
         """uint8 `[num_bytes]` from the start of a page; None while there is no room for it."""
         size = -(-max(1, num_bytes) // PAGE_BYTES) * PAGE_BYTES
         for i, (start, length) in enumerate(self._free):
@@ -40,7 +41,7 @@ class Buffers:
                 return buffer
         return None
 
-    def give_back(self, buffer: np.ndarray) -> None:
+    def give_back(self, buffer: UInt8[np.ndarray, " bytes"]) -> None:
         """What `take` gave, or memory that is the caller's own."""
         if (size := self._lent.pop(buffer.ctypes.data, None)) is None:
             return

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Shaped
 
 from jaxllama.errors import ConfigError
 from jaxllama.model.mesh import param_shardings
@@ -152,7 +153,7 @@ class _Shard:
     data: np.ndarray
     devices: tuple[Any, ...]
 
-    def put(self, block: np.ndarray, start: tuple[int, ...]) -> None:
+    def put(self, block: Shaped[np.ndarray, " ..."], start: tuple[int, ...]) -> None:
         """Copies what the block has of this shard, cast to its dtype."""
         here, there = [], []
         for mine, size, other, length in zip(self.start, self.data.shape, start, block.shape, strict=True):

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Shaped
 
 from jaxllama.model.params import Params, ParamSpec, QuantizedWeight, get_param
 
@@ -88,11 +89,13 @@ def _split(array: Any, axis: int, num_parts: int) -> list[Any]:
     return [_assemble(shape, array.sharding, list(pieces)) for pieces in zip(*shards, strict=True)]
 
 
-def _join(pieces: list[jax.Array], axis: int) -> jax.Array:
+def _join(pieces: list[Shaped[jax.Array, " ..."]], axis: int) -> Shaped[jax.Array, " ..."]:
     shape = tuple(n * len(pieces) if i == axis else n for i, n in enumerate(pieces[0].shape))
     by_device = zip(*([shard.data for shard in piece.addressable_shards] for piece in pieces), strict=True)
     return _assemble(shape, pieces[0].sharding, [jnp.concatenate(data, axis) for data in by_device])
 
 
-def _assemble(shape: tuple[int, ...], sharding: Any, shards: list[jax.Array]) -> jax.Array:
+def _assemble(
+    shape: tuple[int, ...], sharding: Any, shards: list[Shaped[jax.Array, " ..."]]
+) -> Shaped[jax.Array, " ..."]:
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)

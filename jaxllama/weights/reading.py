@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Shaped, UInt8
 
 from jaxllama.errors import CheckpointError, PlaceError, StoreError, listed
 from jaxllama.model.params import ParamSpec, QuantizedWeight, stored_specs
@@ -46,7 +47,9 @@ class Reader(Protocol):
     def num_columns(self, part: ParamSpec) -> int:
         """How many columns can be read without the others, all of them if none can."""
 
-    def read(self, part: ParamSpec, rows: slice, columns: slice, out: np.ndarray | None) -> np.ndarray:
+    def read(
+        self, part: ParamSpec, rows: slice, columns: slice, out: Shaped[np.ndarray, " ..."] | None
+    ) -> Shaped[np.ndarray, " ..."]:
         """The block, `[rows, columns]` or `[rows]`: in `out`, contiguous and of the right dtype, if that is given and
         the reader can.
 
@@ -97,7 +100,9 @@ class CheckpointReader:
         chunk = self._arrays[part.name].chunk
         return chunk[1] if len(chunk) > 1 else 1
 
-    def read(self, part: ParamSpec, rows: slice, columns: slice, out: np.ndarray | None) -> np.ndarray:
+    def read(
+        self, part: ParamSpec, rows: slice, columns: slice, out: Shaped[np.ndarray, " ..."] | None
+    ) -> Shaped[np.ndarray, " ..."]:
         stored = self._arrays[part.name]
         shape = (rows.stop - rows.start, *([columns.stop - columns.start] if len(stored.shape) > 1 else []))
         out = np.empty(shape, stored.dtype) if out is None else out
@@ -129,11 +134,11 @@ class CheckpointReader:
     def close(self) -> None:
         self._place.close()
 
-    def _read_rows(self, part: ParamSpec, chunk: str, start: int, out: np.ndarray, width: int) -> None:
+    def _read_rows(self, part: ParamSpec, chunk: str, start: int, out: Shaped[np.ndarray, " ..."], width: int) -> None:
         """Whole rows of a chunk, from its row `start`."""
         self._read_into(f"{PARAMS}/{part.name}/{chunk}", start * width * out.itemsize, out.reshape(-1).view(np.uint8))
 
-    def _read_into(self, name: str, offset: int, out: np.ndarray) -> None:
+    def _read_into(self, name: str, offset: int, out: UInt8[np.ndarray, " bytes"]) -> None:
         file = self._place.stat(name)
         if file is None:
             raise CheckpointError(f"{self._place / name}: missing. Convert the model again")
@@ -193,7 +198,7 @@ class CheckedReader(CheckpointReader):
                 self._hashed[name] = SourceFile(self._place, name, self._files[name].hash.partition(":")[0])
             return self._hashed[name]
 
-    def _read_into(self, name: str, offset: int, out: np.ndarray) -> None:
+    def _read_into(self, name: str, offset: int, out: UInt8[np.ndarray, " bytes"]) -> None:
         self._file(name).read_hashed(offset, len(out), out)
 
 
@@ -279,7 +284,9 @@ class SourceReader:
     def num_columns(self, part: ParamSpec) -> int:
         return part.shape[1] if len(part.shape) > 1 else 1
 
-    def read(self, part: ParamSpec, rows: slice, columns: slice, out: np.ndarray | None) -> np.ndarray:
+    def read(
+        self, part: ParamSpec, rows: slice, columns: slice, out: Shaped[np.ndarray, " ..."] | None
+    ) -> Shaped[np.ndarray, " ..."]:
         is_whole = len(part.shape) == 1 or columns == slice(0, part.shape[1])
         tensor, dtype = self._tensors[part.hf_key], self._storage.numpy_dtype
         array = read_stored(tensor, rows.start, rows.stop, dtype, out=out if is_whole else None)

@@ -79,3 +79,31 @@ def test_the_reference_has_every_public_name():
     text = (ROOT / "docs" / "reference" / "python.md").read_text()
     missing = [name for name in jaxllama.__all__ if f"jaxllama.{name}" not in text]
     assert not missing, f"docs/reference/python.md lacks {', '.join(missing)}"
+
+
+SHAPED = re.compile(r"(Bool|Float|Int|UInt|Shaped)\d*$")
+
+
+def bare_arrays(node: ast.AST | None) -> Iterator[str]:
+    """The arrays of an annotation that have no shape. A function's own arguments are its own business."""
+    match node:
+        case ast.Subscript(value=ast.Name(id=name)) if name == "Callable" or SHAPED.match(name):
+            return
+        case ast.Name(id="Array") | ast.Attribute(value=ast.Name(id="jax" | "np"), attr="Array" | "ndarray"):
+            yield ast.unparse(node)
+    for child in ast.iter_child_nodes(node) if node is not None else ():
+        yield from bare_arrays(child)
+
+
+def test_every_array_that_a_function_takes_has_a_shape():
+    paths = [path for folder in ("jaxllama", "convert", "serving") for path in (ROOT / folder).rglob("*.py")]
+    bare, num_shaped = [], 0
+    for path in sorted(paths):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
+                found = [*bare_arrays(each.annotation)]
+                bare += [f"{path.relative_to(ROOT)}:{each.lineno}: {each.arg}: {array}" for array in found]
+                num_shaped += not found and each.annotation is not None and "rray" in ast.unparse(each.annotation)
+    assert not bare, "\n".join(bare)
+    assert num_shaped > 300

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32, Int
 
 SpeculationMode = Literal["off", "lookup", "draft", "auto"]
 MODES: tuple[str, ...] = get_args(SpeculationMode)
@@ -82,7 +82,7 @@ class Speculation:
         return times.model_cost(num_active) if times is not None and times.by_model else self.model_share
 
 
-def _between(times: Mapping[int, float], at: int | np.ndarray) -> np.ndarray:
+def _between(times: Mapping[int, float], at: int | Int[np.ndarray, " numbers"]) -> Float[np.ndarray, " *numbers"]:
     """`times` at `at`, in order and beyond its ends as there."""
     ordered = sorted(times)
     return np.asarray(np.interp(at, ordered, [times[number] for number in ordered]))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from jaxllama.llama.check.result import Result, Status, judged
 from jaxllama.model import native
@@ -51,7 +52,7 @@ def check_speed(mesh: Mesh, reached: dict[str, float]) -> Iterator[Result]:
 def memory_rate(mesh: Mesh, num_values: int) -> float:
     """Bytes a second that each device reads and writes, of an array of so many float32 a device."""
 
-    def run(x: jax.Array, rounds: jax.Array) -> jax.Array:
+    def run(x: Float[Array, "devices values"], rounds: Int[Array, ""]) -> Float[Array, "devices values"]:
         # Every round reads and writes all of it: XLA does not look into a loop's next round.
         return jax.lax.fori_loop(0, rounds, lambda _, x: x * 0.999 + 0.001, x)
 
@@ -64,16 +65,16 @@ def product_rate(mesh: Mesh, size: int) -> float:
     """Operations a second of each device, in products of `size` × `size` matrices."""
     here = NamedSharding(mesh, _ALL)
 
-    def run(x: jax.Array, rounds: jax.Array, weight: jax.Array) -> jax.Array:
-        def once(_: Any, x: jax.Array) -> jax.Array:
+    def run(
+        x: Float[Array, "devices size size"], rounds: Int[Array, ""], weight: Float[Array, "devices size size"]
+    ) -> Float[Array, "devices size size"]:
+        def once(_: Any, x: Float[Array, "devices size size"]) -> Float[Array, "devices size size"]:
             return jnp.einsum("dij,djk->dik", x, weight, preferred_element_type=jnp.bfloat16)
 
         return jax.lax.fori_loop(0, rounds, once, x)
 
-    def make(value: float) -> jax.Array:
-        filled: jax.Array = jax.jit(
-            lambda: jnp.full((mesh.size, size, size), value, jnp.bfloat16), out_shardings=here
-        )()
+    def make(value: float) -> Float[Array, "devices size size"]:
+        filled: Array = jax.jit(lambda: jnp.full((mesh.size, size, size), value, jnp.bfloat16), out_shardings=here)()
         return filled
 
     weight = make(1 / size)
@@ -84,7 +85,9 @@ def product_rate(mesh: Mesh, size: int) -> float:
 def own_product_rate(size: int) -> float:
     """The same by a CPU's own kernels, with which models run there."""
 
-    def run(x: jax.Array, rounds: jax.Array, weight: native.PackedWeight) -> jax.Array:
+    def run(
+        x: Float[Array, "size size"], rounds: Int[Array, ""], weight: native.PackedWeight
+    ) -> Float[Array, "size size"]:
         return jax.lax.fori_loop(0, rounds, lambda _, x: native.multiply(x, weight)[0].astype(x.dtype), x)
 
     weight = native.pack(jnp.full((size, size), 1 / size, jnp.bfloat16))
@@ -110,14 +113,14 @@ def check_links(mesh: Mesh) -> Iterator[Result]:
 
 
 def _collective_s(mesh: Mesh, name: str, num_values: int) -> float:
-    def once(_: Any, x: jax.Array) -> jax.Array:
+    def once(_: Any, x: Float[Array, " values"]) -> Float[Array, " values"]:
         if name == "all-reduce":
             return jax.lax.psum(x, MESH_AXES) * (1 / mesh.size)
         gathered = jax.lax.all_gather(x, MESH_AXES, axis=0, tiled=True)
         # What comes back depends on all of it, so that nothing may be left out.
         return x * 0.5 + gathered.reshape(mesh.size, -1).mean(0, keepdims=True).reshape(x.shape) * 0.5
 
-    def run(x: jax.Array, rounds: jax.Array) -> jax.Array:
+    def run(x: Float[Array, " values"], rounds: Int[Array, ""]) -> Float[Array, " values"]:
         return jax.lax.fori_loop(0, rounds, once, x)
 
     body = jax.shard_map(run, mesh=mesh, in_specs=(_ALL, PartitionSpec()), out_specs=_ALL, check_vma=False)
@@ -125,7 +128,7 @@ def _collective_s(mesh: Mesh, name: str, num_values: int) -> float:
     return _a_round(jax.jit(body, donate_argnums=0), make())
 
 
-def _a_round(run: Callable[..., jax.Array], x: jax.Array, *rest: Any) -> float:
+def _a_round(run: Callable[..., Float[Array, " ..."]], x: Float[Array, " ..."], *rest: Any) -> float:
     """Seconds a round of `run(x, rounds, …)`: the difference of many rounds and one, so that launches do not count."""
     time_of = partial(_timed, run, rest)
     x, _ = time_of(x, 1)  # compiles
@@ -141,7 +144,9 @@ def _a_round(run: Callable[..., jax.Array], x: jax.Array, *rest: Any) -> float:
     return max(median(times), 1e-9)
 
 
-def _timed(run: Callable[..., jax.Array], rest: tuple[Any, ...], x: jax.Array, rounds: int) -> tuple[jax.Array, float]:
+def _timed(
+    run: Callable[..., Float[Array, " ..."]], rest: tuple[Any, ...], x: Float[Array, " ..."], rounds: int
+) -> tuple[Float[Array, " ..."], float]:
     started = time.perf_counter()
     x = run(x, np.int32(rounds), *rest)
     x.block_until_ready()

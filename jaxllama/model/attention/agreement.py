@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxllama.model.attention.reference import BLOCK_TOKENS
 from jaxllama.model.attention.sharded import ShardedAttention
@@ -138,7 +138,7 @@ class _Story:
         args = (jnp.asarray(self._table), jnp.asarray(self._lengths, jnp.int32))
         out, pool = self._decode(q, kv, self._pool, *args, jnp.asarray(self._active))
 
-        def alone(mask: np.ndarray) -> Array:
+        def alone(mask: Bool[np.ndarray, " rows"]) -> Float[Array, "rows heads head_dim"]:
             result: Array = self._decode(q, kv, self._pool, *args, jnp.asarray(mask))[0]
             return result
 
@@ -159,7 +159,7 @@ class _Story:
         args = (jnp.asarray(self._table), jnp.asarray(lengths, jnp.int32))
         out, pool = self._verify(q, kv, self._pool, *args, jnp.asarray(counts, jnp.int32))
 
-        def alone(mask: np.ndarray) -> Array:
+        def alone(mask: Bool[np.ndarray, " rows"]) -> Float[Array, "rows tokens heads head_dim"]:
             result: Array = self._verify(q, kv, self._pool, *args, jnp.asarray(np.where(mask, counts, 0), jnp.int32))[0]
             return result
 
@@ -175,7 +175,9 @@ class _Story:
             worst = _larger(worst, self._error(found, asked, row, int(lengths[row])))
         return Agreement(f"verify of {_QUERIES}", worst, self._tolerance, same)
 
-    def _rows_alone(self, together: Array, alone: Callable[[np.ndarray], Array]) -> bool:
+    def _rows_alone(
+        self, together: Float[Array, "rows ..."], alone: Callable[[Bool[np.ndarray, " rows"]], Float[Array, "rows ..."]]
+    ) -> bool:
         """Whether each of three rows has the bits of `together` when only it is active."""
         rows = np.flatnonzero(self._active)[[0, -2, -1]]
         bits = np.asarray(together)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Shaped, UInt8
 
 from jaxllama.model.params import ParamSpec
 
@@ -28,7 +29,7 @@ def chunk_shape(spec: ParamSpec, itemsize: int) -> tuple[int, ...]:
     return tuple(math.ceil(n / num) if i == axis else n for i, n in enumerate(spec.shape))
 
 
-def chunk_of_shards(part: ParamSpec, array: jax.Array) -> tuple[int, ...]:
+def chunk_of_shards(part: ParamSpec, array: Shaped[jax.Array, " ..."]) -> tuple[int, ...]:
     """How an array on devices is cut: much as one in one piece, but no chunk has parts of two shards."""
 
     def cut(size: int, shard: int, whole: int) -> int:
@@ -42,19 +43,23 @@ def chunk_of_shards(part: ParamSpec, array: jax.Array) -> tuple[int, ...]:
     return tuple(map(cut, sizes, array.sharding.shard_shape(array.shape), array.shape))
 
 
-def chunks(array: np.ndarray, chunk: tuple[int, ...], start: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray]]:
+def chunks(
+    array: Shaped[np.ndarray, " ..."], chunk: tuple[int, ...], start: tuple[int, ...]
+) -> Iterator[tuple[str, Shaped[np.ndarray, " ..."]]]:
     """The zarr name and the values of every chunk of a piece that begins at `start`; they may be less than a chunk."""
     for index in np.ndindex(*map(math.ceil, np.divide(array.shape, chunk))):
         block = array[tuple(slice(i * n, (i + 1) * n) for i, n in zip(index, chunk, strict=True))]
         yield ".".join(str(i + begin // n) for i, begin, n in zip(index, start, chunk, strict=True)), block
 
 
-def _new_memory(num_bytes: int) -> np.ndarray:
+def _new_memory(num_bytes: int) -> UInt8[np.ndarray, " bytes"]:
     return np.empty(num_bytes, np.uint8)
 
 
 def chunk_bytes(
-    block: np.ndarray, chunk: tuple[int, ...], memory: Callable[[int], np.ndarray] = _new_memory
+    block: Shaped[np.ndarray, " ..."],
+    chunk: tuple[int, ...],
+    memory: Callable[[int], UInt8[np.ndarray, " bytes"]] = _new_memory,
 ) -> memoryview:
     """The bytes of a chunk's file, padded with zeros where there are too few values; copied to `memory` if need be."""
     if block.shape != chunk or not block.flags.c_contiguous:

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Shaped, UInt8
 
 from jaxllama.errors import CheckpointError
 from jaxllama.model.config import LlamaConfig
@@ -38,7 +39,7 @@ class ParamsWriter:
         """Whether every one of a tensor's `files` is there with its size."""
         return bool(files) and self._files.has(files)
 
-    def write(self, spec: ParamSpec, weight: np.ndarray | QuantizedWeight) -> dict[str, FileRecord]:
+    def write(self, spec: ParamSpec, weight: Shaped[np.ndarray, " ..."] | QuantizedWeight) -> dict[str, FileRecord]:
         """Writes one tensor, whole, and returns its files as the manifest names them.
 
         Raises: OSError when the disk is full or unwritable; StoreError.
@@ -58,7 +59,7 @@ class ParamsWriter:
         """How `begin` cuts an array that is on no devices."""
         return chunk_shape(part, self._dtype_of(part).itemsize)
 
-    def begin(self, part: ParamSpec, array: jax.Array | None = None) -> dict[str, FileRecord]:
+    def begin(self, part: ParamSpec, array: Shaped[jax.Array, " ..."] | None = None) -> dict[str, FileRecord]:
         """Makes room for an array that comes in pieces: those of `write_shards`, if it is on devices.
 
         Returns the one file that does not depend on the values. Raises: OSError, StoreError.
@@ -68,16 +69,24 @@ class ParamsWriter:
         name, metadata = f"{PARAMS}/{part.name}/.zarray", zarr_metadata(part.shape, chunk, self._dtype_of(part))
         return {name: self._files.write(name, metadata)}
 
-    def write_piece(self, part: ParamSpec, array: np.ndarray, start: tuple[int, ...]) -> dict[str, FileRecord]:
+    def write_piece(
+        self, part: ParamSpec, array: Shaped[np.ndarray, " ..."], start: tuple[int, ...]
+    ) -> dict[str, FileRecord]:
         """Writes whole chunks, those that begin at `start`. Raises: OSError, StoreError."""
         return self._write_chunks(part, self.chunk_of(part), array, start)
 
-    def files_of(self, part: ParamSpec, array: np.ndarray, start: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray]]:
+    def files_of(
+        self, part: ParamSpec, array: Shaped[np.ndarray, " ..."], start: tuple[int, ...]
+    ) -> Iterator[tuple[str, Shaped[np.ndarray, " ..."]]]:
         """The files of whole chunks, those that begin at `start`: each one's name and its values, for `write_block`."""
         return self._files_of(part, self.chunk_of(part), array, start)
 
     def write_block(
-        self, part: ParamSpec, name: str, block: np.ndarray, memory: Callable[[int], np.ndarray]
+        self,
+        part: ParamSpec,
+        name: str,
+        block: Shaped[np.ndarray, " ..."],
+        memory: Callable[[int], UInt8[np.ndarray, " bytes"]],
     ) -> FileRecord:
         """Writes one of `files_of`; `memory` gives uint8 of a size for what lies elsewhere than it is written.
 
@@ -85,7 +94,7 @@ class ParamsWriter:
         """
         return self._files.write(name, chunk_bytes(block, self.chunk_of(part), memory))
 
-    def write_shards(self, part: ParamSpec, array: jax.Array) -> dict[str, FileRecord]:
+    def write_shards(self, part: ParamSpec, array: Shaped[jax.Array, " ..."]) -> dict[str, FileRecord]:
         """Writes what this process's devices hold of `array`, the first of the copies of each shard. Returns the files.
 
         All processes together write every element once. The host holds one shard at a time.
@@ -118,14 +127,14 @@ class ParamsWriter:
         )
 
     def _write_chunks(
-        self, part: ParamSpec, chunk: tuple[int, ...], array: np.ndarray, start: tuple[int, ...]
+        self, part: ParamSpec, chunk: tuple[int, ...], array: Shaped[np.ndarray, " ..."], start: tuple[int, ...]
     ) -> dict[str, FileRecord]:
         blocks = self._files_of(part, chunk, array, start)
         return {name: self._files.write(name, chunk_bytes(block, chunk)) for name, block in blocks}
 
     def _files_of(
-        self, part: ParamSpec, chunk: tuple[int, ...], array: np.ndarray, start: tuple[int, ...]
-    ) -> Iterator[tuple[str, np.ndarray]]:
+        self, part: ParamSpec, chunk: tuple[int, ...], array: Shaped[np.ndarray, " ..."], start: tuple[int, ...]
+    ) -> Iterator[tuple[str, Shaped[np.ndarray, " ..."]]]:
         return ((f"{PARAMS}/{part.name}/{name}", block) for name, block in chunks(array, chunk, start))
 
     def _dtype_of(self, part: ParamSpec) -> np.dtype:

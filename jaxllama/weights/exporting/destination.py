@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from jaxtyping import UInt8
 
 from jaxllama.errors import ConversionError, StoreError
 from jaxllama.system.staging import check_replaceable, is_ours, locked_folder, put_in_place
@@ -33,7 +34,7 @@ _MAX_HEADER_BYTES = 100_000_000
 class Destination(Protocol):
     """Takes files one after the other. What is given last, config.json, is what makes a model of them."""
 
-    def write(self, name: str, num_bytes: int, parts: Iterable[bytes | np.ndarray]) -> None:
+    def write(self, name: str, num_bytes: int, parts: Iterable[bytes | UInt8[np.ndarray, " bytes"]]) -> None:
         """A file of `num_bytes` bytes, in parts. Raises: StoreError; OSError when the disk is full or unwritable."""
 
 
@@ -45,7 +46,7 @@ class _Bucket:
         self._upload = upload
         self._done = done
 
-    def write(self, name: str, num_bytes: int, parts: Iterable[bytes | np.ndarray]) -> None:
+    def write(self, name: str, num_bytes: int, parts: Iterable[bytes | UInt8[np.ndarray, " bytes"]]) -> None:
         if name == LAST:
             self.last = b"".join(map(bytes, parts))
         elif name not in self._done:
@@ -57,7 +58,7 @@ class _Folder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def write(self, name: str, num_bytes: int, parts: Iterable[bytes | np.ndarray]) -> None:
+    def write(self, name: str, num_bytes: int, parts: Iterable[bytes | UInt8[np.ndarray, " bytes"]]) -> None:
         path = self._folder / name
         try:
             with path.open("wb") as file:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 
 from jaxllama.errors import CheckpointError, ConversionError, LockstepError, StoreError, quote
 from jaxllama.hosts.group import Group
@@ -194,8 +195,8 @@ def _write_shards(folder: Destination, shards: list[Shard], rows: Rows, on_writt
 
 
 def _counted(
-    read: Iterable[tuple[Block, np.ndarray]], done: int, on_written: _OnWritten
-) -> Iterator[bytes | np.ndarray]:
+    read: Iterable[tuple[Block, UInt8[np.ndarray, " bytes"]]], done: int, on_written: _OnWritten
+) -> Iterator[bytes | UInt8[np.ndarray, " bytes"]]:
     for block, data in read:
         on_written(done, block.tensor.name)
         yield data

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Shaped
 
 from jaxllama.errors import CheckpointError, one_line
 from jaxllama.hosts.group import Group
@@ -150,7 +151,7 @@ class _Held:
         self._copied = "", []
 
 
-def _to_host(array: jax.Array) -> list[_Piece]:
+def _to_host(array: Shaped[jax.Array, " ..."]) -> list[_Piece]:
     pieces = []
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
@@ -165,7 +166,7 @@ def _quantize(params: Params) -> str | None:
     return "int8" if getattr(params["embed_tokens"], "scale", None) is not None else None
 
 
-def _to_bytes(head: Mapping[str, Any], pieces: list[np.ndarray]) -> bytes:
+def _to_bytes(head: Mapping[str, Any], pieces: list[Shaped[np.ndarray, " ..."]]) -> bytes:
     text = json.dumps(head).encode()
     return b"".join([len(text).to_bytes(4, "little"), text, *(piece.tobytes() for piece in pieces)])
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Float32, Int8, Int32, Shaped
 
 from jaxllama.errors import ConversionError
 from jaxllama.model.config import LlamaConfig
@@ -142,7 +143,7 @@ def read_block(block: Block, rows: Rows) -> np.ndarray:
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
-def _cast(values: np.ndarray, tensor: ExportTensor) -> np.ndarray:
+def _cast(values: Shaped[np.ndarray, " ..."], tensor: ExportTensor) -> Shaped[np.ndarray, " ..."]:
     dtype = next(DTYPES[name] for name, short in _NAMES.items() if short == tensor.dtype)
     if values.dtype == dtype:
         return values
@@ -158,14 +159,16 @@ def _cast(values: np.ndarray, tensor: ExportTensor) -> np.ndarray:
     return cast
 
 
-def _pack(values: np.ndarray) -> np.ndarray:
+def _pack(values: Int8[np.ndarray, "rows width"]) -> Int32[np.ndarray, "rows words"]:
     """Int8 `[rows, width]` as words `[rows, words]` of codes around 128, the first in the lowest bits."""
     codes = values.view(np.uint8) ^ np.uint8(128)
     # Beyond the last column there is nothing, not even a code for zero.
     return np.pad(codes, ((0, 0), (0, -values.shape[1] % _CODES_A_WORD))).view("<i4")
 
 
-def _dense(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def _dense(
+    values: Int8[np.ndarray, "rows width"], scale: Float32[np.ndarray, " rows"]
+) -> Float32[np.ndarray, "rows width"]:
     """Float32 `values * scale`, where the largest of a row are moved by a bit of their last place if need be.
 
     So that `quantize_rows` gives `values` and `scale` again: it has a scale from the largest magnitude, of which the

@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Float32, Shaped, UInt8
 
 from jaxllama.errors import ConversionError, PlaceError, StoreError
 from jaxllama.system.hashing import Hasher
@@ -72,7 +73,9 @@ class SourceFile:
         self._being_read: set[int] = set()
         self._changed = threading.Condition(threading.RLock())
 
-    def read(self, offset: int, num_bytes: int, out: np.ndarray | None = None) -> np.ndarray:
+    def read(
+        self, offset: int, num_bytes: int, out: UInt8[np.ndarray, " bytes"] | None = None
+    ) -> UInt8[np.ndarray, " bytes"]:
         """`num_bytes` bytes from `offset` as uint8 `[num_bytes]`: in `out`, if that is given.
 
         Raises: StoreError when the file ends before.
@@ -82,7 +85,9 @@ class SourceFile:
             self.place.read_into(self._file, offset, memoryview(buffer))
         return buffer
 
-    def read_hashed(self, offset: int, num_bytes: int, out: np.ndarray | None = None) -> np.ndarray:
+    def read_hashed(
+        self, offset: int, num_bytes: int, out: UInt8[np.ndarray, " bytes"] | None = None
+    ) -> UInt8[np.ndarray, " bytes"]:
         """`read`, adding the bytes to the file's hash."""
         with self._changed:
             self._being_read.add(offset)
@@ -115,7 +120,7 @@ class SourceFile:
             raise StoreError(f"{self.path}: {value}, the store says {self._file.sha256}. Try again")
         return value
 
-    def _hash_in_order(self, offset: int, data: np.ndarray, *, is_lent: bool) -> None:
+    def _hash_in_order(self, offset: int, data: UInt8[np.ndarray, " bytes"], *, is_lent: bool) -> None:
         if offset + len(data) > self._hashed and offset not in self._early:
             # What must wait for the bytes before it may not lie where the caller puts others soon.
             self._early[offset] = data.copy() if is_lent and offset > self._hashed else data
@@ -137,7 +142,7 @@ class SourceFile:
             if first + len(data) > self._hashed:
                 self._add(data[self._hashed - first :])
 
-    def _add(self, data: np.ndarray) -> None:
+    def _add(self, data: UInt8[np.ndarray, " bytes"]) -> None:
         self._hash.update(memoryview(data))
         self._hashed += len(data)
 
@@ -183,7 +188,9 @@ class SourceTensor:
             shape=(stop - start, *self.shape[1:]),
         )
 
-    def read_bytes(self, start: int, stop: int, out: np.ndarray | None = None, *, hashed: bool = True) -> np.ndarray:
+    def read_bytes(
+        self, start: int, stop: int, out: UInt8[np.ndarray, " bytes"] | None = None, *, hashed: bool = True
+    ) -> UInt8[np.ndarray, " bytes"]:
         """Rows `[start, stop)` as they lie in the file, uint8 `[num_bytes]`: in `out`, if that is given."""
         row_bytes = self.num_bytes // self.shape[0]
         read = self.file.read_hashed if hashed else self.file.read
@@ -227,13 +234,13 @@ class Source:
             file.place.close()
 
 
-def _dequantize(rows: np.ndarray, dtype: str) -> np.ndarray:
+def _dequantize(rows: UInt8[np.ndarray, "rows bytes"], dtype: str) -> Float32[np.ndarray, "rows width"]:
     import gguf
 
     return gguf.dequantize(rows, gguf.GGMLQuantizationType[dtype])
 
 
-def _undo_permutation(rows: np.ndarray, head_dim: int) -> np.ndarray:
+def _undo_permutation(rows: Shaped[np.ndarray, "rows ..."], head_dim: int) -> Shaped[np.ndarray, "rows ..."]:
     """Puts each head's rows from llama.cpp's interleaved rotary order into Hugging Face's half-split order."""
     split = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(rows.shape)

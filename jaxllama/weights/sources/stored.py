@@ -12,6 +12,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Float, Shaped
 
 from jaxllama.errors import ConversionError
 from jaxllama.model.int8 import quantize_rows
@@ -60,8 +61,8 @@ def read_stored(
     dtype: np.dtype,
     *,
     hashed: bool = False,
-    out: np.ndarray | None = None,
-) -> np.ndarray:
+    out: Shaped[np.ndarray, " ..."] | None = None,
+) -> Shaped[np.ndarray, " ..."]:
     """Rows `[start, stop)` of the tensor in the dtype that they are stored in, multiples of `row_multiple`.
 
     In `out`, contiguous and of that dtype, if it is given and they lie in the file as they are stored.
@@ -95,7 +96,7 @@ def read_rounded(
     return round_rows(read_stored(tensor, start, stop, dtype, hashed=hashed))
 
 
-def round_rows(rows: np.ndarray) -> QuantizedWeight:
+def round_rows(rows: Float[np.ndarray, "rows ..."]) -> QuantizedWeight:
     """Int8 values `[rows, width]` and float32 scales `[rows]`."""
     weight = QuantizedWeight(np.empty(rows.shape, np.int8), np.empty(len(rows), np.float32))
     step = max(1, _BLOCK_ELEMENTS // max(1, math.prod(rows.shape[1:])))
@@ -105,7 +106,7 @@ def round_rows(rows: np.ndarray) -> QuantizedWeight:
     return weight
 
 
-def _check_finite(tensor: SourceTensor, array: np.ndarray) -> None:
+def _check_finite(tensor: SourceTensor, array: Shaped[np.ndarray, " ..."]) -> None:
     if bad := num_non_finite(array):
         raise ConversionError(
             f"{tensor.file.path}: {tensor.name} has {bad} or more values that are NaN, "
@@ -113,7 +114,7 @@ def _check_finite(tensor: SourceTensor, array: np.ndarray) -> None:
         )
 
 
-def num_non_finite(array: np.ndarray) -> int:
+def num_non_finite(array: Shaped[np.ndarray, " ..."]) -> int:
     """How many values are NaN or infinite, of bfloat16 or float32."""
     # By the exponent bits: ml_dtypes' isfinite is ten times slower.
     is_wide = array.dtype == np.float32

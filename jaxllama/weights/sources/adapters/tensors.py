@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32, Shaped
 
 from jaxllama.weights.sources.source import SourceTensor
 
@@ -41,7 +42,7 @@ class Factors:
         """The tensor, whole, in float32."""
         return self.keep(tensor.name, lambda: tensor.read_rows(0, tensor.shape[0], hashed=False).astype(np.float32))
 
-    def keep(self, name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
+    def keep(self, name: str, read: Callable[[], Shaped[np.ndarray, " ..."]]) -> Shaped[np.ndarray, " ..."]:
         """What `read` gives, or gave not long ago for the same name."""
         with self._lock:
             reading = self._reading.setdefault(name, threading.Lock())
@@ -174,7 +175,13 @@ def adapted[T: AdaptedTensor](kind: type[T], base: SourceTensor, **more: Any) ->
     return kind(**{**same, "name": name, "heads": None}, base=base, **more)
 
 
-def _add_product(rows: np.ndarray, left: np.ndarray, right: np.ndarray, scaling: float, start: int) -> None:
+def _add_product(
+    rows: Float32[np.ndarray, "rows width"],
+    left: Float32[np.ndarray, "all_rows rank"],
+    right: Float32[np.ndarray, "rank width"],
+    scaling: float,
+    start: int,
+) -> None:
     """Adds `scaling * left @ right` to `rows`, which begin at row `start` of the product."""
     scale, rank = np.float32(scaling), left.shape[1]
     width = max(_MIN_TILE_COLUMNS, _MAX_TILE_PRODUCTS // (_TILE_ROWS * rank))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Int32, UInt8
 
 from jaxllama.weights.sources.quantized.gptq import drop_zero_bias
 from jaxllama.weights.sources.quantized.interface import (
@@ -94,7 +95,7 @@ def read_awq(settings: Settings, tensors: Mapping[str, SourceTensor]) -> Mapping
     return left
 
 
-def _unpack(words: np.ndarray, start: int, stop: int) -> np.ndarray:
+def _unpack(words: Int32[np.ndarray, "rows words"], start: int, stop: int) -> UInt8[np.ndarray, "rows columns"]:
     """The columns `[start, stop)` of int32 `[rows, out / 8]`, as uint8."""
     first, last = start // _PER_WORD, -(-stop // _PER_WORD)
     codes = unpack_words(words[:, first:last], 4, (last - first) * _PER_WORD)

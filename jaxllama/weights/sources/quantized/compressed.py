@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from jaxllama.model.int8 import quantize_rows
 from jaxllama.weights.sources.patterns import compile_pattern
@@ -94,7 +95,7 @@ class PackedTensor(QuantizedTensor):
         codes = unpack_words(stored.T, self.num_bits, self.shape[0]).T
         return codes.astype(np.float32) - 2 ** (self.num_bits - 1)
 
-    def _of_columns(self, by_group: np.ndarray) -> np.ndarray:
+    def _of_columns(self, by_group: Shaped[np.ndarray, "rows groups"]) -> Shaped[np.ndarray, "rows columns"]:
         if self.group_of is not None:
             return by_group[:, read_all(self.group_of)]
         return by_group if by_group.shape[1] == 1 else np.repeat(by_group, self.group_size, axis=1)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Int32, UInt8
 
 from jaxllama.errors import ConfigError, ConversionError
 from jaxllama.weights.sources.source import SourceTensor
@@ -230,7 +231,9 @@ def read_all(tensor: SourceTensor) -> np.ndarray:
     return tensor.read_rows(0, tensor.shape[0], hashed=False)
 
 
-def unpack_words(words: np.ndarray, num_bits: int, num_values: int) -> np.ndarray:
+def unpack_words(
+    words: Int32[np.ndarray, "rows words"], num_bits: int, num_values: int
+) -> UInt8[np.ndarray, "rows {num_values}"]:
     """Values of `num_bits` each, the first in the lowest bits, from int32 `[rows, words]`: uint8 `[rows, num_values]`.
 
     A value may lie across two words.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Float32
 
 from jaxllama.weights.sources.quantized.interface import Int8Tensor, QuantizedTensor, check_part, read_all
 from jaxllama.weights.sources.source import SourceTensor
@@ -40,7 +41,7 @@ class ScaledTensor(QuantizedTensor):
         values *= self._of_rows(read_scale(self.scale), start, stop)
         return values.astype(self.rounds_to, copy=False)
 
-    def _of_rows(self, grid: np.ndarray, start: int, stop: int) -> np.ndarray:
+    def _of_rows(self, grid: Float32[np.ndarray, " ..."], start: int, stop: int) -> Float32[np.ndarray, "rows columns"]:
         """What multiplies with rows `[start, stop)`."""
         if self.block == ONE_SCALE:
             return grid.reshape(1, 1)
