@@ -36,6 +36,12 @@ TOOLS = [
     {"type": "function", "function": {"name": "wait", "parameters": {"type": "object", "additionalProperties": False}}},
 ]
 
+UNSUPPORTED = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+
+
+def tool(schema, **fields):
+    return {"type": "function", "function": {"name": "made", "parameters": schema, **fields}}
+
 
 def ids_of(text):
     chars = {char: i for i, char in enumerate(sorted(_alphabet()))}
@@ -267,6 +273,16 @@ def test_what_cannot_be_is_a_400_that_names_it(wild):
         (
             {"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "string"}}}]},
             "tools[0].function.parameters",
+        ),
+        ({"tools": [TOOLS[0], tool(UNSUPPORTED)], "tool_choice": "required"}, "tools[1].function.parameters"),
+        ({"tools": [TOOLS[0], tool(UNSUPPORTED, strict=True)]}, "tools[1].function.parameters"),
+        (
+            {"tools": [tool(UNSUPPORTED, strict=True)], "response_format": {"type": "json_object"}},
+            "tools[0].function.parameters",
+        ),
+        (
+            {"tools": [tool(SCHEMA)], "response_format": {"type": "json_object", "schema": UNSUPPORTED}},
+            "response_format.schema",
         ),
         ({"structured_outputs": {"choice": ["a"]}, "ignore_eos": True}, "ignore_eos"),
     ]

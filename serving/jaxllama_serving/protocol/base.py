@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeAliasType, get_args
 
 from pydantic import (
     BaseModel,
@@ -192,29 +192,38 @@ def _describe(model: type[BaseModel], error: ErrorDetails) -> tuple[str | None, 
         joint = " " if name is not None else ""
         return path, f"{path}{joint}{error['msg']}", "unsupported_parameter"
     if kind == "missing":
-        return path, f"{path} is required: {_wanted(model, error['loc'])}", "missing_required_parameter"
+        return path, f"{path} is required: {_wanted(model, error['loc'])[0]}", "missing_required_parameter"
     if kind == "problem":
         return path, f"{path}: {error['msg']}", None
     if kind == "disagreement":
         return error["ctx"]["param"], error["msg"], None
-    return path, f"{path} must be {_wanted(model, error['loc'])}, got {quote(error['input'])}", None
+    wanted, depth = _wanted(model, error["loc"])
+    if depth < len(error["loc"]):
+        whole = _path(error["loc"][:depth])
+        return path, f"{path}: {whole} must be {wanted}, got {quote(error['input'])}", None
+    return path, f"{path} must be {wanted}, got {quote(error['input'])}", None
 
 
-def _wanted(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+def _wanted(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, int]:
+    """What is to be at `loc`, or at its first steps where the rest is within a field of plain values; and how many."""
     inner: type[BaseModel] | None = model
     wanted = "an object"
-    for step in loc:
-        if inner is not None and isinstance(step, str) and step in inner.model_fields:
+    for depth, step in enumerate(loc):
+        if inner is None:
+            return wanted, depth
+        if isinstance(step, str) and step in inner.model_fields:
             field = inner.model_fields[step]
             wanted = field.description or wanted
             inner = _nested(field.annotation)
-        elif isinstance(step, int) and inner is not None:
+        elif isinstance(step, int):
             wanted = "an object"
-    return wanted
+    return wanted, len(loc)
 
 
 def _nested(annotation: Any) -> type[BaseModel] | None:
     """The model that a field's type holds, if it holds one."""
+    if isinstance(annotation, TypeAliasType):
+        return _nested(annotation.__value__)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for part in get_args(annotation) if (found := _nested(part)) is not None), None)

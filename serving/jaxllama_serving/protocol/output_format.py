@@ -125,7 +125,7 @@ class GuidedFields(Strict):
         dict[str, Any] | None, BeforeValidator(_as_schema, json_schema_input_type=dict[str, Any] | str)
     ] = Field(None, description="as structured_outputs.json, or its text")
     guided_regex: str | None = Field(None, description="as structured_outputs.regex, a string")
-    guided_choice: list[str] | None = Field(None, min_length=1, description="as structured_outputs.choice")
+    guided_choice: list[str] | None = Field(None, min_length=1, description="a list of at least one string")
     guided_grammar: str | None = Field(None, description="as structured_outputs.grammar, a string")
 
     def guided_forms(self) -> list[Form]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from jaxllama import Structured
 from jaxllama.errors import GrammarError, RequestError, quote
 from jaxllama.text.constraint import OutputConstraint
 from jaxllama.text.reasoning import ReasoningTags
-from jaxllama.text.structured import GrammarSource
+from jaxllama.text.structured import Grammar, GrammarCompiler, GrammarSource
 from jaxllama.text.tool_parsing import LiveParser, LooseParser, ToolParser
 from jaxllama.text.tools import (
     TOOL_FORMATS,
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 EFFORT_BUDGETS: Mapping[str, int | None] = {"minimal": 256, "low": 1024, "medium": 8192, "high": None, "xhigh": None}
 """Tokens of reasoning for models whose template knows no efforts."""
+_BLAME_S = 1.0
+"""How long a request that is refused is looked through for what is to blame."""
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 """What templates call the variable that turns reasoning on and off."""
 
@@ -123,9 +126,8 @@ def make_prompt(llama: Llama, config: ServerConfig, request: ChatRequest, num_ch
     if found.offered:
         is_held = _holds_calls(request, found.offered) or content is not None
         tools = Tools(found.offered, tool_format(config, template), request.forces_tools, is_held)
-    tools_source, name = _tools_source(llama, request, tools, content)
-    starts, source = rendered.starts_in_reasoning, tools_source or content
-    grammar = llama.constraints.compile(source, name, starts) if source is not None else None
+    starts = rendered.starts_in_reasoning
+    grammar = _grammar(llama, request, tools, content, starts)
     budget = request.thinking_budget
     if budget is None and starts is not None and effort is not None and "reasoning_effort" not in template.variables:
         budget = EFFORT_BUDGETS.get(effort)
@@ -246,15 +248,37 @@ def _content(form: Form) -> GrammarSource:
         raise GrammarError(f"{form.param}{str(error).removeprefix(form.kind)}", form.param) from None
 
 
-def _tools_source(
-    llama: Llama, request: ChatRequest, tools: Tools | None, content: GrammarSource | None
-) -> tuple[GrammarSource | None, str]:
-    """The grammar of calls if they need one, and the parameter to blame if the whole grammar does not compile."""
-    of_content = request.form.param if request.form is not None else ""
+def _grammar(
+    llama: Llama, request: ChatRequest, tools: Tools | None, content: GrammarSource | None, starts: bool | None
+) -> Grammar | None:
+    """What holds the answer, if anything does: calls of `tools`, `content`, or either.
+
+    Raises: GrammarError, whose param is the path of the first part that cannot be used, or "tools" if each can.
+    """
     if tools is None or not tools.is_held:
-        return None, of_content
+        return llama.constraints.compile(content, request.form.param, starts) if content and request.form else None
     compiler, parallel = llama.constraints.compiler, request.allows_many_calls
-    if tools.must_call:
-        return calls_grammar(tools.tools, tools.format, compiler, parallel=parallel), "tools"
-    source = auto_grammar(tools.tools, tools.format, compiler, parallel=parallel, content=content)
-    return source, of_content or "tools"
+    try:
+        if tools.must_call:
+            source = calls_grammar(tools.tools, tools.format, compiler, parallel=parallel)
+        else:
+            source = auto_grammar(tools.tools, tools.format, compiler, parallel=parallel, content=content)
+        return llama.constraints.compile(source, "tools", starts)
+    except GrammarError:
+        _blame_a_part(compiler, request, tools, None if tools.must_call else content)
+        raise
+
+
+def _blame_a_part(compiler: GrammarCompiler, request: ChatRequest, tools: Tools, content: GrammarSource | None) -> None:
+    """Raises: GrammarError for the first part that cannot be used by itself."""
+    deadline = time.monotonic() + _BLAME_S
+    names = [spec.function.name for spec in request.tools]
+    forms = [
+        Form("json", tool.parameters, f"tools[{names.index(tool.name)}].function.parameters") for tool in tools.tools
+    ]
+    if content is not None and request.form is not None:
+        forms.append(request.form)
+    for form in forms:
+        compiler.compile(_content(form), form.param)
+        if time.monotonic() > deadline:
+            return

@@ -327,3 +327,25 @@ def test_a_surrogate_is_told_by_its_path():
     with pytest.raises(ApiError) as caught:
         decode(b'{"messages": [{"content": "ok"}, {"content": "\\ud83d"}]}')
     assert caught.value.param == "messages[1].content"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"logit_bias": {"1": "x"}}, "logit_bias.1: logit_bias must be an object of at most 1024 token ids"),
+        ({"stop": ["a", 5]}, "stop[1]: stop must be a string or at most 16 strings"),
+        (
+            {"stop_token_ids": [-1]},
+            "stop_token_ids[0]: stop_token_ids must be a list of at most 64 token ids",
+        ),
+        ({"guided_choice": [1]}, "guided_choice[0]: guided_choice must be a list of at least one string"),
+        ({"messages": ["hi"]}, "messages[0] must be an object, got 'hi'"),
+        ({"messages": [{"role": "user", "content": ["hi"]}]}, "messages[0].content[0] must be an object, got 'hi'"),
+        ({"tool_choice": {"type": "x"}}, 'tool_choice.type must be "none", "auto"'),
+        ({"top_p": "1"}, "top_p must be a number above 0 to 1, got '1'"),
+    ],
+)
+def test_of_an_item_it_is_said_what_its_field_must_be(fields, message):
+    with pytest.raises(ApiError) as caught:
+        parse_chat_request(body(**fields))
+    assert caught.value.message.startswith(message)
