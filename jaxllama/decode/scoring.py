@@ -53,7 +53,7 @@ class Scores(NamedTuple):
     top_logprobs: Float[Array, "chunk 20"]
 
 
-@program(donate_argnames="pool", static_argnames=("config",))
+@program("pool", static_argnames=("config",), result=lambda pool: (pool, None))
 def prefill_scores(
     config: LlamaConfig,
     params: Params,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from jaxllama.decode.params import CONTROLS, MAX_STOP_TOKEN_IDS, SamplingParams
 from jaxllama.decode.sampling import ControlArrays, SamplingArrays
 from jaxllama.model.cache import HeadLayout, KVPool, kv_pool_axes, kv_pool_shapes
 from jaxllama.model.config import LlamaConfig
-from jaxllama.model.mesh import num_page_shards, partition_spec
+from jaxllama.model.mesh import in_place, num_page_shards, partition_spec
 from jaxllama.text.structured import num_mask_words
 
 MAX_STEPS = 32
@@ -205,8 +204,7 @@ def state_shardings(
 ) -> DecodeState:
     """Rows over `data`, pages over `data` and `rep`, KV heads over `kv`, vocabulary over `kv` and `rep`.
 
-    `draft` is the config of the draft model that there is a pool for. What has no element is everywhere: that is how a
-    program gives it back, and with another sharding all would compile a second time.
+    `draft` is the config of the draft model that there is a pool for. What has no element is everywhere.
     """
     axes = DecodeState(
         pool=kv_pool_axes(shapes.pool.pages.dtype),
@@ -339,7 +337,7 @@ def any_row(config: LlamaConfig, history_size: int = 0, remaining: int = 1) -> R
     )
 
 
-@partial(jax.jit, donate_argnames="state")
+@in_place("state")
 def insert(state: DecodeState, row: Int[Array, ""], new: RowState) -> DecodeState:
     """Puts a row in place. Its pages must be written (`prefill`) before the next `decode_steps`."""
     return state._replace(rows=jax.tree.map(lambda array, value: array.at[row].set(value), state.rows, new))

@@ -51,7 +51,7 @@ from jaxllama.model.platforms.platform import Platform
 from jaxllama.model.platforms.program import program
 
 
-@program(donate_argnames="pool", static_argnames=("config",))
+@program("pool", static_argnames=("config",))
 def prefill(
     config: LlamaConfig,
     params: Params,
@@ -65,7 +65,7 @@ def prefill(
     return forward_chunk(config, params, pool, place, chunk, platform)[1]
 
 
-@program(donate_argnames="pool", static_argnames=("config",))
+@program("pool", static_argnames=("config",), result=lambda pool: (None, pool))
 def prefill_logits(
     config: LlamaConfig,
     params: Params,
@@ -107,7 +107,11 @@ type LogitsProcessor = Callable[[Array, DecodeState], Array]
 gives is drawn from; log-probabilities stay those of the model. One function is one program: define it once."""
 
 
-@program(donate_argnames="state", static_argnames=("config", "num_rows", "steers", "logits_processor", "num_drafts"))
+@program(
+    "state",
+    static_argnames=("config", "num_rows", "steers", "logits_processor", "num_drafts"),
+    result=lambda state: (state, None),
+)
 def decode_steps(
     config: LlamaConfig,
     params: Params,

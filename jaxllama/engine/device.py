@@ -168,21 +168,17 @@ class Device:
             case Compile(chunk_sizes, row_buckets, num_drafts):
                 decoding = dict(zip(row_buckets.tolist(), num_drafts.tolist(), strict=True))
                 self._compile(state, chunk_sizes.tolist(), decoding)
-            case Prefill(place, chunk):
-                pool = prefill(self._config, self.params, state.pool, place, chunk, platform=self._platform)
-                state = state._replace(pool=pool)
-            case PrefillDraft(place, chunk):
-                state = self._prefill_draft(state, place, chunk)
-            case Score(place, chunk, targets):
-                at = (place, chunk, targets)
-                pool, scores = prefill_scores(self._config, self.params, state.pool, *at, platform=self._platform)
+            case Prefill():
+                state = state._replace(pool=self._bound(state, call)())
+            case PrefillDraft():
+                state = state._replace(draft_pool=self._bound(state, call)())
+            case Score():
+                pool, scores = self._bound(state, call)()
                 state, output = state._replace(pool=pool), self._readable(scores)
-            case Insert(row, new):
-                state = insert(state, row, new)
-            case Decode(max_steps, keep, num_rows, steers, num_drafts, drafting):
-                args = (self._config, self.params, state, max_steps, keep)
-                options = self._decode_options(int(num_rows), int(num_drafts), drafting)
-                state, steps = decode_steps(*args, **options, steers=bool(steers))
+            case Insert():
+                state = self._bound(state, call)()
+            case Decode():
+                state, steps = self._bound(state, call)()
                 output = self._readable(steps)
             case SetPageTable(table):
                 state = state._replace(page_table=_put(table, self._shardings.page_table))
@@ -218,57 +214,67 @@ class Device:
     def _waiting(self, *, may_work: bool = False) -> AbstractContextManager[None]:
         return nullcontext() if self._watch is None else self._watch.waiting(may_work=may_work)
 
-    def _decode_options(self, num_rows: int, num_drafts: int, drafting: Drafting) -> dict[str, Any]:
-        options: dict[str, Any] = {"num_rows": num_rows, "platform": self._platform}
-        if num_drafts:
-            options |= {"num_drafts": num_drafts, "drafting": drafting, "draft": self._draft}
-        return options
+    def _bound(self, state: DecodeState, call: Prefill | PrefillDraft | Score | Insert | Decode) -> partial[Any]:
+        """The program of `call` with its arguments, as it is run and as it is compiled beforehand: JAX knows a call by
+        the names of its arguments too."""
+        match call:
+            case Prefill(place, chunk):
+                args: tuple[Any, ...] = (self._config, self.params, state.pool, place, chunk)
+                return partial(prefill, *args, platform=self._platform)
+            case PrefillDraft(place, chunk):
+                draft = self._draft
+                assert draft is not None
+                args = (draft.config, draft.params, state.draft_pool, place, chunk)
+                return partial(prefill, *args, platform=draft.platform)
+            case Score(place, chunk, targets):
+                args = (self._config, self.params, state.pool, place, chunk, targets)
+                return partial(prefill_scores, *args, platform=self._platform)
+            case Insert(row, new):
+                return partial(insert, state, row, new)
+            case Decode(max_steps, keep, num_rows, steers, num_drafts, drafting):
+                options: dict[str, Any] = {"num_rows": int(num_rows), "steers": bool(steers)}
+                if num_drafts:
+                    options |= {"num_drafts": int(num_drafts), "drafting": drafting, "draft": self._draft}
+                args = (self._config, self.params, state, max_steps, keep)
+                return partial(decode_steps, *args, **options, platform=self._platform)
 
     def _compile(self, state: DecodeState, chunk_sizes: list[int], decoding: dict[int, int]) -> None:
         """Several programs at a time, those that take longest first."""
-        config, params, platform = self._config, self.params, self._platform
+        config, platform = self._config, self._platform
         num_rows, table_width = self._shapes.page_table.shape
         zero, pages = np.int32(0), np.zeros(table_width, np.int32)
         keep = np.zeros(num_rows, np.bool_)
+        sizes = sorted(chunk_sizes, reverse=True)
 
-        def lower_decode(bucket: int) -> Any:
+        def decode(bucket: int) -> Decode:
             num_drafts = decoding[bucket]
-            costs, paths = np.zeros(1 + num_drafts, np.float32), Paths.none(num_rows, num_drafts)
-            options = self._decode_options(bucket, num_drafts, Drafting(zero, costs, paths))
-            return decode_steps.lower(config, params, state, zero, keep, **options)
+            drafting = Drafting(zero, np.zeros(1 + num_drafts, np.float32), Paths.none(num_rows, num_drafts))
+            return Decode(zero, keep, np.int32(bucket), num_drafts=np.int32(num_drafts), drafting=drafting)
 
-        def lower_prefill(size: int) -> Any:
-            at = (Place(pages, zero), Chunk(np.zeros(size, np.int32), zero, zero))
-            return prefill.lower(config, params, state.pool, *at, platform=platform)
+        def chunk(size: int) -> tuple[Place, Chunk]:
+            return Place(pages, zero), Chunk(np.zeros(size, np.int32), zero, zero)
 
-        def lower_score(size: int) -> Any:
-            nothing = np.zeros(size, np.int32)
-            at = (Place(pages, zero), Chunk(nothing, zero, zero), Targets(nothing, zero, zero))
-            return prefill_scores.lower(config, params, state.pool, *at, platform=platform)
+        def score(size: int) -> Score:
+            return Score(*chunk(size), Targets(np.zeros(size, np.int32), zero, zero))
 
-        programs: dict[str, Callable[[], Any]] = {
-            _decode_name(n): partial(lower_decode, n) for n in sorted(decoding, reverse=True)
+        calls: dict[str, Prefill | PrefillDraft | Score | Insert | Decode] = {
+            _decode_name(n): decode(n) for n in sorted(decoding, reverse=True)
         }
-        programs |= {_prefill_name(n): partial(lower_prefill, n) for n in sorted(chunk_sizes, reverse=True)}
-        programs |= {_score_name(n): partial(lower_score, n) for n in sorted(chunk_sizes, reverse=True)}
-        if (draft := self._draft) is not None:
+        calls |= {_prefill_name(n): Prefill(*chunk(n)) for n in sizes}
+        calls |= {_score_name(n): score(n) for n in sizes}
+        if self._draft is not None:
+            calls |= {_draft_name(n): PrefillDraft(*chunk(n)) for n in sizes}
+        calls["insert"] = Insert(zero, any_row(config, state.rows.history.shape[1]))
 
-            def lower_draft(size: int) -> Any:
-                at = (Place(pages, zero), Chunk(np.zeros(size, np.int32), zero, zero))
-                return prefill.lower(draft.config, draft.params, state.draft_pool, *at, platform=draft.platform)
+        def lower(call: Prefill | PrefillDraft | Score | Insert | Decode) -> Any:
+            bound = self._bound(state, call)
+            return bound.func.lower(*bound.args, **bound.keywords)  # type: ignore[attr-defined]
 
-            programs |= {_draft_name(n): partial(lower_draft, n) for n in sorted(chunk_sizes, reverse=True)}
-        programs["insert"] = lambda: insert.lower(state, zero, any_row(config, state.rows.history.shape[1]))
+        programs: dict[str, Callable[[], Any]] = {name: partial(lower, call) for name, call in calls.items()}
         if platform.needs_clean_pages:
             layers = {"num_layers": config.num_layers, "mesh": platform.attention.mesh}
             programs["clear pages"] = lambda: clear_pages.lower(state.pool, pages, zero, zero, **layers)
         compile_all(programs, self.on_progress or (lambda done, total, names: None))
-
-    def _prefill_draft(self, state: DecodeState, place: Place, chunk: Chunk) -> DecodeState:
-        draft = self._draft
-        assert draft is not None
-        pool = prefill(draft.config, draft.params, state.draft_pool, place, chunk, platform=draft.platform)
-        return state._replace(draft_pool=pool)
 
     def _clear_pages(self, state: DecodeState, *where: Any) -> DecodeState:
         mesh = self._platform.attention.mesh

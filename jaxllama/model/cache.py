@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.int8 import quantize_rows
-from jaxllama.model.mesh import RULES, num_page_shards, splitting
+from jaxllama.model.mesh import RULES, in_place, num_page_shards, splitting
 
 
 class KVPool(NamedTuple):
@@ -220,7 +220,7 @@ def write_pages(
     return jax.tree.map(write, pool, stored(kv, pool, layout))
 
 
-@partial(jax.jit, donate_argnames="pool", static_argnames=("num_layers", "mesh"))
+@in_place("pool", static_argnames=("num_layers", "mesh"))
 def clear_pages(
     pool: KVPool,
     pages: Int[Array, " some"],
@@ -274,7 +274,7 @@ def read_pages(
     return on_devices(read, mesh, (spec, everywhere, everywhere), copy_spec)(pool, pages, shard)
 
 
-@partial(jax.jit, donate_argnames="pool", static_argnames=("num_layers", "mesh"))
+@in_place("pool", static_argnames=("num_layers", "mesh"))
 def put_pages(
     pool: KVPool,
     pages: Int[Array, " some"],

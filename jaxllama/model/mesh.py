@@ -3,16 +3,21 @@
 Tensor parallelism is `kv` × `rep`: KV heads are split over `kv`, query heads, ffn and vocabulary over both, so that it
 may be wider than the number of KV heads. Rows are split over `data`, and for attention, with the pages of the cache,
 over `rep` too (`attention/sharded.py`).
+
+And functions that give back what they were given where it lay (`InPlace`).
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxllama.errors import ConfigError
 from jaxllama.model.config import LlamaConfig
@@ -131,3 +136,64 @@ def uneven_splits(config: LlamaConfig, mesh: Mesh) -> list[str]:
 def param_shardings(config: LlamaConfig, mesh: Mesh, quantize: str | None = None) -> Params:
     """The sharding of every weight, in the shape of the `Params` tree."""
     return build_params(config, lambda spec: NamedSharding(mesh, partition_spec(spec.axes, config, mesh)), quantize)
+
+
+class InPlace[T]:
+    """A jitted function that is given one argument for good, and gives its successor back where that argument lay.
+
+    Left to itself JAX may say otherwise where a result lies than where the argument did, though it is the same place (a
+    mesh of one device and that device): then whatever takes the result is traced and compiled once more.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., T],
+        given: str,
+        *,
+        result: Callable[[Any], Any] = lambda given: given,
+        static_argnames: tuple[str, ...] = (),
+        compiler_options: dict[str, str | bool | int] | None = None,
+    ) -> None:
+        """`given` is the argument's name. `result` makes of its shardings those of the whole result, with None for what
+        may lie anywhere."""
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._given, self._index = given, [*inspect.signature(function).parameters].index(given)
+        self._result = result
+        self._options: dict[str, Any] = {"static_argnames": static_argnames, "compiler_options": compiler_options}
+        self._jit = functools.cache(self._jit_for)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> T:
+        """Runs it."""
+        result: T = self._jitted(args, kwargs)(*args, **kwargs)
+        return result
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """As of a jitted function: arrays or their shapes to what can be compiled."""
+        lowered: jax.stages.Lowered = self._jitted(args, kwargs).lower(*args, **kwargs)
+        return lowered
+
+    def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
+        """As of a jitted function."""
+        traced: jax.stages.Traced = self._jitted(args, kwargs).trace(*args, **kwargs)
+        return traced
+
+    def _jitted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves, tree = jax.tree.flatten(kwargs[self._given] if self._given in kwargs else args[self._index])
+        return self._jit(tree, *map(_place_of, leaves))
+
+    def _jit_for(self, tree: Any, *places: Sharding | None) -> Any:
+        shardings = self._result(jax.tree.unflatten(tree, places))
+        return jax.jit(self._function, donate_argnames=self._given, out_shardings=shardings, **self._options)
+
+
+def in_place[T](given: str, *, static_argnames: tuple[str, ...] = ()) -> Callable[[Callable[..., T]], InPlace[T]]:
+    """Decorates a function whose whole result is the successor of its argument `given`."""
+    return lambda function: InPlace(function, given, static_argnames=static_argnames)
+
+
+def _place_of(leaf: Any) -> Sharding | None:
+    """Where an array lies, or would; None while it is traced, and where JAX may move it."""
+    if isinstance(leaf, jax.core.Tracer) or not getattr(leaf, "committed", True):
+        return None
+    return getattr(leaf, "sharding", None)

@@ -8,26 +8,32 @@ from typing import Any
 
 import jax
 
+from jaxllama.model.mesh import InPlace
 from jaxllama.model.platforms.cpu import PLAIN
 from jaxllama.model.platforms.platform import CompilerOptions, Platform
 
 
 class Program[T]:
-    """A function with a keyword `platform`, jitted with that platform's compiler options, which `jax.jit` fixes.
+    """A function with a keyword `platform`, jitted in place with that platform's compiler options.
 
-    `platform` is static; left out, it is `PLAIN`.
+    `platform` is static; left out, it is `PLAIN`. The other arguments are those of `InPlace`.
     """
 
-    def __init__(self, function: Callable[..., T], **jit_options: Any) -> None:
+    def __init__(
+        self, function: Callable[..., T], given: str, result: Callable[[Any], Any], static_argnames: tuple[str, ...]
+    ) -> None:
         functools.update_wrapper(self, function)
-        self._function = function
-        self._jit_options = jit_options
-        self._jit = functools.cache(self._jit_with)
+        options: dict[str, Any] = {"result": result, "static_argnames": (*static_argnames, "platform")}
+
+        @functools.cache
+        def jit(compiler_options: CompilerOptions) -> InPlace[T]:
+            return InPlace(function, given, **options, compiler_options=dict(compiler_options))
+
+        self._jit = jit
 
     def __call__(self, *args: Any, **kwargs: Any) -> T:
         """Runs it."""
-        result: T = self._jitted(kwargs)(*args, **kwargs)
-        return result
+        return self._jitted(kwargs)(*args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """As of a jitted function: arrays or their shapes to what can be compiled."""
@@ -37,18 +43,13 @@ class Program[T]:
         """As of a jitted function."""
         return self._jitted(kwargs).trace(*args, **kwargs)
 
-    def _jitted(self, kwargs: dict[str, Any]) -> Any:
+    def _jitted(self, kwargs: dict[str, Any]) -> InPlace[T]:
         platform: Platform = kwargs.get("platform", PLAIN)
         return self._jit(platform.compiler_options)
 
-    def _jit_with(self, options: CompilerOptions) -> Any:
-        return jax.jit(self._function, compiler_options=dict(options), **self._jit_options)
-
 
 def program[T](
-    *, donate_argnames: str | tuple[str, ...], static_argnames: tuple[str, ...]
+    given: str, *, static_argnames: tuple[str, ...], result: Callable[[Any], Any] = lambda given: given
 ) -> Callable[[Callable[..., T]], Program[T]]:
-    """Decorates a function with a keyword `platform`; the arguments are `jax.jit`'s, `platform` is static anyway."""
-    return lambda function: Program(
-        function, donate_argnames=donate_argnames, static_argnames=(*static_argnames, "platform")
-    )
+    """Decorates a function with a keyword `platform`, which is static anyway; see `InPlace`."""
+    return lambda function: Program(function, given, result, static_argnames)

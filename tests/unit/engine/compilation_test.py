@@ -10,17 +10,21 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from collector import run
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxllama import Llama, SamplingParams
+from jaxllama import Llama, SamplingParams, make_mesh
 from jaxllama.engine.compilation import (
     announced,
     compile_all,
@@ -28,6 +32,8 @@ from jaxllama.engine.compilation import (
     num_compilations,
     use_compilation_cache,
 )
+from jaxllama.model import native
+from jaxllama.model.mesh import InPlace
 
 CONTEXT = tiny.SMALL.max_context or 0
 GREEDY = SamplingParams(temperature=0, ignore_eos=True, max_tokens=8)
@@ -167,6 +173,55 @@ def test_a_new_value_does_not_recompile(llama: Llama, values):
     count = CompileCount()
     run(llama.engine, prompt(6), dataclasses.replace(GREEDY, **values))
     assert count.num == 0
+
+
+@pytest.fixture
+def compiled() -> Iterator[list[str]]:
+    """The names of the functions that are compiled meanwhile, or read from the cache on disk."""
+    names: list[str] = []
+
+    def listen(event: str, _: float, **kwargs: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(str(kwargs["fun_name"]))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize(("tp", "data", "has_kernels"), [(1, 1, True), (1, 1, False), (2, 2, True)])
+def test_each_program_is_compiled_once(tp, data, has_kernels, compiled, monkeypatch):
+    """At warm-up, whatever JAX would say of where results lie; sizes are those of no other test."""
+    if has_kernels and not native.is_available():
+        pytest.skip("no kernels for this CPU")
+    if not has_kernels:
+        monkeypatch.setattr("jaxllama.model.platforms.cpu.native.is_available", lambda: False)
+    sizes = {"max_position_embeddings": 2000 + 100 * has_kernels + 10 * tp + data, "num_hidden_layers": 1}
+    with tiny.make_llama(tp=tp, data=data, **sizes) as llama:
+        assert llama.engine.platform.packs_weights == (has_kernels and tp == 1)
+        llama.engine.warm_up()
+        num_buckets, num_sizes = len(llama.engine._row_buckets), len(tiny.SMALL.chunk_sizes or ())
+        expected = {"decode_steps": num_buckets, "prefill": num_sizes, "prefill_scores": num_sizes}
+        count = Counter(name.removeprefix("jit(").removesuffix(")") for name in compiled)
+        assert {name: count[name] for name in expected} == expected
+        assert count["insert"] <= 1  # which an earlier test may have compiled: its state has the same shapes
+        before = len(compiled)
+        run(llama.engine, prompt(40), GREEDY)
+        assert compiled[before:] == []
+
+
+def test_a_result_lies_where_what_was_given_lay():
+    """Also where that is one device of a mesh, which is the same place as the device by itself."""
+    mesh = make_mesh(tiny.config_of("divisible"), tp=1)
+    given = jax.device_put(np.zeros((3, 2), np.float32), NamedSharding(mesh, PartitionSpec(None, None)))
+    other = jax.device_put(np.ones((3, 2), np.float32), jax.devices()[0])
+    half = InPlace(lambda state, x: (state + x, x), "state", result=lambda state: (state, None))
+    for _ in range(3):
+        given, _ = half(given, other)
+        assert given.sharding == NamedSharding(mesh, PartitionSpec(None, None))
+    assert np.asarray(given).tolist() == [[3, 3]] * 3
+    inside = jax.jit(lambda x: half(x, other)[0])
+    assert np.asarray(inside(given)).tolist() == [[4, 4]] * 3
 
 
 # ---- The cache on disk ----
