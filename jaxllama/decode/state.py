@@ -70,24 +70,28 @@ class DecodeState(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the tokens of one row are kept: its page table, and the shard (`ShardedAttention`) whose pages those are.
+    """Where the tokens of one row are kept: its page table, and the shard (`ShardedAttention`) whose pages those are;
+    or of several, as in `Chunk`.
 
-    NumPy's arrays on the host, as in `Chunk`.
+    NumPy's arrays on the host.
     """
 
-    page_table: Int[Any, " max_pages"]
-    shard: Int[Any, ""]
+    page_table: Int[Any, "*rows max_pages"]
+    shard: Int[Any, "*rows"]
 
 
 class Chunk(NamedTuple):
     """Some tokens of one row: `tokens[:num_tokens]` stand at positions `start …`, the rest is padding.
 
     `start` and the size of the chunk are multiples of the page size.
+    Or chunks of several rows in one program: they come to what one after another would, so that a later one may be of
+    the same row, or of one that holds its pages. Each group of `data` has equally many, of rows of its own shards, one
+    group's after another's; those without tokens do nothing.
     """
 
-    tokens: Int[Any, " chunk"]
-    start: Int[Any, ""]
-    num_tokens: Int[Any, ""]
+    tokens: Int[Any, "*rows chunk"]
+    start: Int[Any, "*rows"]
+    num_tokens: Int[Any, "*rows"]
 
 
 class StepOutput(NamedTuple):

@@ -61,7 +61,7 @@ def prefill(
     *,
     platform: Platform = PLAIN,
 ) -> KVPool:
-    """Writes the keys and values of one chunk of one row's prompt and returns the pool."""
+    """Writes the keys and values of a chunk of a row's prompt, or of several (see `Chunk`), and returns the pool."""
     return forward_chunk(config, params, pool, place, chunk, platform)[1]
 
 
@@ -87,19 +87,22 @@ def forward_chunk(
     place: Place,
     chunk: Chunk,
     platform: Platform,
-) -> tuple[Float[Array, "chunk embed"], KVPool]:
-    """The normalised hidden states of a chunk, and the pool with its keys and values."""
+) -> tuple[Float[Array, "*rows chunk embed"], KVPool]:
+    """The normalised hidden states of a chunk, or of several, and the pool with its keys and values."""
+    is_one = chunk.tokens.ndim == 1
+    if is_one:
+        place, chunk = jax.tree.map(lambda x: jnp.asarray(x)[None], (place, chunk))
     (page_table, shard), (tokens, start, num_tokens) = place, chunk
-    positions = chunk_positions(tokens.shape[0], start, num_tokens)[None]
+    tokens = platform.attention.split_rows(tokens)
+    positions = jax.vmap(partial(chunk_positions, tokens.shape[1]))(start, num_tokens)
 
     def attend(q: Queries, kv: NewKV, pool: KVPool, pages: Pages, window: int | None) -> tuple[Queries, KVPool]:
-        out, pool = platform.attention.prefill(q[0], kv[0], pool, pages[0], start, num_tokens, shard, window)
-        return out[None], pool
+        return platform.attention.prefill(q, kv, pool, pages, start, num_tokens, shard, window)
 
-    once = jnp.minimum(num_tokens, 1)  # 0 in the runs that only compile
+    once = jnp.minimum(jnp.max(num_tokens), 1)  # 0 in the runs that only compile
     model = Transformer(config, params, platform)
-    hidden, pool = model(tokens[None], positions, pool, page_table[None], attend, once, num_tokens[None])
-    return hidden[0], pool
+    hidden, pool = model(tokens, positions, pool, page_table, attend, once, num_tokens)
+    return hidden[0] if is_one else hidden, pool
 
 
 type LogitsProcessor = Callable[[Array, DecodeState], Array]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol, overload
 
 import numpy as np
@@ -16,11 +17,19 @@ from jaxllama.decode.state import Chunk, Place, RowState, StepOutput
 
 
 class Compile(NamedTuple):
-    """Compile what the other calls run, for these sizes of chunks and numbers of rows, each with its drafts."""
+    """Compile what the other calls run: for these sizes of chunks, of which prefill takes so many at a time, and for
+    these numbers of rows, each with its drafts."""
 
     chunk_sizes: Int[np.ndarray, " sizes"]
+    num_chunks: Int[np.ndarray, " sizes"]
     row_buckets: Int[np.ndarray, " buckets"]
     num_drafts: Int[np.ndarray, " buckets"]
+
+    @classmethod
+    def of(cls, num_chunks: Mapping[int, int], num_drafts: Mapping[int, int]) -> Compile:
+        """By the sizes of chunks and the numbers of rows."""
+        parts = (num_chunks, num_chunks.values(), num_drafts, num_drafts.values())
+        return cls(*(np.array([*part], np.int32) for part in parts))
 
 
 class Prefill(NamedTuple):

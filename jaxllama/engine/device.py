@@ -152,9 +152,9 @@ class Device:
             case Compile():
                 return "all programs" if self.on_progress is None else None
             case Prefill(_, chunk):
-                return _prefill_name(len(chunk.tokens))
+                return _prefill_name(*np.shape(chunk.tokens))
             case PrefillDraft(_, chunk):
-                return _draft_name(len(chunk.tokens))
+                return _draft_name(*np.shape(chunk.tokens))
             case Score(_, chunk):
                 return _score_name(len(chunk.tokens))
             case Decode(num_rows=num_rows, steers=steers):
@@ -165,9 +165,10 @@ class Device:
         state = self._get_state()
         output: StepOutput | Scores | None = None
         match call:
-            case Compile(chunk_sizes, row_buckets, num_drafts):
+            case Compile(chunk_sizes, num_chunks, row_buckets, num_drafts):
+                prefilling = dict(zip(chunk_sizes.tolist(), num_chunks.tolist(), strict=True))
                 decoding = dict(zip(row_buckets.tolist(), num_drafts.tolist(), strict=True))
-                self._compile(state, chunk_sizes.tolist(), decoding)
+                self._compile(state, prefilling, decoding)
             case Prefill():
                 state = state._replace(pool=self._bound(state, call)())
             case PrefillDraft():
@@ -238,21 +239,23 @@ class Device:
                 args = (self._config, self.params, state, max_steps, keep)
                 return partial(decode_steps, *args, **options, platform=self._platform)
 
-    def _compile(self, state: DecodeState, chunk_sizes: list[int], decoding: dict[int, int]) -> None:
+    def _compile(self, state: DecodeState, prefilling: dict[int, int], decoding: dict[int, int]) -> None:
         """Several programs at a time, those that take longest first."""
         config, platform = self._config, self._platform
         num_rows, table_width = self._shapes.page_table.shape
         zero, pages = np.int32(0), np.zeros(table_width, np.int32)
         keep = np.zeros(num_rows, np.bool_)
-        sizes = sorted(chunk_sizes, reverse=True)
+        sizes = sorted(prefilling, reverse=True)
+        shapes = [(size,) if prefilling[size] == 1 else (prefilling[size], size) for size in sizes]
 
         def decode(bucket: int) -> Decode:
             num_drafts = decoding[bucket]
             drafting = Drafting(zero, np.zeros(1 + num_drafts, np.float32), Paths.none(num_rows, num_drafts))
             return Decode(zero, keep, np.int32(bucket), num_drafts=np.int32(num_drafts), drafting=drafting)
 
-        def chunk(size: int) -> tuple[Place, Chunk]:
-            return Place(pages, zero), Chunk(np.zeros(size, np.int32), zero, zero)
+        def chunk(*shape: int) -> tuple[Place, Chunk]:
+            none, numbers = np.zeros(shape, np.int32), np.zeros(shape[:-1], np.int32)
+            return Place(np.zeros((*shape[:-1], table_width), np.int32), numbers), Chunk(none, numbers, numbers)
 
         def score(size: int) -> Score:
             return Score(*chunk(size), Targets(np.zeros(size, np.int32), zero, zero))
@@ -260,10 +263,10 @@ class Device:
         calls: dict[str, Prefill | PrefillDraft | Score | Insert | Decode] = {
             _decode_name(n): decode(n) for n in sorted(decoding, reverse=True)
         }
-        calls |= {_prefill_name(n): Prefill(*chunk(n)) for n in sizes}
+        calls |= {_prefill_name(*shape): Prefill(*chunk(*shape)) for shape in shapes}
         calls |= {_score_name(n): score(n) for n in sizes}
         if self._draft is not None:
-            calls |= {_draft_name(n): PrefillDraft(*chunk(n)) for n in sizes}
+            calls |= {_draft_name(*shape): PrefillDraft(*chunk(*shape)) for shape in shapes}
         calls["insert"] = Insert(zero, any_row(config, state.rows.history.shape[1]))
 
         def lower(call: Prefill | PrefillDraft | Score | Insert | Decode) -> Any:
@@ -301,12 +304,12 @@ def _decode_name(num_rows: int) -> str:
     return f"decode of {num_rows} rows"
 
 
-def _prefill_name(num_tokens: int) -> str:
-    return f"prefill of {num_tokens} tokens"
+def _prefill_name(*shape: int) -> str:
+    return f"prefill of {' × '.join(map(str, shape))} tokens"
 
 
-def _draft_name(num_tokens: int) -> str:
-    return f"{_prefill_name(num_tokens)} by the draft model"
+def _draft_name(*shape: int) -> str:
+    return f"{_prefill_name(*shape)} by the draft model"
 
 
 def _score_name(num_tokens: int) -> str:

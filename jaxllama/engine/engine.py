@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxllama.decode.draft_model import DraftModel
@@ -31,6 +30,7 @@ from jaxllama.engine.scheduling.chunks import ChunkPlan, Span
 from jaxllama.engine.scheduling.constraint import Constraint
 from jaxllama.engine.scheduling.request import EngineRequest, FinishReason, Scoring, TokenOutput
 from jaxllama.engine.scheduling.scheduler import Scheduler
+from jaxllama.engine.scheduling.sharing import ChunkPlaces
 from jaxllama.engine.sizes import most_drafts, plan_speculation, size_engine
 from jaxllama.errors import EngineStoppedError, LockstepError, QueueFullError, RequestError
 from jaxllama.hosts.group import Group
@@ -84,6 +84,7 @@ class Engine:
             page_size=sizes.page_size, num_rows=sizes.rows_per_shard, table_width=sizes.table_width
         )
         self._row_buckets = platform.row_buckets(sizes.num_rows)
+        self._places = ChunkPlaces({n: platform.chunks_in_group(n) for n in sizes.chunk_sizes}, platform.num_groups)
         self.draft = None if draft is None else DraftModel.of(*draft, mesh, self.kv_dtype)
         self._speculation = plan_speculation(config, sizes, options, platform, self._row_buckets, self.draft)
         self._shapes = sizes.state_shapes(config, self.kv_dtype, platform.head_layout, self.draft)
@@ -110,6 +111,7 @@ class Engine:
             needs_clean_pages=platform.needs_clean_pages,
             history_size=sizes.history_size,
             has_draft=draft is not None,
+            places=self._places,
         )
         self._dispatches = Dispatches(
             self._programs,
@@ -224,9 +226,8 @@ class Engine:
         Call it before the first `submit`.
         """
         programs, self._device.on_progress = self._programs, on_progress
-        num_drafts = [self._speculation.drafts(num_rows) for num_rows in self._row_buckets]
-        sizes = [np.array(part, np.int32) for part in (self.chunk_sizes, self._row_buckets, num_drafts)]
-        programs.run(Compile(*sizes))
+        num_drafts = {num_rows: self._speculation.drafts(num_rows) for num_rows in self._row_buckets}
+        programs.run(Compile.of({size: self._places.num_chunks(size) for size in self.chunk_sizes}, num_drafts))
         nothing = self._make_request([0], SamplingParams(), lambda _: None, 0, b"")
         scored = self._make_request([0, 0], SamplingParams(), lambda _: None, 0, b"", Scoring(first=1, num_top=0))
         for request in (nothing, scored):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Int
@@ -22,6 +23,7 @@ from jaxllama.engine.calls import (
 from jaxllama.engine.scheduling.chunks import Span
 from jaxllama.engine.scheduling.request import EngineRequest
 from jaxllama.engine.scheduling.scheduler import Scheduler
+from jaxllama.engine.scheduling.sharing import ChunkPlaces, SharedCalls
 from jaxllama.engine.scores import ScoredSpan
 from jaxllama.model.config import LlamaConfig
 
@@ -30,7 +32,8 @@ class Placement:
     """Carries out on the devices what the scheduler decides about rows. The engine's thread alone uses it.
 
     If `needs_clean_pages` (see `Platform`), pages that may hold NaN are cleared when they become free; all others are
-    finite. With `has_draft` a draft model's cache is filled beside the model's.
+    finite. With `has_draft` a draft model's cache is filled beside the model's. A call of prefill has as many chunks as
+    `places` says: one by one where it is None.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Placement:
         needs_clean_pages: bool,
         history_size: int = 0,
         has_draft: bool = False,
+        places: ChunkPlaces | None = None,
     ) -> None:
         self._config = config
         self._programs = programs
@@ -51,31 +55,38 @@ class Placement:
         self._needs_clean_pages = needs_clean_pages
         self._history_size = history_size
         self._has_draft = has_draft
+        self._places = places or ChunkPlaces(dict.fromkeys(scheduler.chunk_sizes, 1))
+        self._chunks: SharedCalls[tuple[Place, Chunk]] = SharedCalls(self._places)
+        self._draft_chunks: SharedCalls[tuple[Place, Chunk]] = SharedCalls(self._places)
         self._numbers = itertools.count()
         self.scored: deque[ScoredSpan] = deque()
         """What is launched and not read, oldest first."""
 
     def fill_rows(self) -> None:
-        """Admits waiting requests, and prefills no more tokens than running streams may wait for."""
-        tokens_left = self._scheduler.max_prefill_tokens
+        """Admits waiting requests, and prefills no more tokens of each group than running streams may wait for."""
+        tokens_left = [self._scheduler.max_prefill_tokens] * self._places.num_groups
+        full: set[int] = set()
         while True:
             # Once more after each request: the next one may be waiting for the pages that it fills.
             self._scheduler.admit()
-            request = next(iter(self._scheduler.prefilling), None)
+            request = next((r for r in self._scheduler.prefilling if self._group(r) not in full), None)
             if request is None:
-                return
+                break
+            group = self._group(request)
             if request.saved_as is not None:
                 self._bring_back(request, request.saved_as)
             for span in self._scheduler.spans(request):
-                if span.size > tokens_left:
-                    return
-                tokens_left -= span.size
-                self.prefill(request, span)
+                if span.size > tokens_left[group]:
+                    full.add(group)
+                    break
+                tokens_left[group] -= span.size
+                self._prefill(request, span)
                 self._scheduler.advance(request, span)
                 self._prefill_draft(request)
-            if request.scoring is None:
+            if request.num_prefilled >= request.num_to_prefill and request.scoring is None:
                 self._prefill_draft(request)
                 self.activate(request)
+        self._launch(waits=False)
 
     def run_each(self) -> None:
         """Runs what moves rows and pages once, on row 0 and page 0, before any request."""
@@ -88,27 +99,64 @@ class Placement:
 
     def prefill(self, request: EngineRequest, span: Span) -> None:
         """Writes `span` of a request's prompt into the cache."""
-        place, chunk = self._chunk(request, request.prompt, span)
-        if request.scoring is None:
-            self._programs.run(Prefill(place, chunk))
-        elif (scored := ScoredSpan.launch(self._programs, request, span, place, chunk)) is not None:
-            self.scored.append(scored)
+        self._prefill(request, span)
+        self._launch(waits=False)
 
     def prefill_draft(self, request: EngineRequest, span: Span) -> None:
         """Writes `span` of a request's tokens into the draft model's cache."""
-        self._programs.run(PrefillDraft(*self._chunk(request, request.prompt + request.generated, span)))
+        self._put(self._draft_chunks, request, request.prompt + request.generated, span)
+        self._launch(waits=False)
+
+    def _prefill(self, request: EngineRequest, span: Span) -> None:
+        """The same, sooner or later: before `fill_rows` ends."""
+        if request.scoring is None:
+            self._put(self._chunks, request, request.prompt, span)
+            self._launch(waits=True)
+            return
+        place, chunk = self._chunk(request, request.prompt, span)
+        self._launch(waits=False)  # it may attend to what they write
+        if (scored := ScoredSpan.launch(self._programs, request, span, place, chunk)) is not None:
+            self.scored.append(scored)
 
     def _prefill_draft(self, request: EngineRequest) -> None:
         """All that the draft model's cache lacks of what the model's has. What was found or saved may have no more."""
         if self._has_draft and request.scoring is None:
             for span in self._scheduler.advance_draft(request):
-                self.prefill_draft(request, span)
+                self._put(self._draft_chunks, request, request.prompt + request.generated, span)
+            self._launch(waits=True)
+
+    def _put(
+        self, chunks: SharedCalls[tuple[Place, Chunk]], request: EngineRequest, ids: list[int], span: Span
+    ) -> None:
+        chunks.put(self._group(request), span.size, self._chunk(request, ids, span))
+
+    def _launch(self, *, waits: bool) -> None:
+        """Makes the calls whose places are all taken, or, unless what is left `waits`, those with free ones too."""
+        for size, groups in self._chunks.take(waits=waits):
+            self._programs.run(Prefill(*self._together(size, groups)))
+        for size, groups in self._draft_chunks.take(waits=waits):
+            self._programs.run(PrefillDraft(*self._together(size, groups)))
+
+    def _together(self, size: int, groups: Iterable[list[tuple[Place, Chunk]]]) -> tuple[Place, Chunk]:
+        """Chunks as one call has them, with chunks of no tokens in the places that are free."""
+        none, zero = np.zeros(self._table_width, np.int32), np.int32(0)
+        nothing = (Place(none, zero), Chunk(np.zeros(size, np.int32), zero, zero))
+        in_group = self._places.in_group[size]
+        all_of = [chunk for group in groups for chunk in [*group, *[nothing] * (in_group - len(group))]]
+        if len(all_of) == 1:
+            return all_of[0]
+        places, chunks = zip(*all_of, strict=True)
+        return Place(*map(np.stack, zip(*places, strict=True))), Chunk(*map(np.stack, zip(*chunks, strict=True)))
 
     def _chunk(self, request: EngineRequest, ids: list[int], span: Span) -> tuple[Place, Chunk]:
         tokens = np.zeros(span.size, np.int32)
         tokens[: span.num_tokens] = ids[span.start : span.start + span.num_tokens]
         place = Place(self._table(request.pages), np.int32(request.shard))
         return place, Chunk(tokens, np.int32(span.start), np.int32(span.num_tokens))
+
+    def _group(self, request: EngineRequest) -> int:
+        """Of `data`: that of its shard."""
+        return request.shard * self._places.num_groups // len(self._scheduler.pools)
 
     def release_unreachable(self, request: EngineRequest) -> None:
         """Gives back a running request's pages that no layer reads any more."""

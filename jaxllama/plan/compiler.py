@@ -199,8 +199,11 @@ def _lower(setup: Setup, program: str, mesh: Mesh, platform: Platform) -> Any:
             options |= {"num_drafts": setup.num_drafts, "drafting": drafting}
         return decode_steps.lower(setup.config, params, state, number, keep, **options)
     if program == "prefill":
-        tokens = jax.ShapeDtypeStruct((setup.chunk_tokens,), jnp.int32)
-        table = jax.ShapeDtypeStruct(state.page_table.shape[1:], jnp.int32)
+        num_chunks = platform.num_groups * platform.chunks_in_group(setup.chunk_tokens)
+        rows = () if num_chunks == 1 else (num_chunks,)
+        tokens = jax.ShapeDtypeStruct((*rows, setup.chunk_tokens), jnp.int32)
+        table = jax.ShapeDtypeStruct((*rows, state.page_table.shape[1]), jnp.int32)
+        number = jax.ShapeDtypeStruct(rows, jnp.int32)
         at = (Place(table, number), Chunk(tokens, number, number))
         return prefill.lower(setup.config, params, state.pool, *at, platform=platform)
     raise PlanError(f"program must be one of {', '.join(PROGRAMS)}, got {program!r}")

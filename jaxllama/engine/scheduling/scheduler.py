@@ -138,6 +138,11 @@ class Scheduler:
         return self._plan.spans(request.num_prefilled, request.num_to_prefill, self.max_prefill_tokens)
 
     @property
+    def chunk_sizes(self) -> tuple[int, ...]:
+        """Tokens of the programs that prefill."""
+        return self._plan.sizes
+
+    @property
     def max_prefill_tokens(self) -> int:
         """How many tokens to prefill at once, while those who run wait."""
         return self._plan.longest(has_streams=bool(self.running))

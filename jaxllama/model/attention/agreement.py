@@ -126,8 +126,9 @@ class _Story:
             for start in range(0, int(length), self._chunk):
                 count = min(self._chunk, int(length) - start)
                 q, kv = self._queries(self._chunk), self._new(self._chunk)
-                table, shard = jnp.asarray(self._table[row]), jnp.int32(self._shard[row])
-                out, self._pool = self._prefill(q, kv, self._pool, table, jnp.int32(start), jnp.int32(count), shard)
+                at = (np.array([value], np.int32) for value in (start, count, self._shard[row]))
+                chunk = (q[None], kv[None], self._pool, jnp.asarray(self._table[row : row + 1]))
+                (out,), self._pool = self._prefill(*chunk, *map(jnp.asarray, at))
                 self._keep(row, kv[:count])
                 worst = _larger(worst, self._error(out[:count], q[:count], row, start))
         return Agreement("prefill", worst, self._tolerance)

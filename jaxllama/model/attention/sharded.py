@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxllama.model.attention.interface import Attention
@@ -108,44 +108,75 @@ class ShardedAttention:
 
     def prefill(
         self,
-        q: Float[Array, "tokens heads head_dim"],
-        kv: Float[Array, "tokens kv2 head_dim"],
+        q: Float[Array, "rows tokens heads head_dim"],
+        kv: Float[Array, "rows tokens kv2 head_dim"],
         pool: KVPool,
-        page_table: Int[Array, " max_pages"],
-        start: Int[Array, ""],
-        num_tokens: Int[Array, ""],
-        shard: Int[Array, ""],
+        page_table: Int[Array, "rows max_pages"],
+        start: Int[Array, " rows"],
+        num_tokens: Int[Array, " rows"],
+        shard: Int[Array, " rows"],
         window: int | None = None,
-    ) -> tuple[Float[Array, "tokens heads head_dim"], KVPool]:
-        """As `Attention.prefill`, for a row of `shard`, which alone attends and tells the others."""
-        splits_heads = self._splits_heads(q, kv)
+    ) -> tuple[Float[Array, "rows tokens heads head_dim"], KVPool]:
+        """As `Attention.prefill` for each row in turn, a row of `shard`, which alone attends and tells the others.
 
-        def attend(
-            q: Float[Array, "tokens own_heads head_dim"],
-            kv: Float[Array, "tokens own_kv2 head_dim"],
-            pool: KVPool,
-            table: Int[Array, " max_pages"],
-            start: Int[Array, ""],
-            num_tokens: Int[Array, ""],
-            shard: Int[Array, ""],
-        ) -> tuple[Float[Array, "tokens own_heads head_dim"], KVPool]:
+        Rows that `data` divides are split over it: those of a group are of shards of its own. Others are everywhere.
+        """
+        splits_heads = self._splits_heads(q[:, 0], kv[:, 0])
+        splits_rows = self._splits_rows(len(q))
+
+        def one(
+            pool: KVPool, row: tuple[Shaped[Array, "*of_one"], ...]
+        ) -> tuple[KVPool, Float[Array, "tokens own_heads head_dim"]]:
+            q, kv, table, start, num_tokens, shard = row
             if self.num_shards == 1:
-                return self.kernel.prefill(q, kv, pool, table, start, num_tokens, window)
-            if splits_heads:
-                q = jax.lax.all_gather(q, "rep", axis=1, tiled=True)
+                out, pool = self.kernel.prefill(q, kv, pool, table, start, num_tokens, window)
+                return pool, out
             owns = is_own(shard)
             # No tokens, and page 0, which no row is given.
             table, start, num_tokens = (jnp.where(owns, x, 0) for x in (table, start, num_tokens))
             out, pool = self.kernel.prefill(q, kv, pool, table, start, num_tokens, window)
-            out = jax.lax.psum(jnp.where(owns, out, 0), "data")
+            return pool, jnp.where(owns, out, 0)
+
+        def attend(
+            q: Float[Array, "own tokens own_heads head_dim"],
+            kv: Float[Array, "own tokens own_kv2 head_dim"],
+            pool: KVPool,
+            *at: Array,
+        ) -> tuple[Float[Array, "own tokens own_heads head_dim"], KVPool]:
             if splits_heads:
-                return jax.lax.psum_scatter(out, "rep", scatter_dimension=1, tiled=True), pool
+                q = jax.lax.all_gather(q, "rep", axis=2, tiled=True)
+            if len(q) == 1:
+                pool, out = one(pool, jax.tree.map(lambda x: x[0], (q, kv, *at)))
+                out = out[None]
+            else:
+                # A loop, so that a row's bits do not depend on its place: all run the same instructions.
+                pool, out = jax.lax.scan(one, pool, (q, kv, *at))
+            if self.num_shards == 1:
+                return out, pool
+            if not splits_rows:
+                out = jax.lax.psum(out, "data")
+            if splits_heads:
+                return jax.lax.psum_scatter(out, "rep", scatter_dimension=2, tiled=True), pool
             return jax.lax.psum(out, "rep"), pool
 
-        everywhere, pages = spec_of(self.mesh), pool_spec(pool, self.mesh)
-        q_spec = spec_of(self.mesh, (), _HEADS if splits_heads else _KV)
-        specs = (q_spec, spec_of(self.mesh, (), _KV), pages, *[everywhere] * 4)
+        if self.mesh is None:
+            return attend(q, kv, pool, page_table, start, num_tokens, shard)
+        rows, pages = RULES["rows"] if splits_rows else (), pool_spec(pool, self.mesh)
+        q_spec = spec_of(self.mesh, rows, (), _HEADS if splits_heads else _KV)
+        specs = (q_spec, spec_of(self.mesh, rows, (), _KV), pages, *[spec_of(self.mesh, rows)] * 4)
         return on_devices(attend, self.mesh, specs, (q_spec, pages))(q, kv, pool, page_table, start, num_tokens, shard)
+
+    def split_rows(self, rows: Shaped[Array, "rows ..."]) -> Shaped[Array, "rows ..."]:
+        """`rows` where `prefill` wants them, and with them what is computed of them."""
+        if self.mesh is None or self.mesh.shape["data"] == 1 or not self._splits_rows(len(rows)):
+            return rows
+        split: Array = jax.lax.with_sharding_constraint(
+            rows, NamedSharding(self.mesh, spec_of(self.mesh, RULES["rows"]))
+        )
+        return split
+
+    def _splits_rows(self, num_rows: int) -> bool:
+        return self.mesh is not None and num_rows % self.mesh.shape["data"] == 0
 
     def _splits_heads(self, q: Float[Array, "rows heads head_dim"], kv: Float[Array, "rows kv2 head_dim"]) -> bool:
         """Whether `rep` splits the query heads: where each device has one KV head whose queries it divides."""

