@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from jaxllama.hosts.group import Group
 from jaxllama.llama.check.kernels import logits_of
@@ -89,7 +90,9 @@ def _message_bits(mesh: Mesh) -> str:
     sharding = NamedSharding(mesh, PartitionSpec(MESH_AXES))
     x = jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
-    def exchange(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def exchange(
+        x: Float[Array, "own values"],
+    ) -> tuple[Float[Array, "devices values"], Float[Array, " values"]]:
         return jax.lax.all_gather(x, MESH_AXES, axis=0, tiled=True), jax.lax.psum(x[0], MESH_AXES)
 
     whole = (PartitionSpec(), PartitionSpec())

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
 from jaxllama.decode.state import Chunk, Place, make_pool
 from jaxllama.decode.steps import prefill_logits
@@ -77,7 +78,7 @@ def _compared(platform: Platform, case: Case, what: str) -> Iterator[Result]:
             "attention",
             f"{what}: {found.call}",
             judged(found.holds),
-            f"off by {found.error:.1g}, {found.share:.0%} of what rounding can do{alone[found.row_alone]}",
+            f"{found.in_words}{alone[found.row_alone]}",
             "at most 100% of it, from float64",
             {"error": found.error, "share": found.share, "row_alone": found.row_alone},
         )
@@ -99,6 +100,9 @@ def check_choice(config: LlamaConfig, mesh: Mesh) -> Iterator[Result]:
             yield Result("attention", what, "note", found, "the faster one that holds should be the choice", seconds)
 
 
+type _Step = tuple[Float[Array, "rows heads head_dim"], KVPool]
+
+
 def step_attention_s(config: LlamaConfig, platform: Platform, kv_dtype: str) -> float:
     """Of a layer's attention for `_ROWS` rows of `_CONTEXT` tokens."""
     width = _CONTEXT // platform.page_size + 1
@@ -108,8 +112,8 @@ def step_attention_s(config: LlamaConfig, platform: Platform, kv_dtype: str) -> 
     positions, active = jnp.full(_ROWS, _CONTEXT, jnp.int32), jnp.ones(_ROWS, bool)
     kv = jnp.ones((_ROWS, 2 * config.num_kv_heads, config.head_dim), jnp.bfloat16)
 
-    def run(x: tuple[jax.Array, KVPool], rounds: jax.Array) -> tuple[jax.Array, KVPool]:
-        def once(_: Any, x: tuple[jax.Array, KVPool]) -> tuple[jax.Array, KVPool]:
+    def run(x: _Step, rounds: Int[Array, ""]) -> _Step:
+        def once(_: Any, x: _Step) -> _Step:
             return platform.attention.decode(x[0], kv, x[1], table, positions, active)
 
         return jax.lax.fori_loop(0, rounds, once, x)

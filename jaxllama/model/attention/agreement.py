@@ -8,6 +8,7 @@ What is right within rounding is derived, not chosen: `rounding` has the bounds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,14 @@ class Agreement:
         """NaN never does."""
         return self.share <= 1 and self.row_alone is not False
 
+    @property
+    def in_words(self) -> str:
+        """How far off, beside what is allowed."""
+        if not math.isfinite(self.share):
+            return f"off by {self.error:.1g}"
+        share = f"{self.share:.0%} of" if self.share < 2 else f"{self.share:,.0f} times"
+        return f"off by {self.error:.1g}, {share} what rounding can do"
+
 
 class _Apart:
     """Differences from float64, as they are found."""
@@ -56,7 +65,11 @@ class _Apart:
         self._error = self._largest = self._squares = 0.0
         self._num_values = self._num_heads = 0
 
-    def add(self, difference: Float[np.ndarray, "tokens heads head_dim"], spread: np.ndarray) -> None:
+    def add(
+        self,
+        difference: Float[np.ndarray, "tokens heads head_dim"],
+        spread: Float[np.ndarray, "tokens heads head_dim"],
+    ) -> None:
         """Values of spread 0, of a row of zeros perhaps, must be exact."""
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = np.where(difference == 0, 0.0, np.abs(difference) / spread)

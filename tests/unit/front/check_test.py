@@ -84,7 +84,7 @@ def test_a_broken_kernel_is_named(monkeypatch, broken):
     assert prefill.status == ("fails" if broken == "scale" else "holds")
     for result in (decode, verify):
         assert result.status == "fails"
-        assert ("a row alone has OTHER BITS" in result.found) == (broken == "last place")
+        assert "a row alone has OTHER BITS" in result.found or broken != "last place"
         assert (result.figures["share"] <= 1) == (broken == "last place")
 
 
