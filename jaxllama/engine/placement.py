@@ -76,10 +76,10 @@ class Placement:
             if request.saved_as is not None:
                 self._bring_back(request, request.saved_as)
             for span in self._scheduler.spans(request):
-                if span.size > tokens_left[group]:
+                if (cost := self._scheduler.cost(span)) > tokens_left[group]:
                     full.add(group)
                     break
-                tokens_left[group] -= span.size
+                tokens_left[group] -= cost
                 self._prefill(request, span)
                 self._scheduler.advance(request, span)
                 self._prefill_draft(request)

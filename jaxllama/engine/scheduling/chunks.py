@@ -28,11 +28,24 @@ class ChunkPlan:
     the prompt's length alone, a page's name includes its program and place, and only whole chunks are found again. To
     cut prompts of different lengths alike for as long as possible, a chunk that is not full is then no longer than
     all that precedes it.
+
+    If `skips_padding`, a program takes the time of the tokens that there are (and programs agree): that of the largest
+    size runs all chunks, whatever their length, and the other sizes say only how much is run at once.
     """
 
     sizes: tuple[int, ...]
     page_size: int
     programs_agree: bool
+    skips_padding: bool = False
+
+    @property
+    def program_sizes(self) -> tuple[int, ...]:
+        """The sizes of which there are programs."""
+        return self.sizes[-1:] if self.skips_padding else self.sizes
+
+    def cost(self, span: Span) -> int:
+        """The tokens that `span` takes the time of."""
+        return span.num_tokens if self.skips_padding else span.size
 
     def longest(self, *, has_streams: bool) -> int:
         """How many tokens to prefill at once: the largest chunk, or, if streams wait meanwhile and the cut is free, the
@@ -47,8 +60,8 @@ class ChunkPlan:
         sizes = self.sizes if longest is None else self.sizes[: self.sizes.index(longest) + 1]
         at = start if self.programs_agree else 0
         while at < end:
-            size = self._size(sizes, at, end - at)
-            span = Span(at, min(size, end - at), size)
+            size = sizes[-1] if self.skips_padding else self._size(sizes, at, end - at)
+            span = Span(at, min(size, end - at), self.sizes[-1] if self.skips_padding else size)
             if at >= start:
                 yield span
             at += span.num_tokens

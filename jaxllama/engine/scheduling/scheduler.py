@@ -137,6 +137,10 @@ class Scheduler:
         """What a request's prefill still needs: a function of its own length, unless programs agree."""
         return self._plan.spans(request.num_prefilled, request.num_to_prefill, self.max_prefill_tokens)
 
+    def cost(self, span: Span) -> int:
+        """What of `max_prefill_tokens` it takes."""
+        return self._plan.cost(span)
+
     @property
     def chunk_sizes(self) -> tuple[int, ...]:
         """Tokens of the programs that prefill."""

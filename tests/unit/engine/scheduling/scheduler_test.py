@@ -219,6 +219,19 @@ def test_chunks_cover_all_but_the_last_token_once(length, chunks, agree):
     assert not partial, "only the last chunk has padding"
 
 
+@given(length=st.integers(1, 300), chunks=CHUNKS, has_streams=st.booleans())
+def test_one_program_runs_chunks_of_any_length_where_padding_costs_nothing(length, chunks, has_streams):
+    plan = ChunkPlan(chunks, page_size=4, programs_agree=True, skips_padding=True)
+    assert plan.program_sizes == chunks[-1:]
+    longest = plan.longest(has_streams=has_streams)
+    made = [*plan.spans(0, length, longest)]
+    assert [position for start, num, _ in made for position in range(start, start + num)] == list(range(length))
+    assert {size for *_, size in made} == {chunks[-1]}
+    assert [num for _, num, _ in made[:-1]] == [longest] * (len(made) - 1), "only the last is shorter"
+    assert [plan.cost(span) for span in made] == [num for _, num, _ in made]
+    assert plan.page_keys(b"", [*range(length)]) == make_plan(chunks=chunks).page_keys(b"", [*range(length)])
+
+
 @given(end=st.integers(1, 300), more=st.integers(1, 300), chunks=CHUNKS)
 def test_prompts_that_begin_alike_share_at_least_half(end, more, chunks):
     """Where programs differ: the chunks of a shorter prompt are those of a longer one, up to a bounded rest."""
