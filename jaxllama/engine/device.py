@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -162,13 +163,18 @@ class Device:
         return None
 
     def _run(self, call: Call) -> StepOutput | Scores | None:
+        if isinstance(call, Compile):
+            prefilling = dict(zip(call.chunk_sizes.tolist(), call.num_chunks.tolist(), strict=True))
+            decoding = dict(zip(call.row_buckets.tolist(), call.num_drafts.tolist(), strict=True))
+            # The state takes half a second to make, most of it without Python.
+            with ThreadPoolExecutor(1, "jaxllama-state") as beside:
+                made = beside.submit(self._get_state)
+                self._compile(prefilling, decoding)
+                made.result()
+            return None
         state = self._get_state()
         output: StepOutput | Scores | None = None
         match call:
-            case Compile(chunk_sizes, num_chunks, row_buckets, num_drafts):
-                prefilling = dict(zip(chunk_sizes.tolist(), num_chunks.tolist(), strict=True))
-                decoding = dict(zip(row_buckets.tolist(), num_drafts.tolist(), strict=True))
-                self._compile(state, prefilling, decoding)
             case Prefill():
                 state = state._replace(pool=self._bound(state, call)())
             case PrefillDraft():
@@ -239,8 +245,13 @@ class Device:
                 args = (self._config, self.params, state, max_steps, keep)
                 return partial(decode_steps, *args, **options, platform=self._platform)
 
-    def _compile(self, state: DecodeState, prefilling: dict[int, int], decoding: dict[int, int]) -> None:
+    def _compile(self, prefilling: dict[int, int], decoding: dict[int, int]) -> None:
         """Several programs at a time, those that take longest first."""
+        state: DecodeState = jax.tree.map(
+            lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
+            self._shapes,
+            self._shardings,
+        )
         config, platform = self._config, self._platform
         num_rows, table_width = self._shapes.page_table.shape
         zero, pages = np.int32(0), np.zeros(table_width, np.int32)
