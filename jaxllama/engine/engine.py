@@ -92,12 +92,9 @@ class Engine:
         self._device = Device(config, params, mesh, self._shapes, platform, self._watch, self.draft)
         self._device.shows_compilation = options.show_compilation
         self._programs: Programs = self._device if group is None else Leading(self._device, group)
-        self._plan = ChunkPlan(
-            tuple(sorted(sizes.chunk_sizes)),
-            sizes.page_size,
-            platform.programs_agree,
-            skips_padding=platform.has_layer_kernel and (self.draft is None or self.draft.platform.has_layer_kernel),
-        )
+        skips_padding = platform.has_layer_kernel and (self.draft is None or self.draft.platform.has_layer_kernel)
+        lengths = tuple(sorted(sizes.chunk_sizes))
+        self._plan = ChunkPlan(lengths, sizes.page_size, platform.programs_agree, skips_padding)
         self._scheduler = Scheduler(
             # Who asks for one row gets one, though the programs have two.
             num_rows=sizes.num_rows if options.max_rows > 1 or sizes.num_shards > 1 else 1,
@@ -132,10 +129,8 @@ class Engine:
         self._changed = threading.Condition()
         self._telling = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._is_accepting = True
-        self._is_closing = False
+        self._is_accepting, self._is_closing, self._is_warm = True, False, False
         self._failure: Exception | None = None
-        self._is_warm = False
         self._last_progress = time.monotonic()
         self.on_steps: Callable[[StepReport], None] | None = None
         """Called on the engine's thread after every dispatch; must return at once."""
