@@ -13,6 +13,8 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
 PACKAGES = ("jaxllama.model", "jaxllama.decode")
+# JAX makes its pytree of placeholders, too, which have no shape.
+EXEMPT = ("jaxllama.model.native.packing",)
 
 # An int is good enough where a float is asked for, as type checkers have it.
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
@@ -37,4 +39,4 @@ def modules() -> list[str]:
             if "from jaxtyping import" in path.read_text(encoding="utf-8"):
                 name = ".".join((package, *path.relative_to(folder).with_suffix("").parts))
                 found.append(name.removesuffix(".__init__"))
-    return found
+    return [name for name in found if name not in EXEMPT]

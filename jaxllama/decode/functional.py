@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ class Model:
     mesh: Mesh
 
     @classmethod
-    def of(cls, llama: Any) -> Self:
+    def of(cls, llama: Any) -> Model:
         """That of a loaded `Llama`. The engine is not used.
 
         Raises: ConfigError where rows lie on several shards of a mesh.
@@ -130,7 +130,7 @@ def start(
 def steps(
     model: Model,
     decoding: Decoding,
-    num_steps: Int[Any, ""] = 1,
+    num_steps: int | Int[Any, ""] = 1,
     *,
     logits_processor: LogitsProcessor | None = None,
     steers: bool = False,

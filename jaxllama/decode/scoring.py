@@ -27,8 +27,8 @@ _CHUNK = 128
 _LEAST_CHUNKS = 8
 _HEAD_BLOCK = 128
 """Positions whose logits are held at a time: 64 MB of a vocabulary of 128,000."""
-_CPU_HEAD_BLOCK = 32
-"""On a CPU what is held should stay in its caches: four reductions of 128 rows take ten times those of 32."""
+_SKIPPING_HEAD_BLOCK = 32
+"""The same where the head's product skips what is not asked for: what follows it does not."""
 
 
 class Targets(NamedTuple):
@@ -70,8 +70,8 @@ def prefill_scores(
     hidden, pool = forward_chunk(config, params, pool, place, chunk, platform)
     model = Transformer(config, params, platform)
     size = hidden.shape[0]
+    block = min(_SKIPPING_HEAD_BLOCK if platform.has_layer_kernel else _HEAD_BLOCK, size)
     width = min(MAX_TOP_LOGPROBS, config.vocab_size)
-    block = min(_CPU_HEAD_BLOCK if platform.has_layer_kernel else _HEAD_BLOCK, size)
     scores = Scores(
         jnp.zeros(size), jnp.zeros(size, jnp.int32), jnp.zeros((size, width), jnp.int32), jnp.zeros((size, width))
     )

@@ -93,13 +93,6 @@ class ClearPages(NamedTuple):
     shard: np.int32
 
 
-class CopyPage(NamedTuple):
-    """As `model.cache.copy_page`."""
-
-    source: np.int32
-    target: np.int32
-
-
 class SavePages(NamedTuple):
     """Copy `pages` to the hosts, under a number, but for the draft model's part of them."""
 
@@ -132,7 +125,6 @@ type Call = (
     | SetPageTable
     | SetMasks
     | ClearPages
-    | CopyPage
     | SavePages
     | RestorePages
     | ForgetPages
@@ -147,7 +139,6 @@ CALLS = (
     SetPageTable,
     SetMasks,
     ClearPages,
-    CopyPage,
     SavePages,
     RestorePages,
     ForgetPages,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,6 @@ from jaxllama.engine.calls import (
     Call,
     ClearPages,
     Compile,
-    CopyPage,
     Decode,
     ForgetPages,
     Insert,
@@ -46,7 +46,7 @@ from jaxllama.engine.calls import (
 )
 from jaxllama.engine.compilation import OnProgress, announced, compile_all
 from jaxllama.hosts.watch import DeviceWatch
-from jaxllama.model.cache import KVPool, clear_pages, copy_page, put_pages, read_pages
+from jaxllama.model.cache import KVPool, clear_pages, put_pages, read_pages
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.mesh import uneven_splits
 from jaxllama.model.params import Params
@@ -163,13 +163,18 @@ class Device:
         return None
 
     def _run(self, call: Call) -> StepOutput | Scores | None:
+        if isinstance(call, Compile):
+            prefilling = dict(zip(call.chunk_sizes.tolist(), call.num_chunks.tolist(), strict=True))
+            decoding = dict(zip(call.row_buckets.tolist(), call.num_drafts.tolist(), strict=True))
+            # The state takes half a second to make, most of it without Python.
+            with ThreadPoolExecutor(1, "jaxllama-state") as beside:
+                made = beside.submit(self._get_state)
+                self._compile(prefilling, decoding)
+                made.result()
+            return None
         state = self._get_state()
         output: StepOutput | Scores | None = None
         match call:
-            case Compile(chunk_sizes, num_chunks, row_buckets, num_drafts):
-                prefilling = dict(zip(chunk_sizes.tolist(), num_chunks.tolist(), strict=True))
-                decoding = dict(zip(row_buckets.tolist(), num_drafts.tolist(), strict=True))
-                self._compile(state, prefilling, decoding)
             case Prefill():
                 state = state._replace(pool=self._bound(state, call)())
             case PrefillDraft():
@@ -188,9 +193,6 @@ class Device:
                 state = self._set_masks(state, call)
             case ClearPages(pages, num_pages, shard):
                 state = self._clear_pages(state, pages, num_pages, shard)
-            case CopyPage(source, target):
-                pool = copy_page(state.pool, source, target, num_layers=self._config.num_layers)
-                state = state._replace(pool=pool)
             case SavePages(name, pages, shard):
                 copies = [self._read_pages(state.pool, block, shard) for block in _blocks(pages)]
                 self._saved[int(name)] = [HostCopy.of(copy) for copy in copies]
@@ -243,8 +245,13 @@ class Device:
                 args = (self._config, self.params, state, max_steps, keep)
                 return partial(decode_steps, *args, **options, platform=self._platform)
 
-    def _compile(self, state: DecodeState, prefilling: dict[int, int], decoding: dict[int, int]) -> None:
+    def _compile(self, prefilling: dict[int, int], decoding: dict[int, int]) -> None:
         """Several programs at a time, those that take longest first."""
+        state: DecodeState = jax.tree.map(
+            lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
+            self._shapes,
+            self._shardings,
+        )
         config, platform = self._config, self._platform
         num_rows, table_width = self._shapes.page_table.shape
         zero, pages = np.int32(0), np.zeros(table_width, np.int32)
@@ -278,8 +285,6 @@ class Device:
             return bound.func.lower(*bound.args, **bound.keywords)  # type: ignore[attr-defined]
 
         programs: dict[str, Callable[[], Any]] = {name: partial(lower, call) for name, call in calls.items()}
-        if platform.starts_anywhere:
-            programs["copy a page"] = lambda: copy_page.lower(state.pool, zero, zero, num_layers=config.num_layers)
         if platform.needs_clean_pages:
             layers = {"num_layers": config.num_layers, "mesh": platform.attention.mesh}
             programs["clear pages"] = lambda: clear_pages.lower(state.pool, pages, zero, zero, **layers)

@@ -92,7 +92,9 @@ class Engine:
         self._device = Device(config, params, mesh, self._shapes, platform, self._watch, self.draft)
         self._device.shows_compilation = options.show_compilation
         self._programs: Programs = self._device if group is None else Leading(self._device, group)
-        self._plan = ChunkPlan(sizes.chunk_sizes, sizes.page_size, platform.programs_agree, platform.starts_anywhere)
+        skips_padding = platform.has_layer_kernel and (self.draft is None or self.draft.platform.has_layer_kernel)
+        lengths = tuple(sorted(sizes.chunk_sizes))
+        self._plan = ChunkPlan(lengths, sizes.page_size, platform.programs_agree, skips_padding)
         self._scheduler = Scheduler(
             # Who asks for one row gets one, though the programs have two.
             num_rows=sizes.num_rows if options.max_rows > 1 or sizes.num_shards > 1 else 1,
@@ -127,10 +129,8 @@ class Engine:
         self._changed = threading.Condition()
         self._telling = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._is_accepting = True
-        self._is_closing = False
+        self._is_accepting, self._is_closing, self._is_warm = True, False, False
         self._failure: Exception | None = None
-        self._is_warm = False
         self._last_progress = time.monotonic()
         self.on_steps: Callable[[StepReport], None] | None = None
         """Called on the engine's thread after every dispatch; must return at once."""
@@ -144,7 +144,7 @@ class Engine:
 
     @property
     def chunk_sizes(self) -> tuple[int, ...]:
-        """Tokens of the programs for prefill."""
+        """Into how many tokens prompts are cut, ascending or not (`EngineOptions.chunk_sizes`)."""
         return self.sizes.chunk_sizes
 
     @property
@@ -227,13 +227,14 @@ class Engine:
         """
         programs, self._device.on_progress = self._programs, on_progress
         num_drafts = {num_rows: self._speculation.drafts(num_rows) for num_rows in self._row_buckets}
-        programs.run(Compile.of({size: self._places.num_chunks(size) for size in self.chunk_sizes}, num_drafts))
+        chunk_sizes = self._plan.program_sizes
+        programs.run(Compile.of({size: self._places.num_chunks(size) for size in chunk_sizes}, num_drafts))
         nothing = self._make_request([0], SamplingParams(), lambda _: None, 0, b"")
         scored = self._make_request([0, 0], SamplingParams(), lambda _: None, 0, b"", Scoring(first=1, num_top=0))
         for request in (nothing, scored):
-            self._placement.prefill(request, Span(0, 0, min(self.chunk_sizes)))
+            self._placement.prefill(request, Span(0, 0, min(chunk_sizes)))
         if self.draft is not None:
-            self._placement.prefill_draft(nothing, Span(0, 0, min(self.chunk_sizes)))
+            self._placement.prefill_draft(nothing, Span(0, 0, min(chunk_sizes)))
         self._placement.run_each()
         for num_rows in self._row_buckets:
             self._dispatches.run_empty(num_rows)

@@ -19,10 +19,11 @@ class EngineOptions:
     for the other frequencies (`LlamaConfig.for_context`). `num_pages` None holds `max_rows` rows of 2,048 tokens each,
     and at least one whole context; where a mesh's `data` and `rep` split rows and pages, it counts for each part.
     `chunk_sizes` are the prefill programs, in tokens, multiples of `page_size`; None leaves both to the platform (CPU:
-    16 and 32, 128, 512; TPU kernels: 128 and 128, 512, 2,048). A dispatch runs as many steps as take about
-    `dispatch_s` seconds, at most 32: longer is less host work, shorter a smoother stream. With work pending and no
-    step finished for `stall_timeout_s`, `Engine.health` says so; a device that does not finish a program for
-    `device_timeout_s`, or for longer where its programs are known to take long, is named there (`hosts.watch`).
+    16 and 32, 128, 512; TPU kernels: 128 and 128, 512, 2,048). Where a whole layer is a kernel (CPU), which skips what
+    is padding, the largest runs all, and the middle one says how much while others wait. A dispatch runs as many steps
+    as take about `dispatch_s` seconds, at most 32: longer is less host work, shorter a smoother stream. With work
+    pending and no step finished for `stall_timeout_s`, `Engine.health` says so; a device that does not finish a program
+    for `device_timeout_s`, or for longer where its programs are known to take long, is named there (`hosts.watch`).
     `kv_dtype` None caches keys and values in the model's dtype, "int8" with a float32 scale a token and head: half of
     bfloat16's memory and a little more.
 

@@ -90,7 +90,7 @@ def size_engine(
     if not chunk_sizes or any(size < 1 or size % page_size for size in chunk_sizes):
         raise ConfigError(f"chunk_sizes must be multiples of page_size ({page_size}), got {chunk_sizes}")
     longest = min((size for size in chunk_sizes if size >= max_context), default=max(chunk_sizes))
-    chunk_sizes = tuple(sorted(size for size in chunk_sizes if size <= longest))
+    chunk_sizes = tuple(size for size in chunk_sizes if size <= longest)
     rows_per_shard = max(min_rows, max_rows) if num_shards == 1 else -(-max_rows // num_shards)
     context_pages = _num_pages(max_context, page_size)
     if num_pages is None:

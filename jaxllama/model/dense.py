@@ -22,6 +22,7 @@ from jaxllama.model import native
 from jaxllama.model.cache import KVPool
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.forward import DecoderLayer, NewKV, Pages, Queries, Tap, Transformer
+from jaxllama.model.linear import precision_of
 from jaxllama.model.native import PackedWeight
 from jaxllama.model.params import Params, QuantizedWeight
 from jaxllama.model.platforms.platform import Platform
@@ -177,7 +178,7 @@ def attention(
     batch, tokens, heads, head_dim = q.shape
     k, v = kv[:, :, 0::2], kv[:, :, 1::2]
     grouped = q.reshape(batch, tokens, k.shape[2], -1, head_dim)
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32, precision=_precision(q.dtype))
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision_of(q.dtype))
     scores = product("btkgd,bskd->bkgts", grouped, k) / math.sqrt(head_dim)
     visible = jnp.tril(jnp.ones((tokens, tokens), jnp.bool_)) & mask[:, None, :]
     if window is not None:
@@ -204,11 +205,6 @@ def unembed(
     """Float32 logits of a residual stream anywhere, as if it were the last layer's."""
     model = Transformer(config, plain(params), platform)
     return model.logits(model.norm(hidden))
-
-
-def _precision(dtype: Any) -> Any:
-    # A TPU multiplies float32 in one bfloat16 pass unless told otherwise.
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _over_data(x: Shaped[Array, "batch ..."], mesh: Mesh | None) -> Shaped[Array, "batch ..."]:

@@ -69,6 +69,10 @@ def _product(
             weight.values, x, tpu=lambda values, _: values, default=lambda *both: jax.lax.optimization_barrier(both)[0]
         )
         return (_product(x, values.astype(x.dtype), dtype) * weight.scale).astype(dtype)
-    # A TPU multiplies float32 in one bfloat16 pass unless told otherwise.
-    precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
+    precision = precision_of(weight.dtype)
     return jnp.einsum("...i,oi->...o", x, weight, precision=precision, preferred_element_type=dtype)
+
+
+def precision_of(dtype: Any) -> jax.lax.Precision | None:
+    """Of a product of `dtype`: unless told otherwise a TPU multiplies float32 in one bfloat16 pass, a GPU as TF32."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,9 @@ _ENVIRONMENT = {
 }
 
 
+_POLL_S = 0.5
+
+
 class CompilerError(Exception):
     """The compiler is missing or failed for another reason than memory."""
 
@@ -84,22 +88,25 @@ def is_available() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def compile_program(setup: Setup, program: str) -> Compiled:
+def compile_program(setup: Setup, program: str, time_is_up: Callable[[], bool] = lambda: False) -> Compiled:
     """Compiles the real `decode`, `verify` (decode with drafts) or `prefill` program of `setup` for its topology.
 
-    Raises: CompilerError when libtpu is missing or fails; PlanError for what cannot be compiled yet.
+    Raises: CompilerError when libtpu is missing or fails, or when `time_is_up` before it has ended; PlanError for what
+    cannot be compiled yet.
     """
     if not is_available():
         raise CompilerError(MISSING)
-    done = subprocess.run(
+    compiler = subprocess.Popen(
         [sys.executable, "-m", "jaxllama.plan.compiler"],
-        input=written(setup, program),
         env=os.environ | _ENVIRONMENT,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
-    answer = done.stdout.strip().splitlines()[-1:] or ["{}"]
+    with compiler:
+        stdout, stderr = _output(compiler, written(setup, program), time_is_up)
+    answer = stdout.strip().splitlines()[-1:] or ["{}"]
     try:
         result = json.loads(answer[0])
     except json.JSONDecodeError:
@@ -109,14 +116,28 @@ def compile_program(setup: Setup, program: str) -> Compiled:
     if "error" in result:
         raise CompilerError(f"the TPU compiler failed on {program} for {setup.topology.name}: {result['error']}")
     if not result:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        last = stderr.strip().splitlines()[-1:] or ["no message"]
         raise CompilerError(
-            f"the TPU compiler ended with exit code {done.returncode} on {program}: {one_line(last[0])}"
+            f"the TPU compiler ended with exit code {compiler.returncode} on {program}: {one_line(last[0])}"
         )
     if result["measurement"] is not None:
         copies = tuple(LargeCopy(**copy) for copy in result["measurement"].pop("large_copies"))
         result["measurement"] = Measurement(**result["measurement"], large_copies=copies)
     return Compiled(**result)
+
+
+def _output(compiler: subprocess.Popen[str], job: str, time_is_up: Callable[[], bool]) -> tuple[str, str]:
+    """What it prints, when it has ended. However this ends, it does too. Raises: CompilerError."""
+    told: str | None = job
+    try:
+        while not time_is_up():
+            try:
+                return compiler.communicate(told, timeout=_POLL_S)
+            except subprocess.TimeoutExpired:
+                told = None  # It has it, and what it printed since is kept.
+        raise CompilerError("the TPU compiler had no more time")
+    finally:
+        compiler.kill()
 
 
 def written(setup: Setup, program: str) -> str:

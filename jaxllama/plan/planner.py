@@ -116,21 +116,25 @@ def plan(
     dollars_per_chip_hour: float | None = None,
     use_compiler: bool = True,
     progress: Callable[[str], None] = lambda _: None,
+    time_is_up: Callable[[], bool] = lambda: False,
 ) -> Plan:
     """Compiles the decode and prefill programs of `setup` for its topology and reads what they need.
 
     Without libtpu, or where it fails, the analytic model answers, and `notes` say so. `progress` gets a line before
-    each compilation.
+    each compilation. When `time_is_up` the compiler is ended, and the analytic model answers too.
     """
     compiled: dict[str, Compiled] = {}
     notes: list[str] = []
     if use_compiler:
-        compiled, notes = compile_programs(setup, ("decode", "prefill"), progress)
+        compiled, notes = compile_programs(setup, ("decode", "prefill"), progress, time_is_up)
     return _plan(setup, compiled, notes, dollars_per_chip_hour)
 
 
 def compile_programs(
-    setup: Setup, programs: Sequence[str], progress: Callable[[str], None]
+    setup: Setup,
+    programs: Sequence[str],
+    progress: Callable[[str], None],
+    time_is_up: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, Compiled], list[str]]:
     """The programs by name up to the first that does not fit, or none of them and a note that says why."""
     compiled: dict[str, Compiled] = {}
@@ -139,7 +143,7 @@ def compile_programs(
     try:
         for program in programs:
             progress(f"compiling {program} for {describe_mesh(setup)} ...")
-            compiled[program] = compile_program(setup, program)
+            compiled[program] = compile_program(setup, program, time_is_up)
             progress(f"  {compiled[program].compile_s:.0f} s")
             if not compiled[program].fits:
                 break

@@ -27,23 +27,30 @@ class ChunkPlan:
     end. Otherwise a token's bits depend on the program that computes it and on its place there. Then the cut depends on
     the prompt's length alone, a page's name includes its program and place, and only whole chunks are found again. To
     cut prompts of different lengths alike for as long as possible, a chunk that is not full is then no longer than
-    all that precedes it. If `starts_anywhere`, a chunk may start within a page too, and
-    a program takes the time of the tokens that there are: the fewest programs are best.
+    all that precedes it.
+
+    If `skips_padding`, a program takes the time of the tokens that there are (and programs agree): that of the largest
+    size runs all chunks, whatever their length, and the other sizes say only how much is run at once.
     """
 
     sizes: tuple[int, ...]
     page_size: int
     programs_agree: bool
-    starts_anywhere: bool = False
+    skips_padding: bool = False
+
+    @property
+    def program_sizes(self) -> tuple[int, ...]:
+        """The sizes of which there are programs."""
+        return self.sizes[-1:] if self.skips_padding else self.sizes
+
+    def cost(self, span: Span) -> int:
+        """The tokens that `span` takes the time of."""
+        return span.num_tokens if self.skips_padding else span.size
 
     def longest(self, *, has_streams: bool) -> int:
         """How many tokens to prefill at once: the largest chunk, or, if streams wait meanwhile and the cut is free, the
         middle size."""
         return self.sizes[(len(self.sizes) - 1) // 2 if has_streams and self.programs_agree else -1]
-
-    def cost(self, span: Span) -> int:
-        """Tokens in whose time it runs."""
-        return span.num_tokens if self.starts_anywhere else span.size
 
     def spans(self, start: int, end: int, longest: int | None = None) -> Iterator[Span]:
         """The chunks of tokens `start … end`, of at most `longest` (one that `longest` gave; None: any).
@@ -53,8 +60,8 @@ class ChunkPlan:
         sizes = self.sizes if longest is None else self.sizes[: self.sizes.index(longest) + 1]
         at = start if self.programs_agree else 0
         while at < end:
-            size = self._size(sizes, at, end - at)
-            span = Span(at, min(size, end - at), size)
+            size = sizes[-1] if self.skips_padding else self._size(sizes, at, end - at)
+            span = Span(at, min(size, end - at), self.sizes[-1] if self.skips_padding else size)
             if at >= start:
                 yield span
             at += span.num_tokens
@@ -67,7 +74,7 @@ class ChunkPlan:
         """The smallest size that holds the `left` tokens, if they nearly fill it; otherwise the largest they fill."""
         longest = sizes[-1] if self.programs_agree else max(at, sizes[0])
         enough = next((size for size in sizes if left <= size <= longest), None)
-        if enough is not None and (self.starts_anywhere or left >= _FULL_ENOUGH * enough):
+        if enough is not None and left >= _FULL_ENOUGH * enough:
             return enough
         return max((size for size in sizes if size <= left), default=sizes[0])
 
@@ -93,17 +100,6 @@ class ChunkPlan:
             keys += new
             parent = new[-1] if new else parent
         return keys
-
-    def part_key(self, scope: bytes, page_keys: Sequence[bytes], ids: Sequence[int]) -> bytes:
-        """The name of the page that the end of `ids` fills in part, of which `page_keys` begin with the full pages'.
-
-        Empty where it fills none, and where no chunk could start after it.
-        """
-        num_full, left = divmod(len(ids), self.page_size)
-        if not left or not self.starts_anywhere:
-            return b""
-        parent = page_keys[num_full - 1] if num_full else self.root(scope)
-        return blake2b(parent + array("q", ids[-left:]).tobytes(), digest_size=32).digest()
 
     def more_keys(self, parent: bytes, ids: Sequence[int], program: bytes = b"") -> list[bytes]:
         """Names of the full pages of `ids` that follow the page `parent`."""

@@ -13,15 +13,19 @@ from collections.abc import Callable, Iterator
 import jax
 
 from jaxllama.engine.compilation import use_compilation_cache
+from jaxllama.errors import ConfigError
+from jaxllama.hosts.group import Group, join
 from jaxllama.llama.check.bits import check_bits
-from jaxllama.llama.check.kernels import check_attention, check_model, check_products
+from jaxllama.llama.check.hosts import follow, lead
+from jaxllama.llama.check.kernels import check_attention, check_choice, check_model, check_products
 from jaxllama.llama.check.model import chosen, fitting
 from jaxllama.llama.check.result import Result, as_markdown, collected, environment
 from jaxllama.llama.check.speed import check_links, check_speed, free_bytes
-from jaxllama.llama.check.steps import check_steps
+from jaxllama.llama.check.steps import Planner, check_steps
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.mesh import make_mesh
 from jaxllama.model.platforms.startup import prepare_jax
+from jaxllama.system.versions import version_of
 from jaxllama.weights.opening import open_model
 from jaxllama.weights.places import MODEL_HELP, short_name
 
@@ -34,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help=f"of which only config.json is read: {MODEL_HELP} (default: a random 8B or 1B, on a CPU a small one)",
     )
+    hosts = parser.add_argument_group("many hosts, one process a host")
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 meets the others; the same for all")
+    hosts.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    hosts.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1; process 0 alone prints the table")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     parser.set_defaults(run=run)
@@ -43,9 +51,30 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table. Returns 1 if something does not hold, else 0."""
     started = time.monotonic()
     prepare_jax()
+    group = _join(args)
+    try:
+        results = _results(args, group)
+    except BaseException as error:
+        if group is not None:
+            group.leave(error)
+        raise
+    code = int(any(result.status == "fails" for result in results))
+    if group is not None and not group.is_leader:
+        return code
+    about = environment(jax.devices())
+    seconds = time.monotonic() - started
+    if args.json:
+        found = {**about, "seconds": seconds, "results": [dataclasses.asdict(result) for result in results]}
+        print(json.dumps(found, indent=2))
+    else:
+        print(as_markdown(about, results, seconds), end="")
+    return code
+
+
+def _results(args: argparse.Namespace, group: Group | None) -> list[Result]:
+    """Of this process, and in process 0 of all together."""
     use_compilation_cache(None)
     given = None if args.checkpoint is None else open_model(args.checkpoint, ()).config
-    name = "" if args.checkpoint is None else short_name(args.checkpoint)
 
     def say(line: str) -> None:
         if not args.quiet:
@@ -53,29 +82,47 @@ def run(args: argparse.Namespace) -> int:
 
     devices = jax.devices()
     say(f"{len(devices)} × {devices[0].device_kind}")
-    results = check(given, name, say)
-    about = environment(devices)
-    seconds = time.monotonic() - started
-    if args.json:
-        found = {**about, "seconds": seconds, "results": [dataclasses.asdict(result) for result in results]}
-        print(json.dumps(found, indent=2))
-    else:
-        print(as_markdown(about, results, seconds), end="")
-    return int(any(result.status == "fails" for result in results))
+    name, config = _chosen(given, "" if args.checkpoint is None else short_name(args.checkpoint))
+    results = check(name, config, say)
+    if group is None:
+        return results
+    if group.is_leader:
+        return lead(group, results, config, say)
+    follow(group, results, config)
+    return results
 
 
-def check(given: LlamaConfig | None, name: str, say: Callable[[str], None]) -> list[Result]:
-    """All parts, on a mesh of all devices: the kernels first, because nothing after them means anything without.
+def _join(args: argparse.Namespace) -> Group | None:
+    """The other processes, if the flags name any. Raises: ConfigError."""
+    given = (args.coordinator, args.num_processes, args.process_id)
+    if given == (None, None, None):
+        return None
+    if None in given:
+        raise ConfigError("many hosts need --coordinator, --num-processes and --process-id, all three")
+    settings = {"jaxllama": version_of("jaxllama"), "MODEL": args.checkpoint}
+    return join(
+        args.coordinator,
+        num_processes=args.num_processes,
+        process_id=args.process_id,
+        settings=settings,
+        join_timeout_s=60,
+    )
 
-    `given` is the model to measure; None: one that these devices have room for.
-    """
-    device = jax.devices()[0]
+
+def _chosen(given: LlamaConfig | None, name: str) -> tuple[str, LlamaConfig]:
+    """The model to measure, or as much of it as this process's devices have room for; None: one of ours."""
+    device, num_devices = jax.local_devices()[0], jax.local_device_count()
     room = free_bytes(device)
     if given is None:
-        name, config = chosen(device.platform, room, jax.device_count())
-    else:
-        name, config = fitting(name, given, 0.6 * (room or 8 * 2**30) * jax.device_count())
-    mesh = make_mesh(config)
+        return chosen(device.platform, room, num_devices)
+    return fitting(name, given, 0.6 * (room or 8 * 2**30) * num_devices)
+
+
+def check(name: str, config: LlamaConfig, say: Callable[[str], None]) -> list[Result]:
+    """All parts, on a mesh of this process's devices: the kernels first, because nothing after them means anything
+    without."""
+    mesh = make_mesh(config, devices=jax.local_devices())
+    planner = Planner(config, mesh)
     reached: dict[str, float] = {}
     parts: tuple[tuple[str, Callable[[], Iterator[Result]]], ...] = (
         ("attention", lambda: check_attention(config, mesh)),
@@ -84,6 +131,10 @@ def check(given: LlamaConfig | None, name: str, say: Callable[[str], None]) -> l
         ("same bits", lambda: check_bits(config, mesh)),
         ("speed", lambda: check_speed(mesh, reached)),
         ("collectives", lambda: check_links(mesh)),
-        ("model", lambda: check_steps(name, config, mesh, reached)),
+        ("choice of kernel", lambda: check_choice(config, mesh)),
+        ("model", lambda: check_steps(name, config, mesh, reached, planner)),
     )
-    return collected(parts, say)
+    try:
+        return collected(parts, say)
+    finally:
+        planner.close()

@@ -3,6 +3,7 @@ attention in float64 that knows neither pages nor blocks.
 
 All that a kernel may get wrong is tried: rows that end within a page, at its end and after it, rows past a block of
 keys, rows that are not active, several queries a row, a chunk after another, and what lies past a row's end.
+What is right within rounding is derived, not chosen: `rounding` has the bounds.
 """
 
 from __future__ import annotations
@@ -19,13 +20,11 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllama.model.attention.reference import BLOCK_TOKENS
+from jaxllama.model.attention.rounding import exact_attention, limits
 from jaxllama.model.attention.sharded import ShardedAttention
 from jaxllama.model.cache import HeadLayout, KVPool, kv_pool_shapes, pool_spec
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.int8 import quantize_rows
-
-TOLERANCES = {"float32": 2e-3, "bfloat16": 0.04}
-"""Of values of standard deviation 1, by the dtype of what enters a product."""
 
 _QUERIES = 4
 _SHARPNESS = 3.0  # Peaked scores: a wrong scale shows.
@@ -36,18 +35,56 @@ _POISON = float("nan")
 class Agreement:
     """One way of calling it: the largest difference from float64, and whether a row alone gets the same bits.
 
-    `row_alone` is None where rows do not come together.
+    `share` is of what rounding can do: 1 is its limit (`rounding`). `row_alone` is None where rows do not come
+    together.
     """
 
     call: str
     error: float
-    tolerance: float
+    share: float
     row_alone: bool | None = None
 
     @property
     def holds(self) -> bool:
         """NaN never does."""
-        return self.error <= self.tolerance and self.row_alone is not False
+        return self.share <= 1 and self.row_alone is not False
+
+    @property
+    def in_words(self) -> str:
+        """How far off, beside what is allowed."""
+        if not math.isfinite(self.share):
+            return f"off by {self.error:.1g}"
+        share = f"{self.share:.0%} of" if self.share < 2 else f"{self.share:,.0f} times"
+        return f"off by {self.error:.1g}, {share} what rounding can do"
+
+
+class _Apart:
+    """Differences from float64, as they are found."""
+
+    def __init__(self) -> None:
+        self._error = self._largest = self._squares = 0.0
+        self._num_values = self._num_heads = 0
+
+    def add(
+        self,
+        difference: Float[np.ndarray, "tokens heads head_dim"],
+        spread: Float[np.ndarray, "tokens heads head_dim"],
+    ) -> None:
+        """Values of spread 0, of a row of zeros perhaps, must be exact."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = np.where(difference == 0, 0.0, np.abs(difference) / spread)
+        # NaN if anything is.
+        self._error = float(np.maximum(self._error, np.abs(difference).max()))
+        self._largest = float(np.maximum(self._largest, ratios.max()))
+        self._squares += float((ratios**2).sum())
+        self._num_values += ratios.size
+        self._num_heads += ratios.size // ratios.shape[-1]
+
+    def agreement(self, call: str, row_alone: bool | None = None) -> Agreement:
+        """Of all of them."""
+        largest, mean = limits(self._num_values, self._num_heads)
+        share = np.maximum(self._largest / largest, np.sqrt(self._squares / self._num_values) / mean)
+        return Agreement(call, self._error, float(share), row_alone)
 
 
 def agreements(
@@ -89,7 +126,6 @@ class _Story:
     ) -> None:
         self._attention, self._config, self._dtype, self._kv_dtype = attention, config, dtype, kv_dtype
         self._rng = np.random.default_rng(seed)
-        self._tolerance = TOLERANCES[dtype.name]
         longest = -(-max(3 * page_size, 5 * BLOCK_TOKENS // 2) // page_size) * page_size
         ends = [0, page_size - 1, page_size, page_size + 1, longest // 2 + 3, longest]
         num_shards = attention.num_shards
@@ -121,7 +157,7 @@ class _Story:
 
     def prefill(self) -> Agreement:
         """Every row's tokens, in one chunk or two."""
-        worst = 0.0
+        apart = _Apart()
         for row, length in enumerate(self._lengths):
             for start in range(0, int(length), self._chunk):
                 count = min(self._chunk, int(length) - start)
@@ -130,8 +166,8 @@ class _Story:
                 chunk = (q[None], kv[None], self._pool, jnp.asarray(self._table[row : row + 1]))
                 (out,), self._pool = self._prefill(*chunk, *map(jnp.asarray, at))
                 self._keep(row, kv[:count])
-                worst = _larger(worst, self._error(out[:count], q[:count], row, start))
-        return Agreement("prefill", worst, self._tolerance)
+                self._compare(apart, out[:count], q[:count], row, start)
+        return apart.agreement("prefill")
 
     def decode(self) -> Agreement:
         """A token of every active row."""
@@ -145,11 +181,11 @@ class _Story:
 
         same = self._rows_alone(out, alone)
         self._pool = pool
-        worst = 0.0
+        apart = _Apart()
         for row in np.flatnonzero(self._active).tolist():
             self._keep(row, kv[row : row + 1])
-            worst = _larger(worst, self._error(out[row : row + 1], q[row : row + 1], row, int(self._lengths[row])))
-        return Agreement("decode", worst, self._tolerance, same)
+            self._compare(apart, out[row : row + 1], q[row : row + 1], row, int(self._lengths[row]))
+        return apart.agreement("decode", same)
 
     def verify(self) -> Agreement:
         """From one to four tokens of every active row."""
@@ -169,12 +205,12 @@ class _Story:
             out, lambda mask: jnp.where((np.arange(_QUERIES) < counts[:, None])[..., None, None], alone(mask), 0)
         )
         self._pool = pool
-        worst = 0.0
+        apart = _Apart()
         for row in np.flatnonzero(self._active).tolist():
             self._keep(row, kv[row, : counts[row]])
             found, asked = out[row, : counts[row]], q[row, : counts[row]]
-            worst = _larger(worst, self._error(found, asked, row, int(lengths[row])))
-        return Agreement(f"verify of {_QUERIES}", worst, self._tolerance, same)
+            self._compare(apart, found, asked, row, int(lengths[row]))
+        return apart.agreement(f"verify of {_QUERIES}", same)
 
     def _rows_alone(
         self, together: Float[Array, "rows ..."], alone: Callable[[Bool[np.ndarray, " rows"]], Float[Array, "rows ..."]]
@@ -211,20 +247,13 @@ class _Story:
         self._keys[row].append(stored[:, 0::2])
         self._values[row].append(stored[:, 1::2])
 
-    def _error(self, out: Any, q: Any, row: int, start: int) -> float:
-        """The largest difference of `out`, of queries from position `start` on."""
+    def _compare(self, apart: _Apart, out: Any, q: Any, row: int, start: int) -> None:
+        """`out`, of queries from position `start` on."""
         keys, values = np.concatenate(self._keys[row]), np.concatenate(self._values[row])
-        q = np.asarray(q, np.float64).reshape(len(q), keys.shape[1], -1, keys.shape[2])
-        scores = np.einsum("tkgd,skd->kgts", q, keys) / math.sqrt(keys.shape[2])
-        ahead = np.arange(len(keys)) > start + np.arange(len(q))[:, None]
-        weights = np.where(ahead, 0.0, np.exp(np.where(ahead, -np.inf, scores) - scores.max(-1, keepdims=True)))
-        want = np.einsum("kgts,skd->tkgd", weights / weights.sum(-1, keepdims=True), values)
-        return float(np.abs(np.asarray(out, np.float64).reshape(want.shape) - want).max())
-
-
-def _larger(a: float, b: float) -> float:
-    """NaN if either is."""
-    return float(np.maximum(a, b))
+        num_roundings = 2 if self._kv_dtype == jnp.int8 else 1
+        how: dict[str, Any] = {"dtype": self._dtype.name, "num_roundings": num_roundings}
+        exact = exact_attention(np.asarray(q, np.float64), keys, values, start, **how)
+        apart.add(np.asarray(out, np.float64) - exact.out, exact.spread)
 
 
 def _full(part: Any, value: float) -> Array:

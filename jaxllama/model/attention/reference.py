@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxllama.model.cache import KVPool, write_pages, write_tokens
+from jaxllama.model.linear import precision_of
 
 BLOCK_TOKENS = 128
 QUERY_BLOCK = 128
@@ -363,17 +364,22 @@ def _chunk_products(q: Float[Array, "rows tokens heads head_dim"], kv_heads: int
     """For many queries a row, a block at a time: one product a KV head, which its query heads share."""
     assert num_blocks == 1
     rows, tokens, heads, head_dim = q.shape
+    precision = precision_of(q.dtype)
     grouped = q.transpose(0, 2, 1, 3).reshape(rows, kv_heads, heads // kv_heads * tokens, head_dim)
 
     def scores(kv: Float[Array, "rows size kv2 head_dim"]) -> Float[Array, "rows blocks heads tokens block"]:
-        out = jnp.einsum("bkqd,btkd->bkqt", grouped, kv[:, :, 0::2], preferred_element_type=jnp.float32)
+        out = jnp.einsum(
+            "bkqd,btkd->bkqt", grouped, kv[:, :, 0::2], preferred_element_type=jnp.float32, precision=precision
+        )
         return out.reshape(rows, 1, heads, tokens, -1)
 
     def weighted(
         probs: Float[Array, "rows blocks heads tokens block"], kv: Float[Array, "rows size kv2 head_dim"]
     ) -> Float[Array, "rows blocks heads tokens head_dim"]:
         probs = probs.reshape(rows, kv_heads, -1, probs.shape[-1])
-        out = jnp.einsum("bkqt,btkd->bkqd", probs, kv[:, :, 1::2], preferred_element_type=jnp.float32)
+        out = jnp.einsum(
+            "bkqt,btkd->bkqd", probs, kv[:, :, 1::2], preferred_element_type=jnp.float32, precision=precision
+        )
         return out.reshape(rows, 1, heads, tokens, head_dim)
 
     return _Products(scores, weighted)
@@ -388,13 +394,14 @@ def _one_query_products(q: Float[Array, "rows 1 heads head_dim"], kv_heads: int,
     """
     rows, _, heads, head_dim = q.shape
     group, width = heads // kv_heads, 2 * kv_heads * head_dim
+    precision = precision_of(q.dtype)
     is_own_key = (jnp.arange(2 * kv_heads) == 2 * (jnp.arange(heads)[:, None] // group)).astype(q.dtype)
     wide = (q[:, 0, :, None, :] * is_own_key[:, :, None]).reshape(rows, heads, width)
     wide = jnp.repeat(wide, num_blocks, axis=0)
 
     def scores(kv: Float[Array, "rows size kv2 head_dim"]) -> Float[Array, "rows blocks heads tokens block"]:
         flat = kv.reshape(rows * num_blocks, -1, width)
-        out = jnp.einsum("bhc,btc->bht", wide, flat, preferred_element_type=jnp.float32)
+        out = jnp.einsum("bhc,btc->bht", wide, flat, preferred_element_type=jnp.float32, precision=precision)
         return out.reshape(rows, num_blocks, heads, 1, -1)
 
     def weighted(
@@ -402,7 +409,7 @@ def _one_query_products(q: Float[Array, "rows 1 heads head_dim"], kv_heads: int,
     ) -> Float[Array, "rows blocks heads tokens head_dim"]:
         flat = kv.reshape(rows * num_blocks, -1, width)
         probs = probs.reshape(rows * num_blocks, heads, -1)
-        out = jnp.einsum("bht,btc->bhc", probs, flat, preferred_element_type=jnp.float32)
+        out = jnp.einsum("bht,btc->bhc", probs, flat, preferred_element_type=jnp.float32, precision=precision)
         out = out.reshape(rows, num_blocks, kv_heads, group, 2 * kv_heads, head_dim)
         own_values = [out[:, :, head, :, 2 * head + 1] for head in range(kv_heads)]
         return jnp.concatenate(own_values, axis=2)[:, :, :, None]

@@ -86,14 +86,6 @@ class Platform:
         return self.attention.kernel
 
     @property
-    def starts_anywhere(self) -> bool:
-        """Whether a chunk may start in the middle of a page, and its padding costs nothing.
-
-        A layer's kernel writes token by token, and computes those that there are.
-        """
-        return self.has_layer_kernel and self.programs_agree
-
-    @property
     def num_shards(self) -> int:
         """Into how many parts rows and pages are split."""
         return self.attention.num_shards

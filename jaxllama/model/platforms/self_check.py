@@ -78,8 +78,8 @@ def fault_of(config: LlamaConfig, mesh: Mesh, *, dtype: Any, kv_dtype: Any, page
     except Exception as error:  # Whatever the compiler makes of it: with the reference the model still runs.
         return f"{name} does not run here: {one_line(error)}."
     wrong = [
-        f"{each.call} is off by {each.error:.2g}, expected at most {each.tolerance:g}"
-        if not each.error <= each.tolerance
+        f"{each.call} is {each.in_words}"
+        if not each.share <= 1
         else f"{each.call} of a row alone has other bits than in a batch"
         for each in found
         if not each.holds

@@ -200,7 +200,7 @@ def test_each_program_is_compiled_once(tp, data, has_kernels, compiled, monkeypa
     with tiny.make_llama(tp=tp, data=data, **sizes) as llama:
         assert llama.engine.platform.packs_weights == (has_kernels and tp == 1)
         llama.engine.warm_up()
-        num_buckets, num_sizes = len(llama.engine._row_buckets), len(tiny.SMALL.chunk_sizes or ())
+        num_buckets, num_sizes = len(llama.engine._row_buckets), len(llama.engine._plan.program_sizes)
         expected = {"decode_steps": num_buckets, "prefill": num_sizes, "prefill_scores": num_sizes}
         count = Counter(name.removeprefix("jit(").removesuffix(")") for name in compiled)
         assert {name: count[name] for name in expected} == expected
@@ -321,7 +321,7 @@ def test_the_first_use_of_a_program_is_announced_and_the_next_is_not(capsys, mon
     with tiny.make_llama(options=options) as llama:
         for _ in range(2):
             run(llama.engine, prompt(3), GREEDY)
-        size, rows = llama.engine.chunk_sizes[0], min(llama.engine._row_buckets)
+        size, rows = llama.engine._plan.program_sizes[0], min(llama.engine._row_buckets)
         assert said == [f"prefill of {size} tokens", f"decode of {rows} rows"]
     said.clear()
     with tiny.make_llama(options=dataclasses.replace(options, show_compilation=False)) as llama:

@@ -61,6 +61,33 @@ def test_every_kernel_of_this_machine_is_looked_at():
     }
 
 
+@needs_kernels
+@pytest.mark.parametrize("broken", ["page", "row", "last place", "scale"])
+def test_a_broken_kernel_is_named(monkeypatch, broken):
+    """In bfloat16, whose bounds are the widest, with the sizes that a CPU is looked at with."""
+    attend = native.attend
+
+    def wrong(q: Any, pool: Any, table: Any, positions: Any, *rest: Any) -> Any:
+        if broken == "page":
+            table = table.at[-1, 0].set(table[0, 0])
+        if broken == "row":
+            table = jnp.roll(table, 1, axis=0)
+        out = attend(q * (1.02 if broken == "scale" else 1), pool, table, positions, *rest)
+        several = (positions > 0).any(axis=1).sum() > 1
+        return jnp.where(several, jnp.nextafter(out, jnp.ones_like(out)), out) if broken == "last place" else out
+
+    monkeypatch.setattr(native, "attend", wrong)
+    monkeypatch.setattr(kernels, "CASES", kernels.CASES[:1])
+    prefill, decode, verify = kernels.check_attention(model.SMALL, one_device())
+    assert prefill.what == "CpuAttention, 8/4 heads of 64, bfloat16 cache: prefill"
+    # A chunk has one row.
+    assert prefill.status == ("fails" if broken == "scale" else "holds")
+    for result in (decode, verify):
+        assert result.status == "fails"
+        assert "a row alone has OTHER BITS" in result.found or broken != "last place"
+        assert (result.figures["share"] <= 1) == (broken == "last place")
+
+
 def test_a_wrong_layer_is_seen(monkeypatch):
     """Whatever its kernels do by themselves."""
     config = tiny.config_of("divisible")
@@ -125,7 +152,9 @@ def test_a_step_and_a_chunk_are_measured_beside_the_planner(monkeypatch):
     mesh = make_mesh(config, tp=4)
     assert steps.planned(config, mesh, 4, 128, 128, 16) is None, "a CPU is in no plan"
     monkeypatch.setitem(steps.DEVICE_KINDS, mesh.devices.flat[0].device_kind, "v6e")
-    results = list(steps.check_steps("small", config, mesh, reached))
+    planner = steps.Planner(config, mesh)
+    results = list(steps.check_steps("small", config, mesh, reached, planner))
+    planner.close()
     assert [result.figures["seconds"] > 0 for result in results] == [True, True]
     assert status_of(results) == ["fails"] * 2, "and is no v6e"
     assert all("v6e:2x2" in result.expected for result in results)
@@ -148,7 +177,7 @@ def test_the_table_names_what_fails_and_the_code_is_1(monkeypatch, capsys):
 
     good = Result("products", "int8", "holds", "off by 0")
 
-    def check(given: Any, name: str, say: Any) -> list[Result]:
+    def check(name: str, config: Any, say: Any) -> list[Result]:
         parts = [("attention", broken), ("products", lambda: iter([good]))]
         return collected(parts if failing else parts[1:], say)
 

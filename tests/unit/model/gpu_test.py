@@ -50,6 +50,23 @@ def test_the_programs_lower_for_other_platforms(name, platform):
         assert "cpu" not in text.lower(), program
 
 
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_products_of_float32_are_products_of_float32(platform):
+    """A TPU would round what enters them to bfloat16, a GPU to TF32: attention's were."""
+    config = tiny.config_of("divisible")
+    params = build_params(config, lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32))
+    state = state_shapes(
+        config, num_rows=ROWS, num_pages=PAGES, page_size=PAGE_SIZE, max_context=CONTEXT, dtype=jnp.float32
+    )
+    scalar, keep = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((ROWS,), jnp.bool_)
+    trace = decode_steps.trace(config, params, state, scalar, keep, num_rows=ROWS)
+    products = [
+        line for line in trace.lower(lowering_platforms=(platform,)).as_text().splitlines() if "dot_general" in line
+    ]
+    assert products
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products), products
+
+
 def test_lowering_for_a_platform_can_fail():
     """The test above would see a program that a platform lacks."""
     only_on_cpus = jax.jit(lambda x: jax.lax.platform_dependent(x, cpu=jnp.cos))

@@ -85,7 +85,7 @@ def test_the_search_drafts_more_where_more_is_right():
 
 
 def test_compiled_steps_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch):
-    def compiled(setup: Setup, program: str) -> Compiled:
+    def compiled(setup: Setup, program: str, *_: Any) -> Compiled:
         seconds = {"decode": 0.020, "verify": 0.022}[program] if setup.config is LLAMA_70B else 0.003
         step = Measurement(seconds, 0.0, 1e9, 0.5, (), {}, {}, 80, exposed_s=0.001)
         arguments = resident_bytes(setup).total + 2**20

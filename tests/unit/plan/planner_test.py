@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from oracle.tiny_families import TINY_FAMILIES
 from jaxllama import LlamaConfig
 from jaxllama.errors import PlanError
 from jaxllama.model.platforms.chips import GENERATIONS
-from jaxllama.plan import Plan, Setup, Topology, as_json, candidates, plan, planner, roofline, search
+from jaxllama.plan import Plan, Setup, Topology, as_json, candidates, compiler, plan, planner, roofline, search
 from jaxllama.plan.compiler import Compiled, CompilerError, compile_program, read, written
 from jaxllama.plan.measure import LargeCopy, Measurement
 from jaxllama.plan.report import as_table, as_text
@@ -160,7 +162,7 @@ DECODE = Measurement(
 )
 
 
-def compiled(s: Setup, program: str) -> Compiled:
+def compiled(s: Setup, program: str, *_: Any) -> Compiled:
     """A stand-in for libtpu's answer: 100 MiB of padding, 300 MiB and 200 MiB of temporaries."""
     if program == "decode":
         arguments = resident_bytes(s).total + (100 << 20)
@@ -199,7 +201,7 @@ def test_a_plan_adds_up_what_the_compiler_says():
 
 
 def test_plain_attention_may_be_as_fast_as_the_roofline(monkeypatch):
-    def without_kernels(s: Setup, program: str) -> Compiled:
+    def without_kernels(s: Setup, program: str, *_: Any) -> Compiled:
         return dataclasses.replace(compiled(s, program), measurement=dataclasses.replace(DECODE, num_kernel_calls=0))
 
     use_compiler(monkeypatch, without_kernels)
@@ -241,6 +243,24 @@ def test_a_failing_compiler_leaves_the_analytic_model_and_says_so(monkeypatch):
     assert got.fits
     assert "INTERNAL" in got.notes[0]
     assert "analytic" in got.notes[0]
+
+
+def test_a_compiler_without_time_is_ended(monkeypatch):
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(1000)"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    asked = iter([False, True])
+    with process, pytest.raises(CompilerError, match="had no more time"):
+        compiler._output(process, "{}", lambda: next(asked))
+    assert process.returncode == -signal.SIGKILL
+    use_compiler(monkeypatch, lambda s, program, time_is_up: compiled(s, program) if not time_is_up() else 1 / 0)
+    assert plan(setup()).method == "compiled"
+    with pytest.raises(ZeroDivisionError):
+        plan(setup(), time_is_up=lambda: True)
 
 
 def test_without_libtpu_a_plan_says_how_to_install_it(monkeypatch):
