@@ -35,7 +35,7 @@ test-shapes: $(VENV)/.dev  ## The units of model and decode, with the annotation
 test-slow: $(VENV)/.dev $(MODEL)/manifest.json  ## What takes hours, or a gigabyte of disk, or the TPU compiler
 	$(BIN)/pytest -m slow
 
-test-clients: $(VENV)/.dev $(MODEL)/manifest.json  ## Outside programs against our server; installs each, about 35 minutes
+test-clients: $(VENV)/.dev $(MODEL)/manifest.json  ## Outside programs against our server; installs each, 51 minutes on a loaded machine
 	$(BIN)/python tests/clients/run.py
 
 lint: $(VENV)/.dev  ## Style and types
