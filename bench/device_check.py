@@ -207,7 +207,7 @@ def measure_speed(checkpoint: Path, platform: str, out: Path) -> list[tuple[str,
             # A first run compiles; the second is of other prompts.
             times = [seconds_of(prompts_of(count, 8, 1000 * index + 300 * i), greedy) for i in range(3)]
             rate = count * num_tokens / min(times[1:])
-            what = f"{count} rows, {num_tokens} tokens each after 8"
+            what = f"{count} {'row' if count == 1 else 'rows'}, {num_tokens} tokens each after 8"
             found.append((what, f"{rate:,.0f} tokens/s", "", {"tokens_per_s": rate, "seconds": times}))
         one = jaxllama.SamplingParams(temperature=0, max_tokens=1)
         times = [seconds_of(prompts_of(1, prompt_tokens, 11_000 + 3000 * i), one) for i in range(3)]

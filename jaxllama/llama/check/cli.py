@@ -128,11 +128,12 @@ def check(name: str, config: LlamaConfig, say: Callable[[str], None]) -> list[Re
         ("attention", lambda: check_attention(config, mesh)),
         ("products", lambda: check_products(config, mesh)),
         ("layers", lambda: check_model(config, mesh)),
-        ("same bits", lambda: check_bits(config, mesh)),
         ("speed", lambda: check_speed(mesh, reached)),
         ("collectives", lambda: check_links(mesh)),
         ("choice of kernel", lambda: check_choice(config, mesh)),
         ("model", lambda: check_steps(name, config, mesh, reached, planner)),
+        # Last, because it compiles most, and promises least of devices that are no CPU.
+        ("same bits", lambda: check_bits(config, mesh)),
     )
     try:
         return collected(parts, say)
