@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -90,12 +91,14 @@ class Transformer(nnx.Module):
             weights: Mapping[str, Any],
             x: Float[Array, "rows tokens embed"],
             pool: KVPool,
-            pages: Int[Array, "rows max_pages"],
+            first_page: Int[Any, ""],
             has_rope: bool,
             window: int | None,
         ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
             if self.has_layer_kernel:
-                return self._run_kernel(weights, x, pool, pages, positions, written, angles, has_rope, window)
+                where = (page_table, first_page, positions, written)
+                return self._run_kernel(weights, x, pool, *where, angles, has_rope, window)
+            pages = page_table + first_page
 
             def within(q: Queries, kv: NewKV, pool: KVPool, pages: Pages) -> tuple[Queries, KVPool]:
                 return attend(q, kv, pool, pages, window)
@@ -105,10 +108,8 @@ class Transformer(nnx.Module):
         def layer(
             index: int, x: Float[Array, "rows tokens embed"], pool: KVPool
         ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
-            pages, config = page_table + index * num_pages, self.config
-            x, pool = run(
-                self.layers[index], x, pool, pages, has_rope=config.has_rope(index), window=config.window(index)
-            )
+            kind = {"has_rope": self.config.has_rope(index), "window": self.config.window(index)}
+            x, pool = run(self.layers[index], x, pool, np.int32(index * num_pages), **kind)
             return x if steer is None else steer(index, x), pool
 
         x, pool = _through_layers(layer, len(self.layers), x, pool, per_loop=self.layers_per_loop, once=once)
@@ -119,7 +120,8 @@ class Transformer(nnx.Module):
         weights: Mapping[str, Any],
         x: Float[Array, "rows tokens embed"],
         pool: KVPool,
-        pages: Int[Array, "rows max_pages"],
+        page_table: Int[Array, "rows max_pages"],
+        first_page: Int[Any, ""],
         positions: Int[Array, "rows tokens"],
         written: Int[Array, " rows"],
         angles: RotaryAngles,
@@ -129,7 +131,7 @@ class Transformer(nnx.Module):
         config = self.config
         cos, sin = (x[:, :, 0] if has_rope else x[:, :, 0, :0] for x in angles)
         return native.run_layer(
-            *(x, weights, pool, pages, positions, written, (cos, sin)),
+            *(x, weights, pool, page_table, first_page, positions, written, (cos, sin)),
             heads=config.num_heads,
             ffn=config.intermediate_size,
             epsilon=config.rms_norm_eps,

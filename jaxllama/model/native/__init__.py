@@ -69,6 +69,7 @@ def run_layer(
     weights: Mapping[str, Any],
     pool: KVPool,
     page_table: Int32[Array, "rows max_pages"],
+    first_page: Int32[Any, ""],
     positions: Int32[Array, "rows tokens"],
     written: Int32[Array, " rows"],
     angles: tuple[Float[Array, "rows tokens half"], Float[Array, "rows tokens half"]],
@@ -81,12 +82,12 @@ def run_layer(
     """A plain Llama's layer with packed `weights`, and the pool with its keys and values.
 
     Of each row the first `written` tokens are computed and written; the rest of the result is zeros. `page_table` holds
-    pages of this layer. What enters a product is rounded to the norms' dtype. A token's bits depend on no other row,
-    nor on how many tokens are computed beside it. `window` is as in `attend`.
+    pages of layer 0, and this layer's begin at `first_page`. What enters a product is rounded to the norms' dtype. A
+    token's bits depend on no other row, nor on how many tokens are computed beside it. `window` is as in `attend`.
     """
     norms = [weights[name] for name in ("input_layernorm", "post_attention_layernorm")]
     cache = jax.tree.leaves(pool)
-    args = (x, page_table, positions, written, *angles)
+    args = (x, page_table, first_page, positions, written, *angles)
     out = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, *cache)]
     aliases = {len(args) + i: 1 + i for i in range(len(cache))}
     call = jax.ffi.ffi_call("jaxllama_layer", out, input_output_aliases=aliases)

@@ -116,8 +116,8 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer pages, 
 // before attention and before the feed-forward block, and the weights of q, k, v, o, gate, up and down.
 template <typename Entry>
 ffi::Error RunLayer(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32>& x, ffi::Buffer<ffi::S32>& page_table,
-                    ffi::Buffer<ffi::S32>& positions, ffi::Buffer<ffi::S32>& written, ffi::Buffer<ffi::F32>& cos,
-                    ffi::Buffer<ffi::F32>& sin, ffi::RemainingArgs& rest, ffi::Result<ffi::Buffer<ffi::F32>>& out,
+                    ffi::Buffer<ffi::S32>& first_page, ffi::Buffer<ffi::S32>& positions,
+                    ffi::Buffer<ffi::S32>& written, ffi::Buffer<ffi::F32>& cos, ffi::Buffer<ffi::F32>& sin, ffi::RemainingArgs& rest, ffi::Result<ffi::Buffer<ffi::F32>>& out,
                     ffi::RemainingRets& cache, int64_t heads, int64_t ffn, int64_t window, float epsilon) {
   static ScratchShelf& shelf = *new ScratchShelf;
   size_t next = 0;
@@ -141,6 +141,7 @@ ffi::Error RunLayer(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32>& x, ffi::Buffer
   }
   layer.x = x.typed_data();
   layer.tables = page_table.typed_data();
+  layer.first_page = first_page.typed_data()[0];
   layer.positions = positions.typed_data();
   layer.written = written.typed_data();
   layer.cos = cos.typed_data();
@@ -181,12 +182,12 @@ ffi::Error RunLayer(ffi::ThreadPool& pool, ffi::Buffer<ffi::F32>& x, ffi::Buffer
 }
 
 ffi::Error LayerOf(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> page_table,
-                   ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> written, ffi::Buffer<ffi::F32> cos,
-                   ffi::Buffer<ffi::F32> sin, ffi::RemainingArgs rest, ffi::Result<ffi::Buffer<ffi::F32>> out,
+                   ffi::Buffer<ffi::S32> first_page, ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> written,
+                   ffi::Buffer<ffi::F32> cos, ffi::Buffer<ffi::F32> sin, ffi::RemainingArgs rest, ffi::Result<ffi::Buffer<ffi::F32>> out,
                    ffi::RemainingRets cache, int64_t heads, int64_t ffn, int64_t window, bool is_float,
                    float epsilon) {
-  return (is_float ? RunLayer<float> : RunLayer<BFloat16>)(pool, x, page_table, positions, written, cos, sin, rest, out,
-                                                           cache, heads, ffn, window, epsilon);
+  return (is_float ? RunLayer<float> : RunLayer<BFloat16>)(pool, x, page_table, first_page, positions, written, cos, sin,
+                                                           rest, out, cache, heads, ffn, window, epsilon);
 }
 
 }  // namespace
@@ -212,6 +213,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllama_layer, LayerOf,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()

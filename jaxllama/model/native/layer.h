@@ -3,6 +3,7 @@
 // and seconds of compilation.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <mutex>
@@ -61,6 +62,7 @@ struct Layer {
 
   const float* x;
   const int32_t *tables, *positions, *written;
+  int32_t first_page;  // of this layer; tables hold the first layer's pages
   const float *cos, *sin;  // [rows, tokens, half]
   Format format;           // of the cache
   void* pages;
@@ -88,7 +90,8 @@ struct Layer {
     scratch.tables.resize(num_rows * width);
     scratch.positions.resize(n);
     for (int64_t i = 0; i < num_rows; ++i) {
-      std::copy_n(tables + chosen[i] * width, width, &scratch.tables[i * width]);
+      const int32_t* table = tables + chosen[i] * width;
+      std::transform(table, table + width, &scratch.tables[i * width], [&](int32_t page) { return first_page + page; });
     }
     for (int64_t i = 0; i < n; ++i) scratch.positions[i] = positions[source(i)];
     scratch.queries.resize(n * heads * head_dim * sizeof(Entry));

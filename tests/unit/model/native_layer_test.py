@@ -52,13 +52,19 @@ class Model:
         return make_pool(self.config, self.mesh, **sizes)
 
     def layer(
-        self, x: jax.Array, pool: KVPool, table: jax.Array, positions: jax.Array, written: jax.Array
+        self,
+        x: jax.Array,
+        pool: KVPool,
+        table: jax.Array,
+        positions: jax.Array,
+        written: jax.Array,
+        first_page: int = 0,
     ) -> tuple[jax.Array, KVPool]:
         angles = tuple(part[:, :, 0] for part in rotary_angles(self.config, positions))
         config, weights = self.config, self.params["layers"][0]
         sizes = {"heads": config.num_heads, "ffn": config.intermediate_size, "epsilon": config.rms_norm_eps}
         sizes["window"] = config.window(0)
-        return native.run_layer(x, weights, pool, table, positions, written, angles, **sizes)
+        return native.run_layer(x, weights, pool, table, np.int32(first_page), positions, written, angles, **sizes)
 
     def random(self, *shape: int) -> jax.Array:
         return jnp.asarray(np.random.default_rng(3).standard_normal((*shape, self.config.hidden_size)), jnp.float32)
@@ -88,6 +94,15 @@ def test_logits_are_those_of_the_pieces(model):
     tolerance = 1e-4 if model.platform.attention and model.params["norm"].dtype == jnp.float32 else 0.06
     for mine, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=tolerance * np.abs(theirs).max())
+
+
+def test_a_layer_s_pages_begin_where_it_is_told(model):
+    x, positions = model.random(1, 24), jnp.arange(24, dtype=jnp.int32)[None]
+    count, table = jnp.array([24], jnp.int32), TABLE[:1]
+    out, pool = model.layer(x, model.pool(), table, positions, count, first_page=30)
+    want, shifted = model.layer(x, model.pool(), table + 30, positions, count)
+    np.testing.assert_array_equal(out, want)
+    jax.tree.map(np.testing.assert_array_equal, pool, shifted)
 
 
 def test_a_token_s_bits_depend_on_nothing_beside_it(model):
