@@ -1,9 +1,10 @@
 """Positions a second of scoring, beside one prompt at a time in a cache of its own, which is how it was before.
 
-    python bench/scoring.py [--checkpoint PATH] [--dtype float32]
+    python bench/scoring.py [--checkpoint PATH] [--dtype float32] [--rounds 3] [--questions 4]
 
 Questions of four endings, as multiple-choice tasks have them: a context of its own each (HellaSwag), or after examples
-that all share (a few shots). A position is a token of a sequence that is scored, whether it is computed or found.
+that all share (a few shots). A position is a token of a sequence that is scored, whether it is computed or found. The
+ratio is given of wall time, and of the process's CPU time, which other load on the machine changes less.
 """
 
 from __future__ import annotations
@@ -25,26 +26,27 @@ ENDINGS = 4
 
 
 def main() -> None:
-    """Prints the medians of three paired runs."""
+    """Prints the medians of the paired runs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--dtype")
     parser.add_argument("--questions", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     with jaxllama.load(args.checkpoint, dtype=args.dtype) as llama:
         for name, shared in (("own contexts", 0), ("shared examples", 300)):
-            compare(llama, name, shared, args.questions)
+            compare(llama, name, shared, args.questions, args.rounds)
 
 
-def compare(llama: jaxllama.Llama, name: str, shared: int, questions: int) -> None:
-    """One kind of task, three times each way, in turn."""
+def compare(llama: jaxllama.Llama, name: str, shared: int, questions: int, rounds: int) -> None:
+    """One kind of task, `rounds` times each way, in turn."""
     rng = np.random.default_rng(0)
 
     def some(low: int, high: int) -> list[int]:
         return rng.integers(0, llama.config.vocab_size, rng.integers(low, high)).tolist()
 
-    times: dict[str, list[float]] = {"before": [], "now": []}
-    for round in range(4):
+    times: dict[str, list[np.ndarray]] = {"before": [], "now": []}
+    for round in range(1 + rounds):
         examples = some(shared, shared + 1) if shared else []
         contexts = [examples + some(40, 100) for _ in range(questions)]
         pairs = [(context, some(10, 30)) for context in contexts for _ in range(ENDINGS)]
@@ -55,19 +57,22 @@ def compare(llama: jaxllama.Llama, name: str, shared: int, questions: int) -> No
         if round:  # the first compiles
             times["before"].append(positions / before)
             times["now"].append(positions / now)
-    medians = {way: float(np.median(rates)) for way, rates in times.items()}
-    ratios = [now / before for before, now in zip(*times.values(), strict=True)]
+    before, now = (np.stack(rates) for rates in times.values())  # [rounds, of wall time and of CPU time]
+    ratios = now / before
+    (wall, cpu), least, most = np.median(ratios, axis=0), ratios.min(axis=0), ratios.max(axis=0)
     print(
-        f"{name}: {medians['before']:.0f} positions/s before, {medians['now']:.0f} now, "
-        f"paired {np.median(ratios):.2f} × ({min(ratios):.2f} to {max(ratios):.2f}); sums differ by {worst:.1e} at most"
+        f"{name}: {np.median(before[:, 0]):.0f} positions/s before, {np.median(now[:, 0]):.0f} now, paired "
+        f"{wall:.2f} × ({least[0]:.2f} to {most[0]:.2f}), of CPU time {cpu:.2f} × ({least[1]:.2f} to {most[1]:.2f}); "
+        f"sums differ by {worst:.1e} at most",
+        flush=True,
     )
 
 
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and what it gives."""
-    start = time.perf_counter()
+def timed(run: Callable[[], Any]) -> tuple[np.ndarray, Any]:
+    """Seconds, by the clock and of the process's CPU time, and what it gives."""
+    start = np.array([time.perf_counter(), time.process_time()])
     result = run()
-    return time.perf_counter() - start, result
+    return np.array([time.perf_counter(), time.process_time()]) - start, result
 
 
 def one_at_a_time(llama: jaxllama.Llama, context: list[int], ending: list[int]) -> float:

@@ -83,7 +83,7 @@ class Place(NamedTuple):
 class Chunk(NamedTuple):
     """Some tokens of one row: `tokens[:num_tokens]` stand at positions `start …`, the rest is padding.
 
-    `start` and the size of the chunk are multiples of the page size.
+    The size of the chunk is a multiple of the page size, and so is `start` but where `Platform.starts_anywhere`.
     Or chunks of several rows in one program: they come to what one after another would, so that a later one may be of
     the same row, or of one that holds its pages. Each group of `data` has equally many, of rows of its own shards, one
     group's after another's; those without tokens do nothing.

@@ -93,6 +93,13 @@ class ClearPages(NamedTuple):
     shard: np.int32
 
 
+class CopyPage(NamedTuple):
+    """As `model.cache.copy_page`."""
+
+    source: np.int32
+    target: np.int32
+
+
 class SavePages(NamedTuple):
     """Copy `pages` to the hosts, under a number, but for the draft model's part of them."""
 
@@ -125,6 +132,7 @@ type Call = (
     | SetPageTable
     | SetMasks
     | ClearPages
+    | CopyPage
     | SavePages
     | RestorePages
     | ForgetPages
@@ -139,6 +147,7 @@ CALLS = (
     SetPageTable,
     SetMasks,
     ClearPages,
+    CopyPage,
     SavePages,
     RestorePages,
     ForgetPages,

@@ -33,6 +33,7 @@ from jaxllama.engine.calls import (
     Call,
     ClearPages,
     Compile,
+    CopyPage,
     Decode,
     ForgetPages,
     Insert,
@@ -46,7 +47,7 @@ from jaxllama.engine.calls import (
 )
 from jaxllama.engine.compilation import OnProgress, announced, compile_all
 from jaxllama.hosts.watch import DeviceWatch
-from jaxllama.model.cache import KVPool, clear_pages, put_pages, read_pages
+from jaxllama.model.cache import KVPool, clear_pages, copy_page, put_pages, read_pages
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.mesh import uneven_splits
 from jaxllama.model.params import Params
@@ -193,6 +194,9 @@ class Device:
                 state = self._set_masks(state, call)
             case ClearPages(pages, num_pages, shard):
                 state = self._clear_pages(state, pages, num_pages, shard)
+            case CopyPage(source, target):
+                pool = copy_page(state.pool, source, target, num_layers=self._config.num_layers)
+                state = state._replace(pool=pool)
             case SavePages(name, pages, shard):
                 copies = [self._read_pages(state.pool, block, shard) for block in _blocks(pages)]
                 self._saved[int(name)] = [HostCopy.of(copy) for copy in copies]
@@ -285,6 +289,8 @@ class Device:
             return bound.func.lower(*bound.args, **bound.keywords)  # type: ignore[attr-defined]
 
         programs: dict[str, Callable[[], Any]] = {name: partial(lower, call) for name, call in calls.items()}
+        if platform.starts_anywhere:
+            programs["copy a page"] = lambda: copy_page.lower(state.pool, zero, zero, num_layers=config.num_layers)
         if platform.needs_clean_pages:
             layers = {"num_layers": config.num_layers, "mesh": platform.attention.mesh}
             programs["clear pages"] = lambda: clear_pages.lower(state.pool, pages, zero, zero, **layers)

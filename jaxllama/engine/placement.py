@@ -12,6 +12,7 @@ from jaxtyping import Int
 from jaxllama.decode.state import Chunk, Place, any_row, row_state
 from jaxllama.engine.calls import (
     ClearPages,
+    CopyPage,
     ForgetPages,
     Insert,
     Prefill,
@@ -22,7 +23,7 @@ from jaxllama.engine.calls import (
 )
 from jaxllama.engine.scheduling.chunks import Span
 from jaxllama.engine.scheduling.request import EngineRequest
-from jaxllama.engine.scheduling.scheduler import Scheduler
+from jaxllama.engine.scheduling.scheduler import PageCopy, Scheduler
 from jaxllama.engine.scheduling.sharing import ChunkPlaces, SharedCalls
 from jaxllama.engine.scores import ScoredSpan
 from jaxllama.model.config import LlamaConfig
@@ -68,7 +69,7 @@ class Placement:
         full: set[int] = set()
         while True:
             # Once more after each request: the next one may be waiting for the pages that it fills.
-            self._scheduler.admit()
+            self._copy(self._scheduler.admit())
             request = next((r for r in self._scheduler.prefilling if self._group(r) not in full), None)
             if request is None:
                 break
@@ -88,12 +89,21 @@ class Placement:
                 self.activate(request)
         self._launch(waits=False)
 
+    def _copy(self, copies: list[PageCopy]) -> None:
+        """Makes them at once: what is launched later may write to where they are from."""
+        if copies:
+            self._launch(waits=False)
+        for source, target in copies:
+            self._programs.run(CopyPage(np.int32(source), np.int32(target)))
+
     def run_each(self) -> None:
         """Runs what moves rows and pages once, on row 0 and page 0, before any request."""
         zero, none = np.int32(0), np.zeros(1, np.int32)
         self._programs.run(Insert(zero, any_row(self._config, self._history_size)))
         self._programs.run(SavePages(zero, none, zero))
         self._programs.run(RestorePages(zero, none, zero))
+        if self._scheduler.copies_pages:
+            self._programs.run(CopyPage(zero, zero))
         if self._needs_clean_pages:
             self._programs.run(ClearPages(np.zeros(self._table_width, np.int32), zero, zero))
 

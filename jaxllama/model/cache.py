@@ -255,6 +255,19 @@ def clear_pages(
     return on_devices(clear, mesh, (spec, *[everywhere] * 3), spec)(pool, pages, count, shard)
 
 
+@in_place("pool", static_argnames=("num_layers",))
+def copy_page(pool: KVPool, source: Int[Array, ""], target: Int[Array, ""], *, num_layers: int) -> KVPool:
+    """Writes page `source` (numbers of layer 0) to page `target`, in every layer, on one device."""
+
+    def copy(array: Shaped[Array, " pages *page"]) -> Shaped[Array, " pages *page"]:
+        layers = array.reshape(num_layers, -1, *array.shape[1:])
+        page = jax.lax.dynamic_slice_in_dim(layers, source, 1, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(layers, page, target, axis=1).reshape(array.shape)
+
+    copied: KVPool = jax.tree.map(copy, pool)
+    return copied
+
+
 @partial(jax.jit, static_argnames=("num_layers", "mesh"))
 def read_pages(
     pool: KVPool, pages: Int[Array, " some"], shard: Int[Array, ""], *, num_layers: int, mesh: Mesh | None = None

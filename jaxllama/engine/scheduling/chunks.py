@@ -30,7 +30,8 @@ class ChunkPlan:
     all that precedes it.
 
     If `skips_padding`, a program takes the time of the tokens that there are (and programs agree): that of the largest
-    size runs all chunks, whatever their length, and the other sizes say only how much is run at once.
+    size runs all chunks, whatever their length, and the other sizes say only how much is run at once. A chunk may start
+    within a page there.
     """
 
     sizes: tuple[int, ...]
@@ -100,6 +101,17 @@ class ChunkPlan:
             keys += new
             parent = new[-1] if new else parent
         return keys
+
+    def part_key(self, scope: bytes, page_keys: Sequence[bytes], ids: Sequence[int]) -> bytes:
+        """The name of the page that the end of `ids` fills in part, of which `page_keys` begin with the full pages'.
+
+        Empty where it fills none, and where no chunk could start after it.
+        """
+        num_full, left = divmod(len(ids), self.page_size)
+        if not left or not self.skips_padding:
+            return b""
+        parent = page_keys[num_full - 1] if num_full else self.root(scope)
+        return blake2b(parent + array("q", ids[-left:]).tobytes(), digest_size=32).digest()
 
     def more_keys(self, parent: bytes, ids: Sequence[int], program: bytes = b"") -> list[bytes]:
         """Names of the full pages of `ids` that follow the page `parent`."""

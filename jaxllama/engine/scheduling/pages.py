@@ -12,7 +12,8 @@ class PagePool:
     A full page can get a key that names its content (`publish`): other rows then find and hold it too. What nobody
     holds any more stays to be found until `take` needs it, least recently used first. That goes for pages known to be
     finite (`prove`) alone: the others lose their key, because they may hold a failed row's NaN.
-    Of each it is known whether the draft model's part is filled too (`fill_draft`).
+    Of each it is known whether the draft model's part is filled too (`fill_draft`). A page that is filled in part by
+    what others begin with too has a name for that part (`name_part`), for as long as nobody takes it anew.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -23,6 +24,8 @@ class PagePool:
         self._is_finite = [False] * num_pages
         self._has_draft = [False] * num_pages
         self._by_key: dict[bytes, int] = {}
+        self._part_keys: list[bytes | None] = [None] * num_pages
+        self._by_part_key: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
@@ -51,6 +54,7 @@ class PagePool:
             else:
                 page, _ = self._idle.popitem(last=False)
                 self._unpublish(page)
+            self._forget_part(page)
             self._holders[page], self._is_finite[page], self._has_draft[page] = 1, False, False
             taken.append(page)
         return taken
@@ -78,6 +82,17 @@ class PagePool:
                 self._keys[page] = key
                 self._by_key[key] = page
 
+    def name_part(self, page: int, key: bytes) -> None:
+        """Lets others copy the beginning of `page`, which is on its way to the device; what follows may change."""
+        if key not in self._by_part_key:
+            self._forget_part(page)
+            self._part_keys[page] = key
+            self._by_part_key[key] = page
+
+    def find_part(self, key: bytes) -> int | None:
+        """The page whose beginning is named so."""
+        return self._by_part_key.get(key)
+
     def prove(self, pages: Iterable[int]) -> None:
         """Marks pages as finite: a token was computed from what they hold."""
         for page in pages:
@@ -97,6 +112,7 @@ class PagePool:
         for page in pages:
             if not self._is_finite[page]:
                 self._unpublish(page)
+                self._forget_part(page)
 
     def give_back(self, pages: Sequence[int]) -> list[int]:
         """Removes one holder. Returns the pages that are free now and may hold NaN.
@@ -122,8 +138,15 @@ class PagePool:
         """Nothing is found any more of what was written so far."""
         for page in range(self.num_pages):
             self._unpublish(page)
+            self._forget_part(page)
         self._free += self._idle
         self._idle.clear()
+
+    def _forget_part(self, page: int) -> None:
+        key = self._part_keys[page]
+        if key is not None:
+            del self._by_part_key[key]
+            self._part_keys[page] = None
 
     def _unpublish(self, page: int) -> None:
         key = self._keys[page]

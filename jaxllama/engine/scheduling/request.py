@@ -91,9 +91,10 @@ class EngineRequest:
     `num_accepted` of the tokens were drafts that had been right (speculation), `num_predicted` of those were found in
     `prediction`, what the output may resemble.
     The draft model's cache has `draft_length` of its tokens, as far as is known.
-    `page_keys` name the full pages of the prompt less its last token. `foresight` is what is thought to come where it
-    has a constraint. `saved_as` numbers the copy that the devices'
-    hosts keep of the pages of a request that was set aside. With `scoring` it ends when its prompt is in the cache.
+    `page_keys` name the full pages of the prompt less its last token, `part_key` the page that the end of what comes
+    before the first score fills in part, empty where that cannot be copied. `foresight` is what is thought to come
+    where it has a constraint. `saved_as` numbers the copy that the devices' hosts keep of the pages of a request that
+    was set aside. With `scoring` it ends when its prompt is in the cache.
     """
 
     prompt: list[int]
@@ -109,6 +110,7 @@ class EngineRequest:
     scoring: Scoring | None = None
     scope: bytes = b""
     page_keys: list[bytes] = field(default_factory=list)
+    part_key: bytes = b""
     foresight: Foresight | None = None
     id: str = field(default_factory=lambda: f"req-{secrets.token_hex(8)}")
     seed: int = 0
@@ -155,6 +157,12 @@ class EngineRequest:
     def has_all_scores(self) -> bool:
         """Whether its scores are told, all of them finite."""
         return self.scoring is not None and self.scoring.next == len(self.prompt)
+
+    @property
+    def part_end(self) -> int:
+        """Where the part that `part_key` names ends: the token there gives the first score."""
+        assert self.scoring is not None
+        return self.scoring.first - 1
 
     def findable_keys(self, page_size: int) -> list[bytes]:
         """Names of the pages that it may take from others: what it scores it must compute."""

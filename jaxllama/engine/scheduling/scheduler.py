@@ -10,10 +10,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from jaxllama.engine.scheduling.chunks import ChunkPlan, Span
 from jaxllama.engine.scheduling.pages import PagePool
 from jaxllama.engine.scheduling.request import EngineRequest
+
+
+class PageCopy(NamedTuple):
+    """A page whose beginning another one, just taken, is to have too, before anything else is launched."""
+
+    source: int
+    target: int
 
 
 class Scheduler:
@@ -46,6 +54,7 @@ class Scheduler:
         self._page_size = plan.page_size
         self._max_steps = max_steps
         self._window, self._reach, self._read_tokens = window, reach, read_tokens
+        self._copies: list[PageCopy] = []
 
     @property
     def running(self) -> list[EngineRequest]:
@@ -63,13 +72,24 @@ class Scheduler:
         """Whether any request is not finished."""
         return bool(self.waiting) or any(request is not None for request in self.rows)
 
+    @property
+    def copies_pages(self) -> bool:
+        """Whether `admit` may have something to copy."""
+        return self._plan.skips_padding
+
     def enqueue(self, request: EngineRequest) -> None:
         """Puts a request in line: by priority, then by arrival."""
+        if request.scoring is not None:
+            before = request.prompt[: request.part_end]
+            request.part_key = self._plan.part_key(request.scope, request.page_keys, before)
         self.waiting.append(request)
         self.waiting.sort(key=lambda r: r.order)
 
-    def admit(self) -> None:
-        """Gives rows, and pages for their prompts, to waiting requests in order, while there are any."""
+    def admit(self) -> list[PageCopy]:
+        """Gives rows, and pages for their prompts, to waiting requests in order, while there are any.
+
+        Returns what is to be copied, in this order.
+        """
         while self.waiting and self._place(self.waiting[0]):
             request = self.waiting.pop(0)
             if request.queued_s is None:
@@ -78,6 +98,8 @@ class Scheduler:
                 request.num_cached_tokens = request.num_prefilled
                 self.num_queried_tokens += len(request.prompt)
                 self.num_hit_tokens += request.num_prefilled
+        copies, self._copies = self._copies, []
+        return copies
 
     def _place(self, request: EngineRequest) -> bool:
         """Gives a request a row and pages on the shard that has most of its prompt, or else most pages to spare."""
@@ -99,6 +121,7 @@ class Scheduler:
             found = {shard: [] for shard in rows}
         for shard in sorted(rows, key=lambda shard: (-len(found[shard]), -self.pools[shard].num_free)):
             pool, pages = self.pools[shard], found[shard]
+            part = self._part_after(request, shard, len(pages))
             pool.share(pages)
             taken = pool.take(num_pages - gap - len(pages))
             if taken is None:
@@ -108,6 +131,9 @@ class Scheduler:
             request.num_released = gap
             request.num_shared_pages, request.num_prefilled = len(pages), len(pages) * self._page_size
             request.draft_length = pool.num_with_draft(pages) * self._page_size
+            if part is not None:
+                self._copies.append(PageCopy(part, taken[0]))
+                request.num_prefilled = request.part_end
             self.rows[request.row] = request
             return True
         return False
@@ -127,11 +153,19 @@ class Scheduler:
         Waiting for it costs nothing, as rows are prefilled one after another.
         """
         key = request.findable_keys(self._page_size)[num_found : num_found + 1]
-        return bool(key) and any(
-            other.page_keys[num_found : num_found + 1] == key and other.num_prefilled <= num_found * self._page_size
+        part = b"" if key or self._part_after(request, shard, num_found) is not None else request.part_key
+        return any(
+            (key and other.page_keys[num_found : num_found + 1] == key)
+            or (part and other.part_key == part and other.num_prefilled < other.part_end)
             for other in self.prefilling
-            if other.shard == shard and not other.is_saved
+            if other.shard == shard and not other.is_saved and other.num_prefilled <= num_found * self._page_size
         )
+
+    def _part_after(self, request: EngineRequest, shard: int, num_found: int) -> int | None:
+        """The page that begins as the next one of `request` does, after all full ones that it may find."""
+        if not request.part_key or num_found < len(request.findable_keys(self._page_size)):
+            return None
+        return self.pools[shard].find_part(request.part_key)
 
     def spans(self, request: EngineRequest) -> Iterator[Span]:
         """What a request's prefill still needs: a function of its own length, unless programs agree."""
@@ -156,6 +190,9 @@ class Scheduler:
         request.num_prefilled += span.num_tokens
         full = slice(span.start // self._page_size, request.num_prefilled // self._page_size)
         self.pools[request.shard].publish(request.pages[full], request.page_keys[full])
+        if request.part_key and request.num_prefilled >= request.part_end:
+            page = request.pages[request.part_end // self._page_size]
+            self.pools[request.shard].name_part(page, request.part_key)
 
     def advance_draft(self, request: EngineRequest) -> list[Span]:
         """What a draft model must prefill to come as far as the request's prefill has, which is on its way from now."""

@@ -86,6 +86,11 @@ class Platform:
         return self.attention.kernel
 
     @property
+    def starts_anywhere(self) -> bool:
+        """Whether a chunk may start in the middle of a page: a layer's kernel writes token by token."""
+        return self.has_layer_kernel
+
+    @property
     def num_shards(self) -> int:
         """Into how many parts rows and pages are split."""
         return self.attention.num_shards

@@ -76,8 +76,9 @@ def test_one_context_of_several_endings_is_computed_once(llama: Llama):
     scores = llama.score(context, [[i, i + 1] for i in range(8)])
     after = llama.engine.stats()
     assert after.num_prompt_tokens - before.num_prompt_tokens == 8 * 66
-    # All but the last page of the context, whose logits say how likely an ending's first token is.
-    assert after.num_prompt_tokens_cached - before.num_prompt_tokens_cached == 7 * 60
+    # All but the context's last token, whose logits say how likely an ending's first one is, or but its last page.
+    own = 63 if llama.engine.platform.starts_anywhere else 60
+    assert after.num_prompt_tokens_cached - before.num_prompt_tokens_cached == 7 * own
     assert [score.tokens for score in scores] == [None] * 8
     assert llama.score(context, [[i, i + 1] for i in range(8)]) == scores
 

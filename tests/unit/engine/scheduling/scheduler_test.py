@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jaxllama.decode.params import SamplingParams
+from jaxllama.decode.scoring import Scores
 from jaxllama.decode.state import MAX_STEPS
-from jaxllama.engine.calls import ClearPages, ForgetPages, Insert, Prefill, RestorePages, SavePages
+from jaxllama.engine.calls import ClearPages, CopyPage, ForgetPages, Insert, Prefill, RestorePages, SavePages, Score
 from jaxllama.engine.placement import Placement
 from jaxllama.engine.scheduling.chunks import ChunkPlan
 from jaxllama.engine.scheduling.pages import PagePool
-from jaxllama.engine.scheduling.request import EngineRequest
+from jaxllama.engine.scheduling.request import EngineRequest, Scoring
 from jaxllama.engine.scheduling.scheduler import Scheduler
 from jaxllama.engine.scheduling.sharing import ChunkPlaces
 
@@ -34,8 +35,9 @@ def make_request(
     arrival: int = 0,
     scope: bytes = b"",
     plan: ChunkPlan | None = None,
+    first: int | None = None,
 ) -> EngineRequest:
-    """A request whose prompt nobody else has, unless `prompt` is given."""
+    """A request whose prompt nobody else has, unless `prompt` is given. It scores it from token `first` on."""
     prompt = [arrival] * length if prompt is None else prompt
     return EngineRequest(
         prompt=prompt,
@@ -48,11 +50,12 @@ def make_request(
         wake=lambda: None,
         scope=scope,
         page_keys=(plan or make_plan()).page_keys(scope, prompt[:-1]),
+        scoring=None if first is None else Scoring(first, 0),
     )
 
 
-def make_plan(*, chunks: tuple[int, ...] = (8, 32), agree: bool = True) -> ChunkPlan:
-    return ChunkPlan(chunks, page_size=4, programs_agree=agree)
+def make_plan(*, chunks: tuple[int, ...] = (8, 32), agree: bool = True, anywhere: bool = False) -> ChunkPlan:
+    return ChunkPlan(chunks, page_size=4, programs_agree=agree, skips_padding=anywhere)
 
 
 def make_scheduler(
@@ -187,6 +190,23 @@ def test_a_failed_row_s_pages_are_not_found_while_another_holds_them():
     assert sorted(pages.give_back(held)) == sorted(held[1:])
 
 
+def test_a_page_s_beginning_is_found_until_somebody_takes_the_page():
+    pages = PagePool(4)
+    first, second, third = taken = pages.take(3) or []
+    pages.name_part(first, b"a")
+    pages.name_part(second, b"a")  # the first keeps it
+    pages.name_part(second, b"b")
+    pages.name_part(third, b"c")
+    pages.give_back(taken)
+    assert [pages.find_part(key) for key in (b"a", b"b", b"c", b"d")] == [first, second, third, None]
+    pages.distrust([third])
+    assert pages.find_part(b"c") is None
+    pages.take(1)  # a row's last pages go first, so its first one is taken next
+    assert [pages.find_part(key) for key in (b"a", b"b")] == [None, second]
+    pages.forget()
+    assert pages.find_part(b"b") is None
+
+
 def test_of_two_pages_with_one_key_the_first_is_found():
     pages = PagePool(6)
     first, second = pages.take(1) or [], pages.take(1) or []
@@ -257,6 +277,16 @@ def test_what_is_used_of_the_cache_ends_where_a_chunk_begins(end, found, chunks,
         assert rest == [*plan.spans(0, end)][len([*plan.spans(0, end)]) - len(rest) :], "the same programs"
 
 
+def test_the_name_of_a_page_s_beginning_tells_what_it_depends_on():
+    plan, ids = make_plan(anywhere=True), [1, 2, 3, 4, 5, 6]
+    keys = plan.page_keys(b"", ids)
+    name = plan.part_key(b"", keys, ids)
+    others = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 7], [0, 2, 3, 4, 5, 6], [5, 6]]
+    assert len({name, *(plan.part_key(b"", plan.page_keys(b"", other), other) for other in others)}) == 5
+    assert plan.part_key(b"x", plan.page_keys(b"x", ids), ids) != name
+    assert plan.part_key(b"", keys, ids[:4]) == make_plan().part_key(b"", keys, ids) == b""
+
+
 def test_chunks_depend_on_the_request_alone():
     scheduler, request = make_scheduler(), make_request(50)
     alone = spans_of(scheduler, request)
@@ -320,6 +350,26 @@ def test_a_prompt_that_begins_alike_holds_the_same_pages():
     assert spans_of(scheduler, second) == [(20, 4, 8)]
     assert (scheduler.num_queried_tokens, scheduler.num_hit_tokens) == (55, 20)
     assert scheduler.pools[0].num_used == 8 + 2
+
+
+def test_endings_of_one_context_copy_the_page_that_it_fills_in_part():
+    plan = make_plan(anywhere=True)
+    scheduler = make_scheduler(rows=4, plan=plan)
+    context = [1] * 11  # two full pages, and two tokens more before the last, which gives the first score
+    endings = [make_request(prompt=[*context, i, i], first=11, arrival=i, plan=plan) for i in range(3)]
+    other = make_request(prompt=[*context[:9], 2, 1, 7, 7], first=11, arrival=3, plan=plan)
+    for request in (*endings, other):
+        scheduler.enqueue(request)
+    assert scheduler.admit() == []
+    assert scheduler.waiting == [*endings[1:], other], "the others wait for the first one's"
+    for span in scheduler.spans(endings[0]):
+        scheduler.advance(endings[0], span)
+    part = endings[0].pages[2]
+    assert scheduler.admit() == [(part, request.pages[2]) for request in endings[1:]]
+    for request in endings[1:]:
+        assert request.pages[:2] == endings[0].pages[:2]
+        assert spans_of(scheduler, request) == [(10, 2, 32)]
+    assert spans_of(scheduler, other) == [(8, 4, 32)]
 
 
 def test_another_scope_shares_nothing():
@@ -583,6 +633,13 @@ def bits(before: int, token: int, program: object) -> int:
     return NAN if before == NAN or token == POISON else abs(hash((before, token, program)))
 
 
+class HostArray(np.ndarray):
+    """What stands for a device's array."""
+
+    def copy_to_host_async(self) -> None:
+        """It is there."""
+
+
 class FakeDevice:
     """`Programs` over numbers: each slot of a page holds `bits` of the token and of what is before it."""
 
@@ -605,8 +662,20 @@ class FakeDevice:
         memory, first = self.memory[request.shard], request.num_released * PAGE
         return [int(memory[request.pages[i // PAGE], i % PAGE]) for i in range(first, num_tokens)]
 
-    def run(self, call: Any) -> None:
+    def run(self, call: Any) -> Any:
         match call:
+            case Score((table, shard), (tokens, start, num_tokens), _):
+                values = [
+                    self.put(table, int(start) + i, int(tokens[i]), (int(start), len(tokens)), int(shard))
+                    for i in range(num_tokens)
+                ]
+                logprobs = np.where(np.array(values) == NAN, np.nan, -1.0)
+                ids, none = np.zeros((len(values), 1), np.int32), np.zeros((len(values), 1))
+                return Scores(*(part.view(HostArray) for part in (logprobs, ids[:, 0], ids, none)))
+            case CopyPage(source, target):
+                assert source > 0
+                assert target > 0
+                self.memory[0, target] = self.memory[0, source]
             case Prefill(place, chunk):
                 in_turn = [(*place, *chunk)] if chunk.tokens.ndim == 1 else [*zip(*place, *chunk, strict=True)]
                 size = chunk.tokens.shape[-1]
@@ -642,11 +711,15 @@ class Life(RuleBasedStateMachine):
         window=st.sampled_from([None, 2, 7]),
         in_group=st.sampled_from([(1, 1), (1, 1), (2, 1), (3, 2)]),
         has_groups=st.booleans(),
+        anywhere=st.booleans(),
     )
-    def start(self, rows, spare, agree, shards, window, in_group, has_groups):
-        """Groups have a shard each, or one has all: `data` of a mesh, or `rep`."""
+    def start(self, rows, spare, agree, shards, window, in_group, has_groups, anywhere):
+        """Groups have a shard each, or one has all: `data` of a mesh, or `rep`. Where chunks start anywhere, pages are
+        copied and none is cleared: attention reads nothing past the end."""
         self.num_pages = 1 + CONTEXT // PAGE + spare
-        self.plan = make_plan(chunks=(4, 12), agree=agree)
+        self.is_clean = not anywhere
+        agree, shards = (True, 1) if anywhere else (agree, shards)
+        self.plan = make_plan(chunks=(4, 12), agree=agree, anywhere=anywhere)
         self.window = window
         sizes = {"rows": rows * shards, "pages": self.num_pages, "shards": shards}
         self.scheduler = make_scheduler(plan=self.plan, window=window, read_tokens=BLOCK, **sizes)
@@ -657,7 +730,7 @@ class Life(RuleBasedStateMachine):
             self.device,
             self.scheduler,
             table_width=2 * CONTEXT // PAGE,
-            needs_clean_pages=True,
+            needs_clean_pages=self.is_clean,
             places=places,
         )
         self.live: list[EngineRequest] = []
@@ -670,22 +743,26 @@ class Life(RuleBasedStateMachine):
         priority=st.integers(-1, 1),
         times=st.integers(1, 3),
         scope=st.sampled_from([b"", b"", b"x"]),
+        scores=st.booleans(),
     )
-    def submit(self, data, length, budget, priority, times, scope):
-        """`times` as choices of one request. Prompts are alike, and may go on where another request has come to."""
+    def submit(self, data, length, budget, priority, times, scope, scores):
+        """`times` as choices of one request, or as endings of one context that are scored. Prompts are alike, and may
+        go on where another request has come to."""
         others = [[*request.prompt, *request.generated] for request in self.live]
         stem = data.draw(st.sampled_from([[0] * CONTEXT, [0, 1] * CONTEXT, *others]))
         prompt = (stem + [0] * length)[:length]
         if data.draw(st.integers(0, 5)) == 0:
             prompt[data.draw(st.integers(0, length - 1))] = data.draw(st.integers(1, POISON))
-        for _ in range(times):
+        first = data.draw(st.integers(1, length - 1)) if scores and length > 1 else None
+        for ending in range(times):
             request = make_request(
-                prompt=prompt,
-                budget=min(budget, CONTEXT - length),
+                prompt=prompt if first is None else [*prompt[:first], *([ending] * (length - first))],
+                budget=1 if first else min(budget, CONTEXT - length),
                 priority=priority,
                 arrival=next(self.arrivals),
-                scope=scope,
+                scope=scope if self.plan.programs_agree or first is None else scope + b"scores",
                 plan=self.plan,
+                first=first,
             )
             self.scheduler.enqueue(request)
             self.live.append(request)
@@ -697,6 +774,18 @@ class Life(RuleBasedStateMachine):
         admitted = [request for request in before if request.row is not None]
         assert before[: len(admitted)] == admitted, "somebody was overtaken"
         assert self.scheduler.waiting == before[len(admitted) :]
+
+    @rule()
+    def read_scores(self):
+        while self.placement.scored:
+            scored = self.placement.scored.popleft()
+            if scored.request.is_finished:
+                continue
+            output = scored.take()
+            if output.finish_reason is not None:
+                request = scored.request
+                assert (output.finish_reason == "error") == (NAN in self.device.values(request, request.num_prefilled))
+                self.finish(request, has_failed=output.finish_reason == "error")
 
     def alone(self, request: EngineRequest) -> list[int]:
         """What the request's pages would hold if nobody else were there."""
@@ -802,7 +891,7 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def what_nobody_holds_is_finite(self):
-        if hasattr(self, "scheduler"):
+        if hasattr(self, "scheduler") and self.is_clean:
             for memory, pages in zip(self.device.memory, self.scheduler.pools, strict=True):
                 assert NAN not in memory[[*pages._free, *pages._idle]]
 
@@ -835,9 +924,10 @@ class Life(RuleBasedStateMachine):
             oldest = min(holders, key=lambda r: r.order)
             before = len(oldest.generated), oldest.num_prefilled
             self.fill_rows()
+            self.read_scores()
             # Who was admitted just now may come before it, and be given its pages.
             holders = [request for request in self.scheduler.rows if request is not None]
-            is_oldest = oldest is min(holders, key=lambda r: r.order)
+            is_oldest = bool(holders) and oldest is min(holders, key=lambda r: r.order)
             self.decode(3)
             after = len(oldest.generated), oldest.num_prefilled
             has_progress = oldest not in self.live or after > before or oldest.is_running
