@@ -30,8 +30,7 @@ from jaxllama.engine.scheduling.chunks import ChunkPlan, Span
 from jaxllama.engine.scheduling.constraint import Constraint
 from jaxllama.engine.scheduling.request import EngineRequest, FinishReason, Scoring, TokenOutput
 from jaxllama.engine.scheduling.scheduler import Scheduler
-from jaxllama.engine.scheduling.sharing import ChunkPlaces
-from jaxllama.engine.sizes import most_drafts, plan_speculation, size_engine
+from jaxllama.engine.sizes import chunk_places, most_drafts, plan_speculation, size_engine
 from jaxllama.errors import EngineStoppedError, LockstepError, QueueFullError, RequestError
 from jaxllama.hosts.group import Group
 from jaxllama.hosts.lockstep import Leading, check_processes, follow
@@ -84,7 +83,7 @@ class Engine:
             page_size=sizes.page_size, num_rows=sizes.rows_per_shard, table_width=sizes.table_width
         )
         self._row_buckets = platform.row_buckets(sizes.num_rows)
-        self._places = ChunkPlaces({n: platform.chunks_in_group(n) for n in sizes.chunk_sizes}, platform.num_groups)
+        self._places = chunk_places(platform, sizes, params)
         self.draft = None if draft is None else DraftModel.of(*draft, mesh, self.kv_dtype)
         self._speculation = plan_speculation(config, sizes, options, platform, self._row_buckets, self.draft)
         self._shapes = sizes.state_shapes(config, self.kv_dtype, platform.head_layout, self.draft)

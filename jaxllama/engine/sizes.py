@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 from jaxllama.decode.draft_model import DraftModel
 from jaxllama.decode.state import DecodeState, state_shapes
 from jaxllama.engine.options import EngineOptions
+from jaxllama.engine.scheduling.sharing import ChunkPlaces
 from jaxllama.engine.scheduling.speculation import MAX_PREDICTION_TOKENS, Speculation, SpeculationMode
 from jaxllama.errors import ConfigError
 from jaxllama.model.cache import HeadLayout
 from jaxllama.model.config import LlamaConfig
-from jaxllama.model.params import num_params
+from jaxllama.model.params import Params, num_params
 from jaxllama.model.platforms.platform import Platform
 
 TOKENS_PER_ROW = 2048
@@ -105,6 +108,14 @@ def size_engine(
     num_masks = 1 + max_drafts if history_size else 1
     pages = (max_context, page_size, chunk_sizes, num_shards, rows_per_shard, num_pages)
     return EngineSizes(*pages, history_size, num_masks)
+
+
+def chunk_places(platform: Platform, sizes: EngineSizes, params: Params) -> ChunkPlaces:
+    """How many chunks a call of prefill has, by their size."""
+    layers = jax.tree.leaves(params["layers"])
+    weight_bytes = sum(array.nbytes for array in layers) / sum(array.size for array in layers)
+    in_group = {size: platform.chunks_in_group(size, weight_bytes) for size in sizes.chunk_sizes}
+    return ChunkPlaces(in_group, platform.num_groups)
 
 
 def most_drafts(options: EngineOptions, platform: Platform, *, has_draft: bool) -> int:

@@ -220,7 +220,7 @@ def _lower(setup: Setup, program: str, mesh: Mesh, platform: Platform) -> Any:
             options |= {"num_drafts": setup.num_drafts, "drafting": drafting}
         return decode_steps.lower(setup.config, params, state, number, keep, **options)
     if program == "prefill":
-        num_chunks = platform.num_groups * platform.chunks_in_group(setup.chunk_tokens)
+        num_chunks = platform.num_groups * setup.chunks_in_group
         rows = () if num_chunks == 1 else (num_chunks,)
         tokens = jax.ShapeDtypeStruct((*rows, setup.chunk_tokens), jnp.int32)
         table = jax.ShapeDtypeStruct((*rows, state.page_table.shape[1]), jnp.int32)

@@ -167,7 +167,7 @@ def _plan(setup: Setup, compiled: Mapping[str, Compiled], notes: list[str], doll
     if is_compiled:
         step = seconds_of(setup, step_roof, measured["decode"])
         chunk = seconds_of(setup, chunk_roof, measured["prefill"])
-    chunks = roofline.num_chunks(setup)
+    calls = roofline.num_calls(setup)
     is_overrated = is_compiled and not measured["decode"].num_kernel_calls
     return Plan(
         setup=setup,
@@ -179,7 +179,7 @@ def _plan(setup: Setup, compiled: Mapping[str, Compiled], notes: list[str], doll
         max_context=_max_context(setup, compiled),
         step=Estimate.within(band, step, step_roof, is_overrated=is_overrated),
         first_token=Estimate.within(
-            band, chunks * chunk + step, chunks * chunk_roof + step_roof, is_overrated=is_overrated
+            band, calls * chunk + step, calls * chunk_roof + step_roof, is_overrated=is_overrated
         ),
         compiled=compiled,
         dollars_per_chip_hour=dollars,
@@ -323,7 +323,7 @@ def describe_mesh(setup: Setup) -> str:
 def as_json(p: Plan) -> dict[str, Any]:
     """Every figure by name: bytes per device, seconds, tokens per second of all rows, dollars. None where unknown."""
     s, memory = p.setup, p.memory
-    asked = ("weights", "kv", "rows", "context", "page_size", "chunk_tokens", "prompt_tokens")
+    asked = ("weights", "kv", "rows", "context", "page_size", "chunk_tokens", "chunks_in_group", "prompt_tokens")
     by_time = {"low": p.step.high, "estimate": p.step.seconds, "high": p.step.low, "roofline": p.step.roofline}
     return {
         "fits": p.fits,

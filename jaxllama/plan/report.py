@@ -65,6 +65,8 @@ def _program(p: Plan) -> Iterator[str]:
         most = f", the largest {max(c.bytes for c in m.large_copies) / 2**20:.0f} MiB" if copies else ""
         yield ""
         yield f"the compiled {_WHAT[name]}, on one device:"
+        if name == "prefill" and (num := p.setup.data * p.setup.chunks_in_group) > 1:
+            yield f"  chunks         {num} of {p.setup.chunk_tokens:,} tokens a call, of any prompts"
         yield f"  collectives    {_counts(found['per_layer'])} a layer; {_counts(found['outside_layers'])} outside"
         if m.message_s:
             waited = f"{1e3 * m.exposed_s:.2f} ms of it waited for"

@@ -28,17 +28,22 @@ def decode_seconds(setup: Setup, tokens: int = 1) -> float:
 
 
 def chunk_seconds(setup: Setup) -> float:
-    """One chunk in the middle of a prompt."""
+    """A call of chunks in the middle of prompts, as many of each group as there are places."""
     chip = setup.topology.generation
-    flops = 2 * _product_params(setup, head=False) * setup.chunk_tokens / setup.tp
+    flops = 2 * _product_params(setup, head=False) * setup.chunks_in_group * setup.chunk_tokens / setup.tp
     flops += _chunk_attention_flops(setup)
-    kv = mean_prefill_context(setup) * kv_bytes_per_token(setup)
+    kv = setup.chunks_in_group * mean_prefill_context(setup) * kv_bytes_per_token(setup)
     return max((weight_bytes(setup, ("layers",)) + kv) / chip.hbm_bytes_per_s, flops / chip.flops_per_s)
 
 
 def num_chunks(setup: Setup) -> int:
     """Of one prompt."""
     return -(-setup.prompt_tokens // setup.chunk_tokens)
+
+
+def num_calls(setup: Setup) -> int:
+    """Of prefill for one prompt, whose chunks share them too."""
+    return -(-num_chunks(setup) // setup.chunks_in_group)
 
 
 def mean_prefill_context(setup: Setup) -> float:
@@ -52,8 +57,8 @@ def decode_kernels(setup: Setup) -> KernelWork:
 
 
 def prefill_kernels(setup: Setup) -> KernelWork:
-    """The same for one chunk in the middle of a prompt, whose arithmetic counts too."""
-    keys = mean_prefill_context(setup)
+    """The same for a call of chunks in the middle of prompts, whose arithmetic counts too."""
+    keys = setup.chunks_in_group * mean_prefill_context(setup)
     peak = setup.topology.generation.flops_per_s * _KERNEL_FLOPS_EFFICIENCY
     return KernelWork(keys * kv_bytes_per_token(setup, as_kept=True), _chunk_attention_flops(setup) / peak)
 
@@ -63,7 +68,7 @@ def temporary_bytes(setup: Setup) -> int:
     config = setup.config
     width = 2 * config.hidden_size + 3 * config.intermediate_size // setup.tp
     step = setup.rows_per_replica * (width + 4 * config.vocab_size // setup.tp)
-    return _TEMPORARY_BYTES + 4 * max(step, setup.chunk_tokens * width)
+    return _TEMPORARY_BYTES + 4 * max(step, setup.chunks_in_group * setup.chunk_tokens * width)
 
 
 def _product_params(setup: Setup, *, head: bool = True) -> int:
@@ -78,8 +83,9 @@ def _layer_params(config: LlamaConfig) -> int:
 
 
 def _chunk_attention_flops(setup: Setup) -> float:
-    """Of one chunk in the middle of a prompt, on a device of the shard that has its pages: the others wait."""
-    return int(setup.mesh.shape["rep"]) * _attention_flops(setup, setup.chunk_tokens * mean_prefill_context(setup))
+    """Of a group's chunks of a call, on a device of the shard that has all their pages: the others wait."""
+    pairs = setup.chunks_in_group * setup.chunk_tokens * mean_prefill_context(setup)
+    return int(setup.mesh.shape["rep"]) * _attention_flops(setup, pairs)
 
 
 def _attention_flops(setup: Setup, pairs: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -20,6 +20,7 @@ from jaxllama.model.config import LlamaConfig
 from jaxllama.model.mesh import MESH_AXES, mesh_shape, num_page_shards, partition_spec
 from jaxllama.model.params import Params, ParamSpec, build_params, param_specs, stored_specs
 from jaxllama.model.platforms import tpu
+from jaxllama.model.platforms.cpu import PLAIN
 from jaxllama.model.platforms.platform import Platform
 from jaxllama.plan.topology import Topology
 from jaxllama.weights.forms import fit
@@ -90,6 +91,13 @@ class Setup:
     def head_layout(self) -> HeadLayout | None:
         """As `Platform.head_layout`."""
         return tpu.head_layout(self.config, self.kv_dtype.name, int(self.mesh.shape["kv"]))
+
+    @property
+    def chunks_in_group(self) -> int:
+        """How many chunks of `chunk_tokens` each group of `data` has in a call of prefill."""
+        shared = tpu.shared_tokens(self.topology.generation, self.tp)
+        platform = replace(PLAIN, shared_tokens=shared)
+        return platform.chunks_in_group(self.chunk_tokens, 2.0 if self.weights == "bf16" else 1.0)
 
     @property
     def num_rows(self) -> int:

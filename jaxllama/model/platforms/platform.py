@@ -50,8 +50,8 @@ class Platform:
     The engine:
     `page_size` and `chunk_sizes`, in tokens, are what the kernel works best with. Chunks share a program of prefill in
     which each group of `data` has one, or more that are `shared_tokens` together: so many cost hardly more than one,
-    because products wait for the weights. A chunk alone runs that program too, with places that are free: its bits must
-    not depend on who else waits. `needs_clean_pages`: pages that may
+    because products wait for the weights, in bfloat16. A chunk alone runs that program too, with places that are free:
+    its bits must not depend on who else waits. `needs_clean_pages`: pages that may
     hold a failed row's NaN are cleared before another row is given them, because the kernel reads past a row's end.
     `has_row_buckets`: decode programs are made for fewer rows too, which presumes that a row's bits are the same in
     each. `min_rows` of a decode program: XLA multiplies one row by another path, with other bits, than two, and a row
@@ -101,9 +101,9 @@ class Platform:
         mesh = self.attention.mesh
         return 1 if mesh is None else int(mesh.shape["data"])
 
-    def chunks_in_group(self, size: int) -> int:
-        """How many chunks of `size` tokens each group has in a program of prefill."""
-        return max(1, self.shared_tokens // size)
+    def chunks_in_group(self, size: int, weight_bytes: float = 2.0) -> int:
+        """How many chunks of `size` tokens each group has in a program of prefill, with so many bytes a weight."""
+        return max(1, int(self.shared_tokens * weight_bytes / 2) // size)
 
     def num_drafts(self, num_rows: int, most: int | None = None) -> int:
         """Drafts a row for a decode program of `num_rows`, at most `most` (None: `max_drafts`); 0 where verifying would

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from jax.sharding import Mesh
 
 from jaxllama.model.attention import ShardedAttention
@@ -9,6 +11,7 @@ from jaxllama.model.attention.tpu import TpuAttention
 from jaxllama.model.attention.tpu_int8 import Int8TpuAttention
 from jaxllama.model.cache import HeadLayout
 from jaxllama.model.config import LlamaConfig
+from jaxllama.model.platforms.chips import Generation, Peaks, public_peaks
 from jaxllama.model.platforms.platform import Case, Platform
 
 _KERNELS = {"bfloat16": TpuAttention, "int8": Int8TpuAttention}
@@ -23,9 +26,19 @@ MAX_PART_BYTES = 32 * 2**20
 def describe(case: Case) -> Platform:
     """What the compiled 70B was measured to want (bench/LOG.md)."""
     layout = head_layout(case.config, case.kv_dtype, case.mesh.shape["kv"])
+    peaks = public_peaks(case.mesh.devices.flat[0].device_kind)
+    shared = 0 if peaks is None else shared_tokens(peaks, tp=case.mesh.shape["kv"] * case.mesh.shape["rep"])
     if layout is None:
-        return Platform("tpu", case.reference(), max_part_bytes=MAX_PART_BYTES)
-    return with_kernel(_KERNELS[case.kv_dtype](case.config.num_layers, layout=layout), case.mesh)
+        return Platform("tpu", case.reference(), max_part_bytes=MAX_PART_BYTES, shared_tokens=shared)
+    kernel = _KERNELS[case.kv_dtype](case.config.num_layers, layout=layout)
+    return replace(with_kernel(kernel, case.mesh), shared_tokens=shared)
+
+
+def shared_tokens(chip: Peaks | Generation, tp: int) -> int:
+    """With so many tokens products take as long as reading bfloat16 weights does. Messages between chips grow with the
+    tokens, and take about as long as the rest: there it is half."""
+    balance = chip.flops_per_s / chip.hbm_bytes_per_s
+    return int(balance if tp == 1 else balance / 2)
 
 
 def head_layout(config: LlamaConfig, kv_dtype: str, num_shards: int) -> HeadLayout | None:

@@ -417,9 +417,9 @@ def only_shards_of(model: Path, process_id: int, num_processes: int, folder: Pat
     return copy
 
 
-def of_one_process(model: Path, folder: Path, cache: Path, devices: int) -> list[tuple[str, str]]:
+def of_one_process(model: Path, folder: Path, cache: Path, devices: int, *flags: Any) -> list[tuple[str, str]]:
     """What one process with all the devices answers."""
-    server = Server(folder, "one", *common(model, cache), "--num-processes", 1, devices=devices)
+    server = Server(folder, "one", *common(model, cache), "--num-processes", 1, *flags, devices=devices)
     try:
         server.wait_for("Ready in")
         return answers(server)
@@ -457,6 +457,14 @@ def test_two_processes_answer_as_one_each_reading_its_own_shards(model, cache, t
     finally:
         for process in processes:
             process.end()
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_group_of_devices_each_answer_as_one(model, cache, tmp_path):
+    """Each prefills its own prompts, in calls that both make."""
+    expected = of_one_process(model, tmp_path, cache, 4, "--data", 2)
+    with started(model, tmp_path, cache, 2, "--data", 2) as processes:
+        assert answers(processes[0]) == expected
 
 
 def lose(processes: list[Server], lost: int, how: signal.Signals, name: str) -> float:

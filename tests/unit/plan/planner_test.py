@@ -20,7 +20,7 @@ from jaxllama.plan import Plan, Setup, Topology, as_json, candidates, compiler, 
 from jaxllama.plan.compiler import Compiled, CompilerError, compile_program, read, written
 from jaxllama.plan.measure import LargeCopy, Measurement
 from jaxllama.plan.report import as_table, as_text
-from jaxllama.plan.setup import resident_bytes
+from jaxllama.plan.setup import resident_bytes, weight_bytes
 
 CONFIGS = Path(__file__).parents[3] / "bench" / "configs"
 LLAMA_70B, LLAMA_8B = (
@@ -96,6 +96,27 @@ def test_where_the_70b_fits(topology, weights, fits):
 def test_the_roofline_of_a_70b_step(topology, weights, milliseconds):
     """64 rows of 2,048 tokens; the figures are those of the design sketches, on v5e:4x4 with rows split over pairs."""
     assert 1e3 * roofline.decode_seconds(setup(topology, weights=weights)) == pytest.approx(milliseconds, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("topology", "values", "in_group"),
+    [
+        ("v6e:1x1", {"chunk_tokens": 128}, 4),
+        ("v6e:1x1", {"chunk_tokens": 128, "weights": "int8"}, 2),
+        ("v6e:2x4", {"chunk_tokens": 128}, 2),
+        ("v6e:2x4", {"chunk_tokens": 128, "data": 8}, 4),
+        ("v6e:1x1", {"chunk_tokens": 512}, 1),
+        ("v5e:1x1", {"chunk_tokens": 128}, 1),
+    ],
+)
+def test_chunks_share_a_call_where_products_wait_for_the_weights(topology, values, in_group):
+    """The roofline is that of the weights still: as many as are free. One more would be felt."""
+    s = setup(topology, rows=8, context=4096, prompt_tokens=128, **values)
+    assert s.chunks_in_group == in_group
+    assert roofline.num_calls(dataclasses.replace(s, prompt_tokens=5 * s.chunk_tokens)) == -(-5 // in_group)
+    if in_group > 1:
+        read = weight_bytes(s, ("layers",)) / s.topology.generation.hbm_bytes_per_s
+        assert read <= roofline.chunk_seconds(s) <= 1.1 * read
 
 
 def test_the_roofline_of_a_70b_chunk():
