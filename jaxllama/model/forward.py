@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from jaxllama.model import native
 from jaxllama.model.cache import KVPool, interleave_kv
 from jaxllama.model.config import LlamaConfig
-from jaxllama.model.linear import Linear
+from jaxllama.model.linear import Linear, SplitTokens
 from jaxllama.model.params import Params
 from jaxllama.model.platforms.platform import Platform
 from jaxllama.model.rope import RotaryAngles, rotary_angles, rotate
@@ -57,6 +57,7 @@ class Transformer(nnx.Module):
         self.layers_per_loop = platform.layers_per_loop
         self.num_shards = platform.num_shards
         self.has_layer_kernel = platform.has_layer_kernel
+        self.platform = platform
         self.dtype = jnp.float32 if platform.keeps_float32 else params["norm"].dtype
         self.embed_tokens = Linear(params, "embed_tokens", jnp.float32)
         self.layers = nnx.data(params["layers"])
@@ -81,7 +82,8 @@ class Transformer(nnx.Module):
         the first `written` tokens count: what is returned of the others means nothing. `steer` is given what each layer
         puts out, and returns what goes on.
         """
-        x = self.embed(tokens)
+        split = None if steer is not None else self.platform.split_tokens(self.config, *tokens.shape)
+        x = self.embed(tokens) if split is None else split.split(self.embed(tokens))
         angles = rotary_angles(self.config, positions)
         num_pages = pool.pages.shape[0] // (self.num_shards * self.config.num_layers)
 
@@ -103,7 +105,8 @@ class Transformer(nnx.Module):
             def within(q: Queries, kv: NewKV, pool: KVPool, pages: Pages) -> tuple[Queries, KVPool]:
                 return attend(q, kv, pool, pages, window)
 
-            return DecoderLayer(self.config, weights, self.dtype)(x, angles if has_rope else None, pool, pages, within)
+            decoder = DecoderLayer(self.config, weights, self.dtype, split)
+            return decoder(x, angles if has_rope else None, pool, pages, within)
 
         def layer(
             index: int, x: Float[Array, "rows tokens embed"], pool: KVPool
@@ -113,7 +116,8 @@ class Transformer(nnx.Module):
             return x if steer is None else steer(index, x), pool
 
         x, pool = _through_layers(layer, len(self.layers), x, pool, per_loop=self.layers_per_loop, once=once)
-        return self.norm(x), pool
+        x = self.norm(x)
+        return x if split is None else split.whole(x), pool
 
     def _run_kernel(
         self,
@@ -158,7 +162,9 @@ class Transformer(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One Transformer layer: each of its two blocks normalises what it takes in, or else what it puts out."""
 
-    def __init__(self, config: LlamaConfig, weights: Mapping[str, Any], dtype: Any) -> None:
+    def __init__(
+        self, config: LlamaConfig, weights: Mapping[str, Any], dtype: Any, split: SplitTokens | None = None
+    ) -> None:
         first, second = "input_layernorm", "post_attention_layernorm"
         if config.norms_outputs:
             first, second = "post_attention_layernorm", "post_feedforward_layernorm"
@@ -166,7 +172,8 @@ class DecoderLayer(nnx.Module):
         self.entry_dtype = weights[first].dtype
         norm_dtype = dtype if config.norms_outputs else self.entry_dtype
         self.attention_norm = RMSNorm(weights[first], config.rms_norm_eps, norm_dtype)
-        self.self_attn = SelfAttention(config, weights, dtype)
+        self.split = split
+        self.self_attn = SelfAttention(config, weights, dtype, split)
         self.mlp_norm = RMSNorm(weights[second], config.rms_norm_eps, norm_dtype)
         self.mlp_parts = nnx.data([MLP(part, dtype) for part in weights.get("ffn_parts", [weights])])
 
@@ -183,7 +190,12 @@ class DecoderLayer(nnx.Module):
         out, pool = self.self_attn(self._taken(x, self.attention_norm), angles, pool, page_table, attend, tap)
         x = tap("resid_mid", x + tap("attn_out", self._addend(out, self.attention_norm)))
         taken = self._taken(x, self.mlp_norm)
-        out = sum(part(taken) for part in self.mlp_parts)
+        if self.split is None:
+            out = sum(part(taken) for part in self.mlp_parts)
+        else:
+            taken = self.split.whole(taken)
+            within = [part.within(taken) for part in self.mlp_parts]
+            out = self.split.summed(within, [part.down_proj for part in self.mlp_parts])
         return tap("resid_post", x + tap("mlp_out", self._addend(out, self.mlp_norm))), pool
 
     def _taken(self, x: Float[Array, "rows tokens embed"], norm: RMSNorm) -> Float[Array, "rows tokens embed"]:
@@ -196,8 +208,11 @@ class DecoderLayer(nnx.Module):
 class SelfAttention(nnx.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) over the paged cache."""
 
-    def __init__(self, config: LlamaConfig, weights: Mapping[str, Any], dtype: Any) -> None:
+    def __init__(
+        self, config: LlamaConfig, weights: Mapping[str, Any], dtype: Any, split: SplitTokens | None = None
+    ) -> None:
         self.config = config
+        self.split = split
         self.q_proj = Linear(weights, "q_proj", dtype)
         self.k_proj = Linear(weights, "k_proj", dtype)
         self.v_proj = Linear(weights, "v_proj", dtype)
@@ -216,6 +231,7 @@ class SelfAttention(nnx.Module):
         tap: Tap = untapped,
     ) -> tuple[Float[Array, "rows tokens embed"], KVPool]:
         config = self.config
+        x = x if self.split is None else self.split.whole(x)
         # The barrier keeps XLA from slicing or transposing the weights in every step (v5p: 41 to 30.6 ms).
         q, k, v = jax.lax.optimization_barrier(tuple(Linear.together(x, self.q_proj, self.k_proj, self.v_proj)))
         if config.qk_norm == "projection":
@@ -229,7 +245,8 @@ class SelfAttention(nnx.Module):
         if config.attention_multiplier is not None:
             q = _times(q, config.attention_scale * config.head_dim**0.5)  # `attend` divides by that root
         out, pool = attend(q.astype(x.dtype), interleave_kv(k, v).astype(x.dtype), pool, page_table)
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), pool
+        out = out.reshape(*x.shape[:2], -1)
+        return self.o_proj(out) if self.split is None else self.split.summed([out], [self.o_proj]), pool
 
 
 class MLP(nnx.Module):
@@ -241,8 +258,12 @@ class MLP(nnx.Module):
         self.down_proj = Linear(weights, "down_proj", dtype)
 
     def __call__(self, x: Float[Array, "rows tokens embed"]) -> Float[Array, "rows tokens embed"]:
+        return self.down_proj(self.within(x))
+
+    def within(self, x: Float[Array, "rows tokens embed"]) -> Float[Array, "rows tokens ffn"]:
+        """What `down_proj` takes."""
         gate, up = (y.astype(jnp.float32) for y in Linear.together(x, self.gate_proj, self.up_proj))
-        return self.down_proj((nnx.silu(gate) * up).astype(x.dtype))
+        return (nnx.silu(gate) * up).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -122,7 +122,7 @@ class ShardedAttention:
         Rows that `data` divides are split over it: those of a group are of shards of its own. Others are everywhere.
         """
         splits_heads = self._splits_heads(q[:, 0], kv[:, 0])
-        splits_rows = self._splits_rows(len(q))
+        splits_rows = self.splits_rows(len(q))
 
         def one(
             pool: KVPool, row: tuple[Shaped[Array, "*of_one"], ...]
@@ -168,14 +168,15 @@ class ShardedAttention:
 
     def split_rows(self, rows: Shaped[Array, "rows ..."]) -> Shaped[Array, "rows ..."]:
         """`rows` where `prefill` wants them, and with them what is computed of them."""
-        if self.mesh is None or self.mesh.shape["data"] == 1 or not self._splits_rows(len(rows)):
+        if self.mesh is None or self.mesh.shape["data"] == 1 or not self.splits_rows(len(rows)):
             return rows
         split: Array = jax.lax.with_sharding_constraint(
             rows, NamedSharding(self.mesh, spec_of(self.mesh, RULES["rows"]))
         )
         return split
 
-    def _splits_rows(self, num_rows: int) -> bool:
+    def splits_rows(self, num_rows: int) -> bool:
+        """Whether `prefill` splits so many rows over `data`."""
         return self.mesh is not None and num_rows % self.mesh.shape["data"] == 0
 
     def _splits_heads(self, q: Float[Array, "rows heads head_dim"], kv: Float[Array, "rows kv2 head_dim"]) -> bool:

@@ -9,6 +9,11 @@ from jax.sharding import Mesh
 from jaxllama.model.attention import Attention, ReferenceAttention, ShardedAttention
 from jaxllama.model.cache import HeadLayout
 from jaxllama.model.config import LlamaConfig
+from jaxllama.model.linear import SplitTokens
+from jaxllama.model.mesh import RULES, splitting
+
+_TILE_TOKENS = 16
+"""Of bfloat16, in the second-last dimension of a TPU's tile."""
 
 type CompilerOptions = tuple[tuple[str, str | bool | int], ...]
 
@@ -38,7 +43,8 @@ class Platform:
     `attention` is the kernel, on the mesh. `keeps_float32`: between matrix products values are float32, else they are
     rounded to the weights' dtype. `layers_per_loop`: layers run in groups of so many, each in a loop of one round,
     because a compiler may plan its copies well for a few layers and badly for 80; None: all in one piece.
-    `has_layer_kernel`: a layer is one call of `native.run_layer`.
+    `has_layer_kernel`: a layer is one call of `native.run_layer`. `splits_tokens`: between products, each device of a
+    mesh has its own tokens of a chunk, where chunk and model divide; else every device has all tokens.
     `compiler_options` are XLA's, for every program that runs the layers.
     `head_layout` is how the kernel wants the cache's pages to hold KV heads; None: each by itself. `kernel_fault` is
     what a kernel does wrong on these devices, in whose place the reference runs (`self_check`).
@@ -65,6 +71,7 @@ class Platform:
     keeps_float32: bool = True
     layers_per_loop: int | None = None
     has_layer_kernel: bool = False
+    splits_tokens: bool = False
     compiler_options: CompilerOptions = ()
     head_layout: HeadLayout | None = None
     kernel_fault: str | None = None
@@ -79,6 +86,17 @@ class Platform:
     programs_agree: bool = False
     max_drafts: int = 4
     max_verified_tokens: int = 256
+
+    def split_tokens(self, config: LlamaConfig, rows: int, tokens: int) -> SplitTokens | None:
+        """How the tokens of chunks are split between products; None: every device has all of them."""
+        mesh = self.attention.mesh
+        if not self.splits_tokens or mesh is None:
+            return None
+        own_rows = splitting(RULES["rows"] if self.attention.splits_rows(rows) else (), mesh)
+        split = SplitTokens(mesh, splitting(RULES["ffn"], mesh), own_rows)
+        divides = all(size % split.num_parts == 0 for size in (config.num_heads, config.intermediate_size))
+        whole_tiles = tokens % (_TILE_TOKENS * split.num_parts) == 0
+        return split if split.num_parts > 1 and divides and whole_tiles else None
 
     @property
     def kernel(self) -> Attention:

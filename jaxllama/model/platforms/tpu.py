@@ -55,6 +55,7 @@ def with_kernel(kernel: TpuAttention, mesh: Mesh) -> Platform:
         "tpu",
         ShardedAttention(kernel, mesh),
         keeps_float32=False,
+        splits_tokens=True,
         layers_per_loop=20,
         head_layout=kernel.layout,
         max_part_bytes=MAX_PART_BYTES,
