@@ -203,7 +203,9 @@ def test_a_request_s_bits_are_its_own_without_the_cpu_s_kernels(name, dtype, mon
 )
 def test_a_request_s_bits_are_its_own_where_chunks_share_a_program(name, dtype, kv_dtype, data, tp, monkeypatch):
     """Three chunks of each group of `data` in one call, which are of any requests, or of one; and `rep` splits rows."""
-    sharing = functools.partial(dataclasses.replace, shared_tokens=24, programs_agree=False, min_rows=2)
+    # 24 tokens of a program, whatever the weights' bytes; the platform counts them for two.
+    shared = 24 * 2 // jnp.dtype(dtype).itemsize
+    sharing = functools.partial(dataclasses.replace, shared_tokens=shared, programs_agree=False, min_rows=2)
     describe = engine.describe_checked
     monkeypatch.setattr(engine, "describe_checked", lambda *args: sharing(describe(*args)))
     shapes = watch_chunks(monkeypatch)
