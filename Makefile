@@ -12,7 +12,7 @@ TORCH ?= torch==2.13.0
 
 # Tests that compile next to nothing: what `make check` has time for.
 QUICK := tests/layers_test.py tests/unit/docs_test.py tests/unit/errors_test.py tests/unit/decode/prompts_test.py tests/unit/decode/sampling_params_test.py \
-	tests/unit/engine/scheduling tests/unit/model/config_test.py tests/unit/model/params_test.py tests/unit/serving/protocol \
+	tests/unit/engine/scheduling tests/unit/model/config/config_test.py tests/unit/model/params_test.py tests/unit/serving/protocol \
 	tests/unit/serving/requests tests/unit/system tests/unit/text/chat_test.py tests/unit/text/sandbox_test.py tests/unit/weights/sources/safetensors_test.py
 
 .PHONY: help serve check test test-shapes test-slow test-clients lint format bench wheel release docs oracle clean

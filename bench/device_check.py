@@ -93,7 +93,7 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
         Step("check", [*python, "jaxllama", "check", "--json"], (170, 300)),
         Step(
             "kernels' tests",
-            [*tests, "-m", "not slow", str(tree / "tests" / "unit" / "model" / "attention_gpu_test.py")],
+            [*tests, "-m", "not slow", str(tree / "tests" / "unit" / "model" / "attention" / "attention_gpu_test.py")],
             (60, 300),
             {"TEST_PLATFORM": "cuda" if args.platform == "gpu" else "cpu"},
         ),

@@ -42,7 +42,7 @@ make_wheels() {
   cp bench/device_check.sh bench/device_check.py "$dir"
   local file
   for file in pyproject.toml tests/conftest.py tests/tiny.py tests/reference.py tests/oracle/tiny_models.py \
-    tests/unit/model/attention_gpu_test.py; do
+    tests/unit/model/attention/attention_gpu_test.py; do
     mkdir -p "$dir/tree/$(dirname $file)"
     cp $file "$dir/tree/$file"
   done

@@ -20,7 +20,7 @@ from jaxllama_convert import convert
 from oracle.tiny_families import TINY_FAMILIES
 from oracle.tiny_models import TINY_MODELS, random_weights
 from safetensors import safe_open
-from unit.model.families_test import weights_of
+from unit.model.config.families_test import weights_of
 from unit.weights.places.bucket_test import store as store
 from unit.weights.saving_test import bits, load
 from unit.weights.sources.sources import BF16, CONFIG, weights, write_gguf, write_hf

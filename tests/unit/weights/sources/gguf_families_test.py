@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jaxllama_convert import convert
 from oracle.tiny_families import TINY_FAMILIES
-from unit.model.families_test import OPTIONS, make_llama, weights_of
+from unit.model.config.families_test import OPTIONS, make_llama, weights_of
 from unit.weights.sources.sources import permute
 
 import jaxllama

@@ -24,7 +24,7 @@ from jaxllama.model.params import param_specs
 
 pytestmark = pytest.mark.optimized
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "families.npz"
+GOLDEN = Path(__file__).parents[3] / "golden" / "families.npz"
 TOLERANCE = 2e-5  # of the logits' spread; measured: up to 5e-6
 OPTIONS = EngineOptions(max_rows=2, max_context=64, page_size=4, num_pages=61, chunk_sizes=(8, 32))
 # Conversion is the same for all but in how tensors are named, joined and shaped.

@@ -16,7 +16,7 @@ from jaxllama import LlamaConfig, RopeScaling
 from jaxllama.errors import ConfigError
 from jaxllama.model import params
 
-R1_ASSETS = Path(__file__).parents[3].parent / "shared" / "assets" / "r1-distill-llama-tokenizer"
+R1_ASSETS = Path(__file__).parents[4].parent / "shared" / "assets" / "r1-distill-llama-tokenizer"
 
 LLAMA2_7B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -16,7 +16,7 @@ from jaxllama.decode.state import Chunk, Place, state_shapes
 from jaxllama.decode.steps import decode_steps, prefill, prefill_logits
 from jaxllama.model.params import build_params
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 PLATFORMS = ("cuda", "rocm")
 ROWS, PAGES, PAGE_SIZE, CONTEXT = 3, 25, 4, 96
 

@@ -14,7 +14,7 @@ import pytest
 
 from jaxllama.model.native import library
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 NATIVE = ROOT / "jaxllama" / "model" / "native"
 CHECK = Path(__file__).with_name("native_check.cc")
 PROGRAM = """
