@@ -23,6 +23,7 @@ import pytest
 import tiny
 from collector import run
 from jax.sharding import NamedSharding, PartitionSpec
+from oracle.tiny_models import random_weights
 
 from jaxllama import Llama, SamplingParams, make_mesh
 from jaxllama.engine.compilation import (
@@ -191,13 +192,17 @@ def compiled() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize(("tp", "data", "has_kernels"), [(1, 1, True), (1, 1, False), (2, 2, True)])
 def test_each_program_is_compiled_once(tp, data, has_kernels, compiled, monkeypatch):
-    """At warm-up, whatever JAX would say of where results lie; sizes are those of no other test."""
+    """At warm-up, whatever JAX would say of where results lie, which is where the first argument does; sizes are those
+    of no other test. The embedding fills its blocks: then packing puts it, the first argument, on a device without its
+    mesh."""
     if has_kernels and not native.is_available():
         pytest.skip("no kernels for this CPU")
     if not has_kernels:
         monkeypatch.setattr("jaxllama.model.platforms.cpu.native.is_available", lambda: False)
     sizes = {"max_position_embeddings": 2000 + 100 * has_kernels + 10 * tp + data, "num_hidden_layers": 1}
-    with tiny.make_llama(tp=tp, data=data, **sizes) as llama:
+    sizes["vocab_size"] = 288
+    weights = random_weights(tiny.MODELS["divisible"] | sizes, 0)
+    with tiny.make_llama(tp=tp, data=data, weights=weights, **sizes) as llama:
         assert llama.engine.platform.packs_weights == (has_kernels and tp == 1)
         llama.engine.warm_up()
         num_buckets, num_sizes = len(llama.engine._row_buckets), len(llama.engine._plan.program_sizes)
@@ -211,16 +216,17 @@ def test_each_program_is_compiled_once(tp, data, has_kernels, compiled, monkeypa
 
 
 def test_a_result_lies_where_what_was_given_lay():
-    """Also where that is one device of a mesh, which is the same place as the device by itself."""
+    """Also where that is one device of a mesh, the same place as the device by itself. JAX says of results what it
+    says of the first argument."""
     mesh = make_mesh(tiny.config_of("divisible"), tp=1)
     given = jax.device_put(np.zeros((3, 2), np.float32), NamedSharding(mesh, PartitionSpec(None, None)))
     other = jax.device_put(np.ones((3, 2), np.float32), jax.devices()[0])
-    half = InPlace(lambda state, x: (state + x, x), "state", result=lambda state: (state, None))
+    half = InPlace(lambda x, state: (state + x, x), "state", result=lambda state: (state, None))
     for _ in range(3):
-        given, _ = half(given, other)
+        given, _ = half(other, given)
         assert given.sharding == NamedSharding(mesh, PartitionSpec(None, None))
     assert np.asarray(given).tolist() == [[3, 3]] * 3
-    inside = jax.jit(lambda x: half(x, other)[0])
+    inside = jax.jit(lambda x: half(other, x)[0])
     assert np.asarray(inside(given)).tolist() == [[4, 4]] * 3
 
 
