@@ -193,9 +193,8 @@ struct Seen {
 // Of one query: scores of a block's keys, of which it sees those from `hidden` up to `visible`, to probabilities relative
 // to the largest score so far. Returns what earlier sums are to be multiplied with. `key_scales` and `value_scales` may
 // be null.
-template <typename P>
 inline float Softmax(const float* scores, const float* key_scales, const float* value_scales, int64_t hidden,
-                     int64_t visible, float scale, float* largest, float* total, P* probs) {
+                     int64_t visible, float scale, float* largest, float* total, float* probs) {
   constexpr int kCount = kBlock / kLanes;
   I32 lanes;
   for (int i = 0; i < kLanes; ++i) lanes[i] = i;
@@ -219,15 +218,9 @@ inline float Softmax(const float* scores, const float* key_scales, const float* 
     F32 p = Exp2((x[i] - Set1(now)) * by);
     // A query that has seen nothing yet has the mask for its largest score.
     if (begin > 0) p = x[i] == Set1(kMasked) ? Set1(0.0f) : p;
-    if constexpr (std::is_same_v<P, BFloat16>) p = (F32)RoundToBFloat16((U32)p);
     sum = sum + p;
     if (value_scales != nullptr) p = p * Load<F32>(value_scales + i * kLanes);
-    if constexpr (std::is_same_v<P, BFloat16>) {
-      const U32 bits = RoundToBFloat16((U32)p);
-      for (int j = 0; j < kLanes; ++j) probs[i * kLanes + j] = static_cast<BFloat16>(bits[j] >> 16);
-    } else {
-      Store(probs + i * kLanes, p);
-    }
+    Store(probs + i * kLanes, p);
   }
   const float decay = Exp2(Set1((before - now) * scale))[0];
   *largest = now;
@@ -235,10 +228,12 @@ inline float Softmax(const float* scores, const float* key_scales, const float* 
   return decay;
 }
 
-// The arguments of `Attend`, and what a thread does of it. `Lines` are what a cache of `KV` is packed to.
+// The arguments of `Attend`, and what a thread does of it. `Lines` are what keys of a cache of `KV` are packed to. Values
+// are multiplied in float32, so that probabilities are not rounded to bfloat16.
 template <typename Lines, typename KV>
 struct Attention {
   using X = typename Lines::X;
+  using ValueLines = std::conditional_t<std::is_same_v<KV, float>, FloatLines, BFloat16Lines>;
   static constexpr bool kIsInt8 = std::is_same_v<KV, int8_t>;
 
   const void* q;
@@ -313,18 +308,17 @@ struct Attention {
   // Whether so few queries share a head that to pack its values would take longer than to multiply with them.
   bool AddsDirectly(int64_t per_head) const {
 #if defined(__AVX2__)
-    constexpr bool kCan = std::is_same_v<KV, BFloat16> && std::is_same_v<X, float>;
-    return kCan && per_head <= kMaxRows && head_dim % kBlockLanes == 0;
+    return std::is_same_v<KV, BFloat16> && per_head <= kMaxRows && head_dim % kBlockLanes == 0;
 #else
     return false;
 #endif
   }
 
   // The sums of packed values, bit for bit, straight from the cache.
-  void AddValues(int64_t rows, const Block<KV>& block, int64_t row, const X* probs, const float* decays,
+  void AddValues(int64_t rows, const Block<KV>& block, int64_t row, const float* probs, const float* decays,
                  float* weighted) const {
 #if defined(__AVX2__)
-    if constexpr (std::is_same_v<KV, BFloat16> && std::is_same_v<X, float>) {
+    if constexpr (std::is_same_v<KV, BFloat16>) {
       const auto add = [&](auto count) { AddValuesOf<count>(block, row, probs, decays, weighted); };
       switch (rows) {
         case 1: return add(std::integral_constant<int, 1>());
@@ -376,9 +370,9 @@ struct Attention {
     const int64_t per_head = some.num_tokens * group;
     const bool adds_directly = AddsDirectly(per_head);
     Packer<KV> packer(head_dim);
-    thread_local std::vector<X> queries, probs;
+    thread_local std::vector<X> queries;
     thread_local std::vector<char> keys, values;
-    thread_local std::vector<float> scores, row_scales;
+    thread_local std::vector<float> scores, probs, row_scales;
     thread_local std::vector<int64_t> visible;  // how many keys, from position 0 on
     queries.resize(Count(some) * head_dim);
     keys.resize(some.num_heads * packer.keys_bytes());
@@ -416,7 +410,7 @@ struct Attention {
         row_scales[i] = i % kBlock < block.count ? block.scales[i % kBlock][i / kBlock * block.scale_stride] : 0.0f;
       }
       const int64_t num_blocks = (block.count + kBlockLanes - 1) / kBlockLanes;
-      const int64_t value_lines = (block.count + Lines::kInputs - 1) / Lines::kInputs;
+      const int64_t value_lines = (block.count + ValueLines::kInputs - 1) / ValueLines::kInputs;
       for (int64_t head = 0; head < some.num_heads; ++head) {
         const float* key_scales = kIsInt8 ? &row_scales[2 * head * kBlock] : nullptr;
         const float* value_scales = kIsInt8 ? key_scales + kBlock : nullptr;
@@ -436,9 +430,9 @@ struct Attention {
             AddValues(rows, block, 2 * head + 1, probs.data(), decays, &seen->weighted[i * padded_dim]);
             continue;
           }
-          Rows<Lines, Start::kScaled>(rows, probs.data(), kBlock, &values[head * packer.values_bytes()],
-                                      packer.value_block_bytes(), padded_dim / kBlockLanes, value_lines,
-                                      keys.data(), &seen->weighted[i * padded_dim], padded_dim, decays);
+          Rows<ValueLines, Start::kScaled>(rows, probs.data(), kBlock, &values[head * packer.values_bytes()],
+                                           packer.value_block_bytes(), padded_dim / kBlockLanes, value_lines,
+                                           keys.data(), &seen->weighted[i * padded_dim], padded_dim, decays);
         }
       }
     }
