@@ -96,7 +96,8 @@ class Bench:
     def _command(self, program: str) -> list[str] | None:
         script = str(BENCH / "peers" / f"{program}_bench.py")
         if program == "jaxllama":
-            return [sys.executable, script, str(self.args.checkpoint)]
+            chosen = ["--instruction-set", self.args.instruction_set] if self.args.instruction_set else []
+            return [sys.executable, script, str(self.args.checkpoint), *chosen]
         python = self.args.llamacpp_python if program == "llamacpp" else self.args.peer_python
         return None if python is None else [str(python), script, "--gguf", str(self.args.gguf)]
 
@@ -245,6 +246,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--llamacpp-python", type=Path, help="python of an environment with llama-cpp-python and gguf")
     parser.add_argument("--only", nargs="+", choices=tuple(GROUPS), default=[*GROUPS])
     parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--instruction-set", help="of our kernels, not the CPU's best: avx2; servers have the best")
     parser.add_argument("--port", type=int, default=8765)
     args = parser.parse_args()
     if args.gguf is None and (args.peer_python or args.llamacpp_python):

@@ -21,6 +21,13 @@ if os.environ.get("CHECK_SHAPES"):
 
     shape_checks.install()
 
+if os.environ.get("TEST_INSTRUCTION_SET"):
+    from jaxllama.model.native import library
+
+    # Its kernels, although the CPU has better ones: "avx2".
+    assert library.load([each for each in library.supported() if each.name == os.environ["TEST_INSTRUCTION_SET"]])
+    library._is_loaded = lambda: True  # type: ignore[assignment]
+
 import tiny  # noqa: E402
 
 from jaxllama import Engine, Llama  # noqa: E402

@@ -19,6 +19,7 @@ from turns import PROMPT_TOKENS, take_turns
 
 import jaxllama
 from jaxllama.engine.compilation import enable_compilation_cache
+from jaxllama.model.native import library
 
 
 class Contender:
@@ -62,7 +63,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "int8"), default="bfloat16")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--instruction-set", help="of the kernels, if not the best that the CPU has: avx2")
     args = parser.parse_args()
+    if args.instruction_set:
+        if not library.load([each for each in library.supported() if each.name == args.instruction_set]):
+            parser.error(f"no kernels for {args.instruction_set} here")
+        library._is_loaded = lambda: True
     contender = Contender(args.checkpoint, args.dtype, args.rows, args.context)
     take_turns(f"jaxllama, {args.dtype}", {"jax": jax.__version__}, contender.turn)
 
