@@ -73,6 +73,7 @@ def _compared(platform: Platform, case: Case, what: str) -> Iterator[Result]:
         kv_dtype=case.kv_dtype,
         needs_clean_pages=platform.needs_clean_pages,
         layout=platform.head_layout,
+        chunks_in_group=platform.most_chunks_in_group,
     ):
         yield Result(
             "attention",

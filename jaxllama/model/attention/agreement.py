@@ -2,16 +2,18 @@
 attention in float64 that knows neither pages nor blocks.
 
 All that a kernel may get wrong is tried: rows that end within a page, at its end and after it, rows past a block of
-keys, rows that are not active, several queries a row, a chunk after another, and what lies past a row's end.
+keys, rows that are not active, several queries a row, a chunk after another, chunks that share a call, and what lies
+past a row's end.
 What is right within rounding is derived, not chosen: `rounding` has the bounds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,18 +98,31 @@ def agreements(
     kv_dtype: Any,
     needs_clean_pages: bool,
     layout: HeadLayout | None = None,
+    chunks_in_group: int = 1,
     seed: int = 0,
 ) -> list[Agreement]:
     """`attention` in the last layer of `config`, for products of `dtype` and a cache of `kv_dtype`: of prefill, decode,
     verify.
 
-    Two layers are enough, and a small pool. Unless it `needs_clean_pages`, slots that no token has hold NaN. Takes
-    seconds, most of them compilation.
+    A call of prefill has `chunks_in_group` chunks of each group of `data`, as `Platform.chunks_in_group` says. Two
+    layers are enough, and a small pool. Unless it `needs_clean_pages`, slots that no token has hold NaN. Takes seconds,
+    most of them compilation.
 
     Raises: whatever the kernel's compilation raises.
     """
-    story = _Story(attention, config, page_size, jnp.dtype(dtype), jnp.dtype(kv_dtype), needs_clean_pages, layout, seed)
+    dtypes = (jnp.dtype(dtype), jnp.dtype(kv_dtype))
+    story = _Story(attention, config, page_size, *dtypes, needs_clean_pages, layout, chunks_in_group, seed)
     return [story.prefill(), story.decode(), story.verify()]
+
+
+class _Chunk(NamedTuple):
+    """Tokens of a row from `start` on, of which the first `num_tokens` are real."""
+
+    row: int
+    start: int
+    num_tokens: int
+    q: Float[Array, "tokens heads head_dim"]
+    kv: Float[Array, "tokens kv2 head_dim"]
 
 
 class _Story:
@@ -122,6 +137,7 @@ class _Story:
         kv_dtype: Any,
         needs_clean_pages: bool,
         layout: HeadLayout | None,
+        chunks_in_group: int,
         seed: int,
     ) -> None:
         self._attention, self._config, self._dtype, self._kv_dtype = attention, config, dtype, kv_dtype
@@ -129,6 +145,8 @@ class _Story:
         longest = -(-max(3 * page_size, 5 * BLOCK_TOKENS // 2) // page_size) * page_size
         ends = [0, page_size - 1, page_size, page_size + 1, longest // 2 + 3, longest]
         num_shards = attention.num_shards
+        self._num_groups = 1 if attention.mesh is None else int(attention.mesh.shape["data"])
+        self._in_group = chunks_in_group
         # Not 1: a shard's rows are more than one program's fewest.
         rows_per_shard = -(-(len(ends) + 1) // num_shards)
         self._num_rows = rows_per_shard * num_shards
@@ -156,18 +174,54 @@ class _Story:
         self._verify = jax.jit(lambda *args: attention.verify(*args))
 
     def prefill(self) -> Agreement:
-        """Every row's tokens, in one chunk or two."""
-        apart = _Apart()
-        for row, length in enumerate(self._lengths):
-            for start in range(0, int(length), self._chunk):
-                count = min(self._chunk, int(length) - start)
-                q, kv = self._queries(self._chunk), self._new(self._chunk)
-                at = (np.array([value], np.int32) for value in (start, count, self._shard[row]))
-                chunk = (q[None], kv[None], self._pool, jnp.asarray(self._table[row : row + 1]))
-                (out,), self._pool = self._prefill(*chunk, *map(jnp.asarray, at))
+        """Every row's tokens, in one chunk or two, as many in a call as it has places."""
+        apart, same, num_places = _Apart(), True, self._num_groups * self._in_group
+        for call in self._calls():
+            out = self._run(call)
+            last = max(call)
+            if num_places > 1:
+                # Once more without the others, in its group's first place: it writes and sees what it did before.
+                place = last // self._in_group * self._in_group
+                count = call[last].num_tokens
+                alone = self._run({place: call[last]})[place, :count]
+                same &= np.array_equal(np.asarray(alone), np.asarray(out[last, :count]))
+            for place, (row, start, count, q, kv) in call.items():
                 self._keep(row, kv[:count])
-                self._compare(apart, out[:count], q[:count], row, start)
-        return apart.agreement("prefill")
+                self._compare(apart, out[place, :count], q[:count], row, start)
+        if num_places == 1:
+            return apart.agreement("prefill")
+        return apart.agreement(f"prefill of {num_places} chunks", same)
+
+    def _calls(self) -> Iterator[dict[int, _Chunk]]:
+        """All chunks by their place in a call, those of a row in their order."""
+        waiting: list[deque[tuple[int, int]]] = [deque() for _ in range(self._num_groups)]
+        for row, length in enumerate(self._lengths):
+            group = int(self._shard[row]) * self._num_groups // self._attention.num_shards
+            waiting[group].extend((row, start) for start in range(0, int(length), self._chunk))
+        while any(waiting):
+            call = {}
+            for group, own in enumerate(waiting):
+                for place in range(min(self._in_group, len(own))):
+                    row, start = own.popleft()
+                    count = min(self._chunk, int(self._lengths[row]) - start)
+                    chunk = _Chunk(row, start, count, self._queries(self._chunk), self._new(self._chunk))
+                    call[group * self._in_group + place] = chunk
+            yield call
+
+    def _run(self, call: Mapping[int, _Chunk]) -> Float[Array, "places tokens heads head_dim"]:
+        """The chunks in their places, the other places without tokens."""
+        some = next(iter(call.values()))
+        num_places = self._num_groups * self._in_group
+        at = np.zeros((3, num_places), np.int32)
+        table = np.zeros((num_places, self._table.shape[1]), np.int32)
+        for place, chunk in call.items():
+            at[:, place] = chunk.start, chunk.num_tokens, self._shard[chunk.row]
+            table[place] = self._table[chunk.row]
+        empty = some._replace(q=jnp.zeros_like(some.q), kv=jnp.zeros_like(some.kv))
+        chunks = [call.get(place, empty) for place in range(num_places)]
+        q, kv = (jnp.stack(parts) for parts in zip(*((chunk.q, chunk.kv) for chunk in chunks), strict=True))
+        out, self._pool = self._prefill(q, kv, self._pool, jnp.asarray(table), *map(jnp.asarray, at))
+        return out
 
     def decode(self) -> Agreement:
         """A token of every active row."""

@@ -123,6 +123,11 @@ class Platform:
         """How many chunks of `size` tokens each group has in a program of prefill, with so many bytes a weight."""
         return max(1, int(self.shared_tokens * weight_bytes / 2) // size)
 
+    @property
+    def most_chunks_in_group(self) -> int:
+        """The most that `chunks_in_group` gives, for the smallest chunks and weights in bfloat16."""
+        return self.chunks_in_group(min(self.chunk_sizes))
+
     def num_drafts(self, num_rows: int, most: int | None = None) -> int:
         """Drafts a row for a decode program of `num_rows`, at most `most` (None: `max_drafts`); 0 where verifying would
         not pay."""

@@ -74,6 +74,7 @@ def fault_of(config: LlamaConfig, mesh: Mesh, *, dtype: Any, kv_dtype: Any, page
             kv_dtype=kv_dtype,
             needs_clean_pages=platform.needs_clean_pages,
             layout=platform.head_layout,
+            chunks_in_group=platform.most_chunks_in_group,
         )
     except Exception as error:  # Whatever the compiler makes of it: with the reference the model still runs.
         return f"{name} does not run here: {one_line(error)}."
@@ -91,12 +92,14 @@ def _known_or_found(
     config: LlamaConfig, mesh: Mesh, dtype: np.dtype[Any], kv_dtype: np.dtype[Any], page_size: int | None
 ) -> str | None:
     sizes = (config.num_heads, config.num_kv_heads, config.head_dim, page_size, dtype.name, kv_dtype.name)
+    shared = describe_platform(config, mesh, dtype=dtype, kv_dtype=kv_dtype).most_chunks_in_group
     device = mesh.devices.flat[0]
     parts = [
         installed(),
         device.device_kind,
         dict(mesh.shape),
         *sizes,
+        shared,
         _sources(),
         jax.config.jax_default_matmul_precision,
     ]

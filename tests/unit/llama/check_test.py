@@ -210,6 +210,20 @@ def test_what_has_not_begun_in_time_is_left_out_and_said(monkeypatch):
     assert (result.part, result.status, result.what) == ("model", "note", "left out")
 
 
+def test_the_rest_of_a_part_that_takes_too_long_is_left_out_and_said(monkeypatch):
+    def slow() -> Any:
+        monkeypatch.setattr("jaxllama.llama.check.result.BUDGET_S", -1.0)
+        yield Result("bits", "alone", "holds", "the same")
+        pytest.fail("went on")
+
+    results = collected([("bits", slow), ("more", lambda: 1 / 0)], lambda _: None)
+    assert [(result.part, result.status) for result in results] == [
+        ("bits", "holds"),
+        ("bits", "note"),
+        ("more", "note"),
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize("tp", [1, 8])

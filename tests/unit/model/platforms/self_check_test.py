@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,53 @@ def test_a_row_that_notices_its_batch_is_seen(monkeypatch):
         "here: decode of a row alone has other bits than in a batch; verify of 4 of a row alone has other bits than in "
         "a batch."
     )
+
+
+IN_GROUP, GROUPS = 3, 2
+SHARED_BREAKS: dict[str, Callable[..., Any]] = {
+    "another chunk's pages": lambda prefill, q, kv, pool, table, *at: prefill(
+        q, kv, pool, jnp.where((at[1] > 0).sum() > 1, jnp.roll(table, 1, axis=0), table), *at
+    ),
+    "later chunks first": lambda prefill, *args: _in_another_order(prefill, *args),
+    "its place": lambda prefill, q, *rest: _nudged(prefill(q, *rest), jnp.arange(len(q)) % IN_GROUP > 0),
+    "the others": lambda prefill, q, kv, pool, table, *at: _nudged(
+        prefill(q, kv, pool, table, *at), (at[1] > 0).sum() > jnp.ones(len(q))
+    ),
+}
+
+
+def _nudged(result: Any, where: Any) -> Any:
+    """By the last place."""
+    out, pool = result
+    return jnp.where(where[:, None, None, None], jnp.nextafter(out, jnp.inf), out), pool
+
+
+def _in_another_order(prefill: Callable[..., Any], q: Any, kv: Any, pool: Any, *at: Any) -> Any:
+    """Each group's chunks from the last to the first."""
+    order = jnp.arange(len(q)).reshape(GROUPS, IN_GROUP)[:, ::-1].ravel()
+    out, pool = prefill(q[order], kv[order], pool, *(x[order] for x in at))
+    return out[order], pool
+
+
+@needs_kernels
+@pytest.mark.parametrize("broken", [None, *SHARED_BREAKS])
+def test_chunks_that_share_a_call_are_looked_at(monkeypatch, broken):
+    """With the places that the engine's calls have, on two groups of devices."""
+    describe, prefill = self_check.describe_platform, ShardedAttention.prefill
+    tokens = {"shared_tokens": 32 * IN_GROUP}
+    monkeypatch.setattr(
+        self_check, "describe_platform", lambda *a, **k: dataclasses.replace(describe(*a, **k), **tokens)
+    )
+    if broken is not None:
+        wrong = SHARED_BREAKS[broken]
+        monkeypatch.setattr(ShardedAttention, "prefill", lambda self, *args: wrong(partial(prefill, self), *args))
+    mesh = make_mesh(CONFIG, tp=1, data=GROUPS, devices=jax.devices()[:GROUPS])
+    found = self_check.fault_of(CONFIG, mesh, dtype="float32", kv_dtype="float32", page_size=4)
+    assert (found is None) == (broken is None), found
+    if found is not None:
+        assert "prefill of 6 chunks" in found
+        only_bits = "of a row alone has other bits than in a batch" in found
+        assert only_bits == (broken in ("its place", "the others"))
 
 
 def test_a_kernel_that_does_not_compile_is_a_fault(monkeypatch):
