@@ -57,9 +57,9 @@ def write_base(folder: Path, case: str, dtype: Any = np.float32) -> Path:
     return folder
 
 
-def load(place: Path | str, *, tp: int = 1, **how: Any) -> Llama:
+def load(place: Path | str, *, tp: int = 1, data: int = 1, **how: Any) -> Llama:
     config = open_model(place, how.get("adapters", ())).config
-    return jaxllama.load(place, jaxllama.make_mesh(config, tp=tp), options=OPTIONS, **how)
+    return jaxllama.load(place, jaxllama.make_mesh(config, tp=tp, data=data), options=OPTIONS, **how)
 
 
 def logits(place: Path | str, ids: np.ndarray, **how: Any) -> np.ndarray:
@@ -136,10 +136,11 @@ def test_the_sum_is_rounded_once(tmp_path):
     assert np.abs(values * scale[:, None] - exact).max() <= scale.max() / 2 + 1e-6
 
 
-def test_a_mesh_of_four_has_the_same_weights(tmp_path):
+@pytest.mark.parametrize(("tp", "data"), [(4, 1), (2, 2)])
+def test_a_mesh_of_four_has_the_same_weights(tmp_path, tp, data):
     base = write_base(tmp_path / "base", "plain")
     ids, want = golden()["plain/ids"], golden()["plain/logits"]
-    got = logits(base, ids, adapters=[ADAPTERS / "plain"], tp=4)
+    got = logits(base, ids, adapters=[ADAPTERS / "plain"], tp=tp, data=data)
     assert np.abs(got - want).max() < TOLERANCE * want.std()
 
 
