@@ -44,14 +44,15 @@ ffi::ErrorOr<Matrix> ReadMatrix(const ffi::RemainingArgs& args, int64_t out, siz
 ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs weights, ffi::RemainingRets ys) {
   const int64_t in = x.dimensions().back(), all_rows = x.element_count() / in;
   std::vector<std::pair<Matrix, float*>> products;
-  bool needs_floats = false;
+  const bool is_bfloat16 = x.element_type() == ffi::BF16;
+  bool needs_floats = false, needs_pairs = false;
   size_t next = 0;
   for (size_t i = 0; i < ys.size(); ++i) {
     const auto y = ys.get<ffi::Buffer<ffi::F32>>(i);
     if (!y.has_value()) return y.error();
     const auto weight = ReadMatrix(weights, (*y)->dimensions().back(), &next);
     if (!weight.has_value()) return weight.error();
-    needs_floats |= !weight->reads_pairs() || x.element_type() != ffi::BF16;
+    (is_bfloat16 && weight->reads_pairs() ? needs_pairs : needs_floats) = true;
     products.emplace_back(*weight, (*y)->typed_data());
   }
   Inputs inputs;
@@ -64,7 +65,7 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs w
     if (inputs.rows == 0) return ffi::Error::Success();
   }
   inputs.stride = (in + 3) / 4 * 4;
-  if (x.element_type() == ffi::BF16 && JAXLLAMA_DOTS_PAIRS) {
+  if (needs_pairs) {
     inputs.pairs = static_cast<const BFloat16*>(x.untyped_data());
     if (inputs.stride != in) {
       inputs.padded.assign(inputs.rows * inputs.stride, 0);
@@ -75,7 +76,7 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs w
     }
   }
   Team team(pool);
-  if (needs_floats && x.element_type() == ffi::BF16) {
+  if (needs_floats && is_bfloat16) {
     Convert(team, static_cast<const BFloat16*>(x.untyped_data()), in, &inputs);
   } else if (needs_floats) {
     Convert(team, static_cast<const float*>(x.untyped_data()), in, &inputs);

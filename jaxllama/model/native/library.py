@@ -58,6 +58,9 @@ class InstructionSet:
 _AVX2 = ("avx2", "fma")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
 INSTRUCTION_SETS = (
+    InstructionSet(
+        "amx", "x86_64", (*_AVX512, "amx_tile", "amx_bf16"), ("-march=x86-64-v4", "-mamx-tile", "-mamx-bf16")
+    ),
     InstructionSet("avx512-bf16", "x86_64", (*_AVX512, "avx512_bf16"), ("-march=x86-64-v4", "-mavx512bf16")),
     InstructionSet("avx512", "x86_64", _AVX512, ("-march=x86-64-v4",)),
     InstructionSet("avx2", "x86_64", _AVX2, ("-march=x86-64-v3",)),
@@ -108,7 +111,18 @@ def supported() -> list[InstructionSet]:
     """Those that this machine's CPU can run, the best first."""
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     features = set(cpu_features().split())
+    if "amx_tile" in features and not may_use_tiles():
+        features.discard("amx_tile")
     return [each for each in INSTRUCTION_SETS if each.machine == machine and features.issuperset(each.features)]
+
+
+def may_use_tiles() -> bool:
+    """Whether Linux lets this process use AMX's registers, for which every process has to ask.
+
+    Source: the kernel's documentation, "Using XSTATE features in user space applications".
+    """
+    arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0
 
 
 def compiled(instructions: InstructionSet) -> Path:

@@ -4,13 +4,16 @@
 namespace jaxllama {
 namespace {
 
-constexpr int64_t kRowsInCache = 90;  // whose inputs stay in the second-level cache
+// Whose inputs stay in the second-level cache.
+template <typename Lines>
+constexpr int64_t kRowsInCache = kReadsPairs<Lines> ? 256 : 90;
 
 template <typename Lines, typename X>
 void Product(const Task& task, const X* x, int64_t stride, int64_t rows) {
-  thread_local std::vector<float> last(kRowsInCache * kBlockLanes);
-  for (int64_t first = 0; first < rows; first += kRowsInCache) {
-    const int64_t end = std::min(rows, first + kRowsInCache), whole = task.num_outputs / kBlockLanes;
+  constexpr int64_t kRows = kRowsInCache<Lines>;
+  thread_local std::vector<float> last(kRows * kBlockLanes);
+  for (int64_t first = 0; first < rows; first += kRows) {
+    const int64_t end = std::min(rows, first + kRows), whole = task.num_outputs / kBlockLanes;
     const int64_t count = end - first;
     float* y = task.y + first * task.out;
     const X* from = x + first * stride;
@@ -33,19 +36,24 @@ void Product(const Task& task, const X* x, int64_t stride, int64_t rows) {
   }
 }
 
+template <typename Best, typename Lines>
+void ProductOf(const Task& task, const Inputs& x) {
+  if constexpr (kReadsPairs<Best>) {
+    if (x.pairs != nullptr) return Product<Best>(task, x.pairs, x.stride, x.rows);
+  }
+  Product<Lines>(task, x.floats.data(), x.stride, x.rows);
+}
+
 }  // namespace
 
 void Run(const Task& task, const Inputs& x) {
   switch (task.format) {
     case Format::kBFloat16:
-#if JAXLLAMA_DOTS_PAIRS
-      if (x.pairs != nullptr) return Product<BFloat16PairLines>(task, x.pairs, x.stride, x.rows);
-#endif
-      return Product<BFloat16Lines>(task, x.floats.data(), x.stride, x.rows);
+      return ProductOf<BestBFloat16Lines, BFloat16Lines>(task, x);
     case Format::kFloat32:
-      return Product<FloatLines>(task, x.floats.data(), x.stride, x.rows);
+      return ProductOf<FloatLines, FloatLines>(task, x);
     default:
-      return Product<Int8Lines>(task, x.floats.data(), x.stride, x.rows);
+      return ProductOf<BestInt8Lines, Int8Lines>(task, x);
   }
 }
 

@@ -16,7 +16,11 @@ struct Matrix {
   const float* scales;  // one an output of every block, or null
   int64_t out;
 
-  bool reads_pairs() const { return format == Format::kBFloat16 && JAXLLAMA_DOTS_PAIRS; }
+  // Whether rows of bfloat16 are read as they are.
+  bool reads_pairs() const {
+    return format == Format::kBFloat16 ? kReadsPairs<BestBFloat16Lines>
+                                       : format == Format::kInt8 && kReadsPairs<BestInt8Lines>;
+  }
 };
 
 // A matrix product: some blocks of one weight.

@@ -1,4 +1,4 @@
-// Vectors of the instruction set that this is compiled for: AVX-512F, AVX2 with FMA, or NEON; the rest of the kernels is
+// Vectors of the instruction set that this is compiled for: AVX-512F (AMX has it too), AVX2 with FMA, or NEON; the rest of the kernels is
 // the same for all. The compiler's own vector types (GCC, Clang) give arithmetic; what they lack is here.
 #pragma once
 
@@ -23,6 +23,13 @@
 #define JAXLLAMA_DOTS_PAIRS 1
 #else
 #define JAXLLAMA_DOTS_PAIRS 0
+#endif
+
+// Whether a unit multiplies tiles of them (amx.h).
+#if defined(__AMX_BF16__)
+#define JAXLLAMA_AMX 1
+#else
+#define JAXLLAMA_AMX 0
 #endif
 
 namespace jaxllama {
@@ -68,7 +75,7 @@ inline F32 Max(F32 a, F32 b) { return a > b ? a : b; }
 
 #if defined(__AVX512F__)
 
-constexpr const char* kInstructionSet = JAXLLAMA_DOTS_PAIRS ? "AVX-512 BF16" : "AVX-512F";
+constexpr const char* kInstructionSet = JAXLLAMA_AMX ? "AMX" : JAXLLAMA_DOTS_PAIRS ? "AVX-512 BF16" : "AVX-512F";
 
 inline F32 Set1(float x) { return _mm512_set1_ps(x); }
 inline F32 Fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }

@@ -10,6 +10,10 @@
 
 #include "simd.h"
 
+#if JAXLLAMA_AMX
+#include "amx.h"
+#endif
+
 namespace jaxllama {
 
 constexpr int64_t kLineBytes = 64;
@@ -64,11 +68,20 @@ struct BFloat16PairLines {  // as BFloat16Lines, multiplied in pairs
   static constexpr float kUnit = 1.0f;
 };
 
-#if JAXLLAMA_DOTS_PAIRS
+// What multiplies bfloat16 with weights best.
+#if JAXLLAMA_AMX
+using BestBFloat16Lines = BFloat16TileLines;
+using BestInt8Lines = Int8TileLines;
+#elif JAXLLAMA_DOTS_PAIRS
 using BestBFloat16Lines = BFloat16PairLines;
+using BestInt8Lines = Int8Lines;
 #else
 using BestBFloat16Lines = BFloat16Lines;
+using BestInt8Lines = Int8Lines;
 #endif
+
+template <typename Lines>
+constexpr bool kReadsPairs = std::is_same_v<typename Lines::X, BFloat16>;
 
 // How many rows a tile takes at most, and how many blocks one of so many rows takes: enough sums that none is waited
 // for, and no more than there are registers.
@@ -258,13 +271,10 @@ void ManyTiles(int64_t tiles, int64_t rows, const typename Lines::X* x, int64_t 
   }
 }
 
-// y[r][n] = sum over k of x[r][k] * w[k][n], for so many rows and `blocks`, each `block_bytes` after the other. `next` is
-// what is read after them. Start::kScaled: added to y[r][n] * scale[r].
+// As `Rows`, with vectors.
 template <typename Lines, Start start>
-void Rows(int64_t rows, const typename Lines::X* x, int64_t x_stride, const void* blocks_at, int64_t block_bytes,
-          int64_t blocks, int64_t lines, const void* next_at, float* y, int64_t y_stride,
-          const float* scale = nullptr) {
-  const char *w = static_cast<const char*>(blocks_at), *next = static_cast<const char*>(next_at);
+void RowsOfVectors(int64_t rows, const typename Lines::X* x, int64_t x_stride, const char* w, int64_t block_bytes,
+                   int64_t blocks, int64_t lines, const char* next, float* y, int64_t y_stride, const float* scale) {
   const auto run = [&](auto rows_of) {
     rows_of(x, x_stride, w, block_bytes, blocks, lines, next, y, y_stride, scale);
   };
@@ -279,6 +289,22 @@ void Rows(int64_t rows, const typename Lines::X* x, int64_t x_stride, const void
     case 5: return run(OneTile<Lines, 5, start>);
     default: return run(OneTile<Lines, kRowsAtOnce<Lines>, start>);
   }
+}
+
+// y[r][n] = sum over k of x[r][k] * w[k][n], for so many rows and `blocks`, each `block_bytes` after the other. `next` is
+// what is read after them. Start::kScaled: added to y[r][n] * scale[r].
+template <typename Lines, Start start>
+void Rows(int64_t rows, const typename Lines::X* x, int64_t x_stride, const void* blocks_at, int64_t block_bytes,
+          int64_t blocks, int64_t lines, const void* next_at, float* y, int64_t y_stride,
+          const float* scale = nullptr) {
+  const char *w = static_cast<const char*>(blocks_at), *next = static_cast<const char*>(next_at);
+#if JAXLLAMA_AMX
+  if constexpr (kReadsPairs<Lines>) {
+    static_assert(start == Start::kZero);
+    RowsOfTiles<Lines, true>(rows, x, x_stride, w, block_bytes, blocks, lines, next, y, y_stride);
+  } else
+#endif
+    RowsOfVectors<Lines, start>(rows, x, x_stride, w, block_bytes, blocks, lines, next, y, y_stride, scale);
 }
 
 }  // namespace jaxllama

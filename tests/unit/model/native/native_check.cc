@@ -10,6 +10,11 @@
 #include "layer.h"
 #include "products.cc"
 
+#if JAXLLAMA_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 using namespace jaxllama;
 
 namespace {
@@ -47,7 +52,7 @@ double Value(float x) { return x; }
 double Value(BFloat16 x) { return ToFloat(x); }
 double Value(int8_t x) { return x; }
 
-// One product in tasks of a few blocks; its outputs, whose bits go to `hash`.
+// One product in tasks of a few blocks; its outputs, whose bits go to `hash` unless rows are read as bfloat16.
 template <typename W>
 void CheckProduct(Format format, int64_t rows, int64_t in, int64_t out, uint64_t* hash) {
   constexpr int64_t kInputs = 4 / sizeof(W);
@@ -59,17 +64,24 @@ void CheckProduct(Format format, int64_t rows, int64_t in, int64_t out, uint64_t
       packed[((o / 16 * lines + i / kInputs) * 16 + o % 16) * kInputs + i % kInputs] = weight[o * in + i];
     }
   }
-  std::vector<float> x(rows * in), y(rows * out, 7.0f), scales(blocks * 16, 0.5f);
+  const bool reads_pairs = Matrix{format}.reads_pairs();
+  std::vector<float> x(rows * in), y(rows * out), scales(blocks * 16, 0.5f);
   for (float& value : x) value = ToFloat(Rounded(Random()));
   Inputs inputs;
   inputs.rows = rows;
   inputs.stride = (in + 3) / 4 * 4;
   Convert(team, x.data(), in, &inputs);
+  inputs.padded.assign(rows * inputs.stride, 0);
+  for (int64_t i = 0; i < rows * in; ++i) inputs.padded[i / in * inputs.stride + i % in] = Rounded(x[i]);
   Task task{};
   task.format = format;
   task.lines = lines;
   task.block_bytes = lines * kLineBytes;
   task.out = out;
+  for (bool as_pairs : {false, true}) {
+  if (as_pairs && !reads_pairs) break;
+  if (as_pairs) inputs.pairs = inputs.padded.data();
+  std::fill(y.begin(), y.end(), 7.0f);
   for (int64_t block = 0; block < blocks; block += 5) {
     task.num_blocks = std::min<int64_t>(5, blocks - block);
     task.num_outputs = std::min(task.num_blocks * 16, out - block * 16);
@@ -85,8 +97,9 @@ void CheckProduct(Format format, int64_t rows, int64_t in, int64_t out, uint64_t
       Expect(y[r * out + o], format == Format::kInt8 ? want / 2 : want, format == Format::kInt8 ? 2e-3 : 2e-5, "product");
       uint32_t word;
       std::memcpy(&word, &y[r * out + o], sizeof word);
-      *hash = (*hash ^ word) * 1099511628211ull;
+      if (!as_pairs) *hash = (*hash ^ word) * 1099511628211ull;
     }
+  }
   }
 }
 
@@ -204,6 +217,9 @@ void CheckLayer(Format cache) {
 }  // namespace
 
 int main() {
+#if JAXLLAMA_AMX
+  if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return 1;
+#endif
   uint64_t hash = 14695981039346656037ull;
   for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 95}) {
     for (const auto& [in, out] : {std::pair<int64_t, int64_t>{96, 160}, {33, 101}, {1, 1}}) {

@@ -41,7 +41,7 @@ def test_a_wheel_s_kernels_load_without_a_compiler(tmp_path):
     with zipfile.ZipFile(wheel) as files:
         files.extractall(tmp_path / "site")
     libraries = sorted(path.name for path in (tmp_path / "site" / "jaxllama" / "model" / "native").glob("*.so"))
-    assert libraries == ["kernels-avx2.so", "kernels-avx512-bf16.so", "kernels-avx512.so"]
+    assert libraries == ["kernels-amx.so", "kernels-avx2.so", "kernels-avx512-bf16.so", "kernels-avx512.so"]
     environment = {"PATH": "/nonexistent", "PYTHONPATH": str(tmp_path / "site"), "HOME": str(tmp_path / "home")}
     environment |= {name: os.environ[name] for name in ("JAX_PLATFORMS",) if name in os.environ}
     run = subprocess.run(
@@ -59,6 +59,16 @@ def check(compiler: str, flags: list[str], to: Path, *emulator: str) -> list[str
     run = subprocess.run([*emulator, str(to)], capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout.split()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("name", [each.name for each in library.INSTRUCTION_SETS])
+def test_every_instruction_set_of_this_cpu_is_exact(name, tmp_path):
+    """A process loads the best one only."""
+    found = {each.name: each for each in library.supported()}
+    if name not in found:
+        pytest.skip(f"this CPU has no {name}")
+    check("c++", ["-O1", *found[name].flags], tmp_path / name)
 
 
 @pytest.mark.slow

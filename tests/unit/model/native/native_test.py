@@ -375,9 +375,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_the_best_instruction_set_of_a_cpu_is_taken(monkeypatch):
+    tiles = True
+
     def names(machine: str, features: str) -> list[str]:
         monkeypatch.setattr(library.platform, "machine", lambda: machine)
         monkeypatch.setattr(library, "cpu_features", lambda: features)
+        monkeypatch.setattr(library, "may_use_tiles", lambda: tiles)
         return [each.name for each in library.supported()]
 
     avx512 = "avx2 fma avx512f avx512bw avx512dq avx512vl"
@@ -385,6 +388,10 @@ def test_the_best_instruction_set_of_a_cpu_is_taken(monkeypatch):
     assert names("x86_64", "sse2 avx avx2") == []
     assert names("x86_64", avx512) == ["avx512", "avx2"]
     assert names("x86_64", f"{avx512} avx512_bf16") == ["avx512-bf16", "avx512", "avx2"]
+    amx = f"{avx512} avx512_bf16 amx_tile amx_bf16"
+    assert names("x86_64", amx) == ["amx", "avx512-bf16", "avx512", "avx2"]
+    tiles = False  # Linux gives their registers to nobody
+    assert names("x86_64", amx) == ["avx512-bf16", "avx512", "avx2"]
     assert names("aarch64", "fp asimd") == names("arm64", "") == ["neon"]
     assert names("riscv64", avx512) == []
 
