@@ -9,7 +9,7 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -19,6 +19,7 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileInputs = 32;
 constexpr int64_t kTileBytes = 1024;  // of weights
 constexpr int64_t kRowsOfTiles = 2 * kTileRows;  // rows that are multiplied at once, at most
+constexpr int64_t kPanelBytes = 1 << 19;  // of weights that stay in the second-level cache
 
 // The unit's eight registers, while a thread has them: 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights.
 class Tiles {
@@ -95,51 +96,28 @@ struct Int8TileLines {
   }
 };
 
-// What comes next is fetched to a near cache, some lines with every tile.
+// What is read next and written next is fetched while tiles are multiplied, some lines with each.
 struct AheadOfTiles {
-  const char* at;
-  int64_t lines;  // a tile
+  const char* next;
+  int64_t next_lines;
+  float* y;
+  int64_t y_stride, y_rows;
 
   void Fetch() {
-    for (int64_t i = 0; i < lines; ++i, at += 64) PrefetchToSecondLevel(at);
+    for (int64_t i = 0; i < next_lines; ++i, next += 64) PrefetchToSecondLevel(next);
+    for (int64_t i = 0; i < y_rows; ++i, y += y_stride) {
+      __builtin_prefetch(y, 1);
+      __builtin_prefetch(y + kBlockLanes, 1);
+    }
   }
 };
 
-// The sums of up to 16 or 32 rows and one or two blocks, added to what the registers hold.
-template <typename Lines, int kRowTiles, int kBlocks>
-void AddTiles(int64_t rows, const BFloat16* x, int64_t x_stride, const char* w, int64_t block_bytes, int64_t lines,
-              AheadOfTiles ahead) {
+// The sums of up to 16 or 32 rows and one or two blocks, to `y`: from zeros, or added to what it holds.
+template <typename Lines, int kRowTiles, int kBlocks, bool kFromZero>
+void MultiplyTiles(const BFloat16* x, int64_t x_stride, const char* w, int64_t block_bytes, int64_t lines,
+                   AheadOfTiles ahead, float* y, int64_t y_stride) {
   constexpr int64_t kLines = kTileInputs / Lines::kInputs;
   alignas(64) char scratch[2][kBlocks][kTileBytes];
-  alignas(64) BFloat16 padded[kRowsOfTiles * kTileInputs];
-  for (int64_t line = 0, turn = 0; line < lines; line += kLines, turn ^= 1) {
-    const int64_t count = std::min(kLines, lines - line);
-    const BFloat16* from = x + line * Lines::kInputs;
-    int64_t stride = x_stride;
-    if (count < kLines) {
-      std::fill(padded, padded + rows * kTileInputs, 0);
-      for (int64_t r = 0; r < rows; ++r) std::copy_n(from + r * stride, count * Lines::kInputs, padded + r * kTileInputs);
-      from = padded;
-      stride = kTileInputs;
-    }
-    ahead.Fetch();
-    Tiles::Load<4>(from, 2 * stride);
-    if constexpr (kRowTiles == 2) Tiles::Load<5>(from + kTileRows * stride, 2 * stride);
-    Tiles::Load<6>(Lines::Tile(w + line * 64, count, scratch[turn][0]), 64);
-    Tiles::Multiply<0, 4, 6>();
-    if constexpr (kRowTiles == 2) Tiles::Multiply<2, 5, 6>();
-    if constexpr (kBlocks == 2) {
-      Tiles::Load<7>(Lines::Tile(w + block_bytes + line * 64, count, scratch[turn][1]), 64);
-      Tiles::Multiply<1, 4, 7>();
-      if constexpr (kRowTiles == 2) Tiles::Multiply<3, 5, 7>();
-    }
-  }
-}
-
-// As `AddTiles`, from zeros or from `y` to `y`.
-template <typename Lines, int kRowTiles, int kBlocks, bool kFromZero>
-void MultiplyTiles(int64_t rows, const BFloat16* x, int64_t x_stride, const char* w, int64_t block_bytes, int64_t lines,
-                   const AheadOfTiles& ahead, float* y, int64_t y_stride) {
   float* lower = y + kTileRows * y_stride;
   const auto each = [&](auto do_one) __attribute__((always_inline)) {
     do_one(std::integral_constant<int, 0>(), y);
@@ -154,32 +132,65 @@ void MultiplyTiles(int64_t rows, const BFloat16* x, int64_t x_stride, const char
       Tiles::Load<tile()>(at, 4 * y_stride);
     }
   });
-  AddTiles<Lines, kRowTiles, kBlocks>(rows, x, x_stride, w, block_bytes, lines, ahead);
+  for (int64_t line = 0, turn = 0; line < lines; line += kLines, turn ^= 1, x += kTileInputs) {
+    const int64_t count = std::min(kLines, lines - line);
+    ahead.Fetch();
+    Tiles::Load<4>(x, 2 * x_stride);
+    if constexpr (kRowTiles == 2) Tiles::Load<5>(x + kTileRows * x_stride, 2 * x_stride);
+    Tiles::Load<6>(Lines::Tile(w + line * 64, count, scratch[turn][0]), 64);
+    Tiles::Multiply<0, 4, 6>();
+    if constexpr (kRowTiles == 2) Tiles::Multiply<2, 5, 6>();
+    if constexpr (kBlocks == 2) {
+      Tiles::Load<7>(Lines::Tile(w + block_bytes + line * 64, count, scratch[turn][1]), 64);
+      Tiles::Multiply<1, 4, 7>();
+      if constexpr (kRowTiles == 2) Tiles::Multiply<3, 5, 7>();
+    }
+  }
   each([&](auto tile, float* at) __attribute__((always_inline)) { Tiles::Store<tile()>(at, 4 * y_stride); });
 }
 
-// As `Rows` of tiles.h; added to `y` as it is unless `kFromZero`.
+// As `Rows` of tiles.h, but that rows of x are padded with zeros to whole tiles; added to `y` as it is unless `kFromZero`.
 template <typename Lines, bool kFromZero>
 void RowsOfTiles(int64_t rows, const BFloat16* x, int64_t x_stride, const char* w, int64_t block_bytes, int64_t blocks,
                  int64_t lines, const char* next, float* y, int64_t y_stride) {
   constexpr int64_t kLines = kTileInputs / Lines::kInputs;
   const int64_t parts = (rows + kRowsOfTiles - 1) / kRowsOfTiles, tiles = (lines + kLines - 1) / kLines;
+  // So many blocks stay in the cache while part after part of the rows is multiplied with them.
+  const int64_t panel = parts == 1 ? 2 : std::max<int64_t>(2, kPanelBytes / (tiles * kTileBytes) / 2 * 2);
   Tiles registers;
-  for (int64_t block = 0; block < blocks; block += 2, w += 2 * block_bytes, y += 2 * kBlockLanes) {
-    const bool is_pair = block + 1 < blocks;
-    const char* after = block + 2 < blocks ? w + 2 * block_bytes : next;
-    const int64_t share = (2 * lines + parts * tiles - 1) / (parts * tiles);
+  for (int64_t first = 0; first < blocks; first += panel) {
+    const int64_t end = std::min(blocks, first + panel), num_pairs = (end - first + 1) / 2;
+    const char* after = end < blocks ? w + end * block_bytes : next;
+    if constexpr (Lines::kInputs != BFloat16TileLines::kInputs) {
+      if (parts > 1) {
+        thread_local Aligned<char> expanded;
+        expanded.resize((end - first) * tiles * kTileBytes);
+        for (int64_t block = first, tile = 0; block < end; ++block) {
+          for (int64_t line = 0; line < lines; line += kLines, ++tile) {
+            Lines::Tile(w + block * block_bytes + line * 64, std::min(kLines, lines - line), &expanded[tile * kTileBytes]);
+          }
+        }
+        RowsOfTiles<BFloat16TileLines, kFromZero>(rows, x, x_stride, expanded.data(), tiles * kTileBytes, end - first,
+                                                  tiles * kTileBytes / 64, after, y + first * kBlockLanes, y_stride);
+        continue;
+      }
+    }
+    const int64_t share = ((end - first) * lines + parts * num_pairs * tiles - 1) / (parts * num_pairs * tiles);
     for (int64_t part = 0; part < parts; ++part) {
-      const int64_t first = part * kRowsOfTiles, count = std::min(kRowsOfTiles, rows - first);
+      const int64_t row = part * kRowsOfTiles, count = std::min(kRowsOfTiles, rows - row);
       registers.Shape(count);
-      const AheadOfTiles ahead{after + part * tiles * share * 64, share};
-      const auto run = [&](auto multiply) {
-        multiply(count, x + first * x_stride, x_stride, w, block_bytes, lines, ahead, y + first * y_stride, y_stride);
-      };
-      if (count <= kTileRows) {
-        is_pair ? run(MultiplyTiles<Lines, 1, 2, kFromZero>) : run(MultiplyTiles<Lines, 1, 1, kFromZero>);
-      } else {
-        is_pair ? run(MultiplyTiles<Lines, 2, 2, kFromZero>) : run(MultiplyTiles<Lines, 2, 1, kFromZero>);
+      for (int64_t block = first; block < end; block += 2, after += tiles * share * 64) {
+        float* to = y + row * y_stride + block * kBlockLanes;
+        const AheadOfTiles ahead{after, share, to, y_stride, (count + tiles - 1) / tiles};
+        const auto run = [&](auto multiply) {
+          multiply(x + row * x_stride, x_stride, w + block * block_bytes, block_bytes, lines, ahead, to, y_stride);
+        };
+        const bool is_pair = block + 1 < end;
+        if (count <= kTileRows) {
+          is_pair ? run(MultiplyTiles<Lines, 1, 2, kFromZero>) : run(MultiplyTiles<Lines, 1, 1, kFromZero>);
+        } else {
+          is_pair ? run(MultiplyTiles<Lines, 2, 2, kFromZero>) : run(MultiplyTiles<Lines, 2, 1, kFromZero>);
+        }
       }
     }
   }

@@ -64,7 +64,7 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs w
     for (const auto& [weight, y] : products) std::fill(y + inputs.rows * weight.out, y + all_rows * weight.out, 0.0f);
     if (inputs.rows == 0) return ffi::Error::Success();
   }
-  inputs.stride = (in + 3) / 4 * 4;
+  inputs.stride = Inputs::Stride(in);
   if (needs_pairs) {
     inputs.pairs = static_cast<const BFloat16*>(x.untyped_data());
     if (inputs.stride != in) {

@@ -28,8 +28,8 @@ inline T Rounded(float x) {
 
 // What a layer writes between its steps. Kept for the next call: memory that is new costs a fault for every page.
 struct LayerScratch {
-  std::vector<float> x, q, k, v, y, gate, up;
-  std::vector<char> queries, attended;
+  Aligned<float> x, q, k, v, y, gate, up;
+  Aligned<char> queries, attended;
   Inputs normed, of_o, of_down;
   std::vector<int32_t> tables, positions;
 };
@@ -162,7 +162,7 @@ struct Layer {
 
   static void Resize(Inputs* inputs, int64_t n, int64_t in, const Matrix& reader) {
     inputs->rows = n;
-    inputs->stride = (in + 3) / 4 * 4;
+    inputs->stride = Inputs::Stride(in);
     inputs->pairs = nullptr;
     if (ReadsPairs(reader)) {
       inputs->padded.resize(n * inputs->stride);
@@ -284,9 +284,9 @@ struct Layer {
       const int64_t padded_end = end == ffn ? to.stride : end;
       for (int64_t i = 0; i < n; ++i) {
         const float *g = &scratch.gate[i * ffn], *u = &scratch.up[i * ffn];
-        for (int64_t d = first; d < end; d += kBlockLanes) {
+        for (int64_t d = first; d < padded_end; d += kBlockLanes) {
           float product[kBlockLanes];
-          Activate(g + d, u + d, std::min<int64_t>(kBlockLanes, end - d), product);
+          Activate(g + d, u + d, std::clamp<int64_t>(end - d, 0, kBlockLanes), product);
           Enter(product, i * to.stride + d, std::min<int64_t>(kBlockLanes, padded_end - d), &to);
         }
       }

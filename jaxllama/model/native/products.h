@@ -60,12 +60,15 @@ inline void Chain(std::vector<Task>* tasks, int64_t num_threads) {
   for (size_t i = 0; i + num_threads < tasks->size(); ++i) (*tasks)[i].next = (*tasks)[i + num_threads].blocks;
 }
 
-// x [rows, in] in both forms in which products read it, padded with zeros to whole lines.
+// x [rows, in] in both forms in which products read it, each row padded with zeros to `stride`.
 struct Inputs {
   int64_t rows, stride;
-  std::vector<float> floats;
+  Aligned<float> floats;
   const BFloat16* pairs = nullptr;
-  std::vector<BFloat16> padded;
+  Aligned<BFloat16> padded;
+
+  // Whole lines, and whole tiles of a matrix unit.
+  static int64_t Stride(int64_t in) { return (in + 31) / 32 * 32; }
 };
 
 // y of a task.

@@ -69,7 +69,7 @@ void CheckProduct(Format format, int64_t rows, int64_t in, int64_t out, uint64_t
   for (float& value : x) value = ToFloat(Rounded(Random()));
   Inputs inputs;
   inputs.rows = rows;
-  inputs.stride = (in + 3) / 4 * 4;
+  inputs.stride = Inputs::Stride(in);
   Convert(team, x.data(), in, &inputs);
   inputs.padded.assign(rows * inputs.stride, 0);
   for (int64_t i = 0; i < rows * in; ++i) inputs.padded[i / in * inputs.stride + i % in] = Rounded(x[i]);
