@@ -370,11 +370,12 @@ struct Attention {
     const int64_t per_head = some.num_tokens * group;
     const bool adds_directly = AddsDirectly(per_head);
     Packer<KV> packer(head_dim);
-    thread_local std::vector<X> queries;
+    const int64_t query_stride = (head_dim + 31) / 32 * 32;  // whole tiles of a matrix unit
+    thread_local Aligned<X> queries;
     thread_local std::vector<char> keys, values;
     thread_local std::vector<float> scores, probs, row_scales;
     thread_local std::vector<int64_t> visible;  // how many keys, from position 0 on
-    queries.resize(Count(some) * head_dim);
+    queries.assign(Count(some) * query_stride, 0);
     keys.resize(some.num_heads * packer.keys_bytes());
     values.resize(some.num_heads * packer.values_bytes());
     probs.resize(kMaxRows * kBlock);
@@ -385,10 +386,10 @@ struct Attention {
       visible[i] = Position(some, i) + 1;
       const char* query = static_cast<const char*>(q) + At(some, i) * (is_float ? sizeof(float) : sizeof(BFloat16));
       if (std::is_same_v<X, BFloat16> || is_float) {
-        std::memcpy(&queries[i * head_dim], query, head_dim * sizeof(X));
+        std::memcpy(&queries[i * query_stride], query, head_dim * sizeof(X));
       } else {
         const auto* from = reinterpret_cast<const BFloat16*>(query);
-        for (int64_t d = 0; d < head_dim; ++d) queries[i * head_dim + d] = ToFloat(from[d]);
+        for (int64_t d = 0; d < head_dim; ++d) queries[i * query_stride + d] = ToFloat(from[d]);
       }
     }
     seen->Clear(Count(some), padded_dim);
@@ -417,7 +418,7 @@ struct Attention {
         for (int64_t n = 0; n < per_head; n += kMaxRows) {
           const int64_t i = head * per_head + n, rows = std::min(kMaxRows, per_head - n);
           if (visible[i + rows - 1] <= first || Hidden(visible[i] - 1) >= first + kBlock) continue;
-          Rows<Lines, Start::kZero>(rows, &queries[i * head_dim], head_dim, &keys[head * packer.keys_bytes()],
+          Rows<Lines, Start::kZero>(rows, &queries[i * query_stride], query_stride, &keys[head * packer.keys_bytes()],
                                     packer.key_block_bytes(), num_blocks, head_dim / Lines::kInputs,
                                     &values[head * packer.values_bytes()], scores.data(), kBlock);
           float decays[kMaxRows];

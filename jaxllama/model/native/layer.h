@@ -297,14 +297,15 @@ struct Layer {
   static void Enter(const float* from, int64_t at, int64_t count, Inputs* to) {
     U32 bits[kVectors];
     float floats[kBlockLanes];
-    BFloat16 halves[kBlockLanes];
     for (int i = 0; i < kVectors; ++i) {
       bits[i] = Load<U32>(from + i * kLanes);
       if constexpr (!kIsFloat) bits[i] = RoundToBFloat16(bits[i]);
       Store(floats + i * kLanes, bits[i]);
     }
     if (to->pairs != nullptr) {
-      for (int i = 0; i < kBlockLanes; ++i) halves[i] = static_cast<BFloat16>(bits[i / kLanes][i % kLanes] >> 16);
+      typedef BFloat16 Halves __attribute__((vector_size(2 * kLanes)));
+      BFloat16 halves[kBlockLanes];
+      for (int i = 0; i < kVectors; ++i) Store(halves + i * kLanes, __builtin_convertvector(bits[i] >> 16, Halves));
       std::memcpy(&to->padded[at], halves, count * sizeof(BFloat16));
     } else {
       std::memcpy(&to->floats[at], floats, count * sizeof(float));
