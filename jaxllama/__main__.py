@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import sys
@@ -15,8 +16,6 @@ from jaxllama.decode.controls import Boolean, Control, Integer, Strings
 from jaxllama.decode.params import CONTROLS
 from jaxllama.errors import EngineError, JaxLlamaError, MissingExtraError, RequestError, StoreError, one_line
 from jaxllama.model.platforms.startup import prepare_jax
-from jaxllama.plan import cli as plan_cli
-from jaxllama.system import doctor
 from jaxllama.system.explain import page_of, with_page
 from jaxllama.system.flags import add_max_in_flight, add_speculation, speculation_of
 from jaxllama.weights.places import ADAPTER_HELP, MODEL_HELP
@@ -24,7 +23,8 @@ from jaxllama.weights.places import ADAPTER_HELP, MODEL_HELP
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns 0, 1 (failure) or 2 (bad input)."""
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser(next((argument for argument in argv if not argument.startswith("-")), "")).parse_args(argv)
     prepare_jax()
     try:
         run: Callable[[argparse.Namespace], int] = args.run
@@ -54,36 +54,41 @@ class _Parser(argparse.ArgumentParser):
         return parsed, unknown
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(only: str | None = None) -> argparse.ArgumentParser:
+    """With the name of a command the others have no arguments: to import what all need takes a second."""
     parser = _Parser(prog="jaxllama", description="Llama-family inference on JAX.")
     parser.add_argument("--version", action="version", version=f"jaxllama {jaxllama.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_application(commands, "convert", "turn a Hugging Face or GGUF checkpoint into a jaxllama checkpoint")
-    _add_application(commands, "export", "write a checkpoint as Hugging Face safetensors, for transformers and others")
-    _add_application(commands, "inspect", "say what a model is and can do, without its weights")
-    _add_application(commands, "verify", "check a checkpoint's files by their hashes, and against its source")
-    _add_application(commands, "serve", "serve a checkpoint over OpenAI's chat API, with a chat page")
-    _add_application(commands, "batch", "answer a file of requests, one JSON object a line")
-    _add_application(commands, "chat", "chat in the terminal, with a checkpoint or with a server")
-    _add_application(commands, "bench", "measure any server with OpenAI's API under load")
+    add = functools.partial(_add_module, commands, only)
+    add("convert", "turn a Hugging Face or GGUF checkpoint into a jaxllama checkpoint")
+    add("export", "write a checkpoint as Hugging Face safetensors, for transformers and others")
+    add("inspect", "say what a model is and can do, without its weights")
+    add("verify", "check a checkpoint's files by their hashes, and against its source")
+    add("serve", "serve a checkpoint over OpenAI's chat API, with a chat page")
+    add("batch", "answer a file of requests, one JSON object a line")
+    add("chat", "chat in the terminal, with a checkpoint or with a server")
+    add("bench", "measure any server with OpenAI's API under load")
     generate = commands.add_parser("generate", help="complete a prompt", description="Completes a prompt.")
     _add_generate(generate)
     _add_eval(commands)
-    plan = commands.add_parser(
+    add(
         "plan",
-        help="say whether a model fits a TPU slice, and how fast it is; needs no TPU",
-        description="Compiles the real programs for a TPU slice, on any machine, and says what fits and how fast.",
+        "say whether a model fits a TPU slice, and how fast it is; needs no TPU",
+        "Compiles the real programs for a TPU slice, on any machine, and says what fits and how fast.",
     )
-    plan_cli.add_arguments(plan)
-    doctor.add_arguments(
-        commands.add_parser(
-            "doctor",
-            help="say what would go wrong on this machine",
-            description="Looks at versions, devices, the compiler, caches, disk, memory and the port, and says what "
-            "would go wrong. Exit code 1 if anything would.",
-        )
+    add(
+        "doctor",
+        "say what would go wrong on this machine",
+        "Looks at versions, devices, the compiler, caches, disk, memory and the port, and says what would go wrong. "
+        "Exit code 1 if anything would.",
     )
-    _add_check(commands)
+    add(
+        "check",
+        "say whether kernels, bits and speed hold on these devices",
+        "Runs kernels beside the reference, compares bits, and measures memory, products, collectives, a step and a "
+        "chunk, in three minutes. Prints a table to paste into an issue. Exit code 1 if anything does not hold. What "
+        "is missing or wrong before a model runs, `jaxllama doctor` says.",
+    )
     explain = commands.add_parser(
         "explain", help="say what an error means and what to do", description="Explains an error by its name."
     )
@@ -92,49 +97,44 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_application(commands: argparse._SubParsersAction[_Parser], name: str, text: str) -> argparse.ArgumentParser:
-    """A command that lives in its own package, `jaxllama_convert` or `jaxllama_serving`."""
-    module = {
-        "convert": "jaxllama_convert.cli",
-        "export": "jaxllama_convert.export_cli",
-        "inspect": "jaxllama_convert.checks.inspect_cli",
-        "verify": "jaxllama_convert.checks.verify_cli",
-        "serve": "jaxllama_serving.process.cli",
-        "batch": "jaxllama_serving.batch.cli",
-        "chat": "jaxllama_serving.client.chat_cli",
-        "bench": "jaxllama_serving.client.bench_cli",
-    }[name]
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+_MODULES = {
+    "convert": "jaxllama_convert.cli",
+    "export": "jaxllama_convert.export_cli",
+    "inspect": "jaxllama_convert.checks.inspect_cli",
+    "verify": "jaxllama_convert.checks.verify_cli",
+    "serve": "jaxllama_serving.process.cli",
+    "batch": "jaxllama_serving.batch.cli",
+    "chat": "jaxllama_serving.client.chat_cli",
+    "bench": "jaxllama_serving.client.bench_cli",
+    "plan": "jaxllama.plan.cli",
+    "doctor": "jaxllama.system.doctor",
+    "check": "jaxllama.llama.check.cli",
+}
+"""Where commands have their flags, and what runs them; the first eight are packages of their own."""
+
+
+def _add_module(
+    commands: argparse._SubParsersAction[_Parser], only: str | None, name: str, text: str, description: str = ""
+) -> None:
+    """A command of `_MODULES`."""
+    parser = commands.add_parser(name, help=text, description=description or f"{text[0].upper()}{text[1:]}.")
+    if only not in (None, name):
+        return
     try:
-        cli = importlib.import_module(module)
+        cli = importlib.import_module(_MODULES[name])
     except ModuleNotFoundError as error:
-        missing = error.name or module
+        if not _MODULES[name].startswith("jaxllama_"):
+            raise
+        missing = error.name or _MODULES[name]
 
         def refuse(_: argparse.Namespace) -> int:
-            raise MissingExtraError(
-                "convert" if name in ("convert", "export", "inspect", "verify") else "serve", missing
-            )
+            raise MissingExtraError("convert" if "convert" in _MODULES[name] else "serve", missing)
 
         parser.add_argument("arguments", nargs="*")
         parser.set_defaults(run=refuse)
-        return parser
+        return
     cli.add_arguments(parser)
     parser.set_defaults(run=cli.run)
-    return parser
-
-
-def _add_check(commands: argparse._SubParsersAction[_Parser]) -> None:
-    from jaxllama.llama.check import cli as check_cli
-
-    check_cli.add_arguments(
-        commands.add_parser(
-            "check",
-            help="say whether kernels, bits and speed hold on these devices",
-            description="Runs kernels beside the reference, compares bits, and measures memory, products, collectives, "
-            "a step and a chunk, in three minutes. Prints a table to paste into an issue. Exit code 1 if anything does "
-            "not hold. What is missing or wrong before a model runs, `jaxllama doctor` says.",
-        )
-    )
 
 
 def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:

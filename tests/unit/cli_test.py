@@ -276,3 +276,24 @@ def test_help_and_generate_need_no_extra(tmp_path):
     assert shown[0] == 0
     assert generated[0] == 2
     assert_one_line(generated[2], "manifest.json")
+
+
+IMPORTED = """
+import contextlib, io, sys
+from jaxllama.__main__ import main
+
+with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+    main(sys.argv[1:])
+assert "--max-rows" in out.getvalue()
+print(*sys.modules)
+"""
+
+
+def test_a_command_imports_no_other():
+    """Which took a second of every start."""
+    done = run("serve", "--help", code=IMPORTED)
+    assert done.returncode == 0, done.stderr
+    imported = set(done.stdout.split())
+    assert "jaxllama_serving.process.cli" in imported
+    others = {"jaxllama_convert", "jaxllama_serving.batch", "jaxllama.plan", "jaxllama.llama.check", "flax", "aiohttp"}
+    assert not imported & others
