@@ -133,7 +133,8 @@ LLAMA_70B = Path(__file__).parents[3] / "bench" / "configs" / "llama3-70b.json"
 class Bar:
     """What a step of the 70B with a context of 2,048 reaches: docs/tpu.md's bars or better.
 
-    `exchanges` are the collectives of a layer beside its two all-reduces.
+    `exchanges` are the collectives of a layer beside its two all-reduces. Of temporaries most are tables of 32 bytes
+    that take 16 KiB each, one or two for every piece that is prefetched.
     """
 
     topology: str
@@ -141,14 +142,15 @@ class Bar:
     dtype: str
     ms: float
     async_share: float
+    temporary_mib: int = 200
     exchanges: Mapping[str, int] = field(default_factory=dict)
 
 
 @pytest.mark.parametrize(
     "bar",
     [
-        Bar("v6e:2x4", 64, "bf16", 16.5, 0.39),
-        Bar("v5e:4x4", 64, "bf16", 15.5, 0.6, {"all-to-all": 2}),
+        Bar("v6e:2x4", 64, "bf16", 15.2, 0.42, temporary_mib=100),
+        Bar("v5e:4x4", 64, "bf16", 15.5, 0.6, exchanges={"all-to-all": 2}),
         Bar("v5e:2x4", 128, "int8", 25.0, 0.5),
     ],
     ids=lambda bar: f"{bar.topology}-{bar.dtype}",
@@ -158,7 +160,7 @@ def test_a_step_of_the_70b_copies_nothing_and_is_near_the_roofline(bar):
     setup = Setup(config, Topology.parse(bar.topology), rows=bar.rows, context=2048, weights=bar.dtype, kv=bar.dtype)
     got = compile_program(setup, "decode")
     assert got.fits
-    assert got.temporary_bytes < 200 * 2**20  # 100 before libtpu 0.0.50, which has 2 MiB a layer more
+    assert got.temporary_bytes < bar.temporary_mib * 2**20
     assert got.output_bytes < 2**20, "the state is not aliased"
     step = got.measurement
     assert step is not None
