@@ -52,7 +52,10 @@ class Model:
     def __init__(self, path: Path, max_rows: int, max_tokens: int, threads: int) -> None:
         llama_cpp.llama_log_set(_quiet, None)
         llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        loading = llama_cpp.llama_model_default_params()
+        # 0.3.36's AMX buffers, which Q8_0 gets, end in a segmentation fault.
+        loading.use_extra_bufts = False
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), loading)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = max_rows * max_tokens
         params.n_batch = params.n_ubatch = 512
