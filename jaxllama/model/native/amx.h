@@ -96,24 +96,18 @@ struct Int8TileLines {
   }
 };
 
-// What is read next and written next is fetched while tiles are multiplied, some lines with each.
+// What is read next is fetched while tiles are multiplied, some lines with each.
 struct AheadOfTiles {
   const char* next;
-  int64_t next_lines;
-  float* y;
-  int64_t y_stride, y_rows;
+  int64_t lines;
 
   void Fetch() {
-    for (int64_t i = 0; i < next_lines; ++i, next += 64) PrefetchToSecondLevel(next);
-    for (int64_t i = 0; i < y_rows; ++i, y += y_stride) {
-      __builtin_prefetch(y, 1);
-      __builtin_prefetch(y + kBlockLanes, 1);
-    }
+    for (int64_t i = 0; i < lines; ++i, next += 64) PrefetchToSecondLevel(next);
   }
 };
 
-// The sums of up to 16 or 32 rows and one or two blocks, to `y`: from zeros, or added to what it holds.
-template <typename Lines, int kRowTiles, int kBlocks, bool kFromZero>
+// The sums of up to 16 or 32 rows and one or two blocks, to `y`.
+template <typename Lines, int kRowTiles, int kBlocks>
 void MultiplyTiles(const BFloat16* x, int64_t x_stride, const char* w, int64_t block_bytes, int64_t lines,
                    AheadOfTiles ahead, float* y, int64_t y_stride) {
   constexpr int64_t kLines = kTileInputs / Lines::kInputs;
@@ -125,23 +119,26 @@ void MultiplyTiles(const BFloat16* x, int64_t x_stride, const char* w, int64_t b
     if constexpr (kRowTiles == 2) do_one(std::integral_constant<int, 2>(), lower);
     if constexpr (kRowTiles == 2 && kBlocks == 2) do_one(std::integral_constant<int, 3>(), lower + kBlockLanes);
   };
-  each([&](auto tile, float* at) __attribute__((always_inline)) {
-    if constexpr (kFromZero) {
-      Tiles::Zero<tile()>();
-    } else {
-      Tiles::Load<tile()>(at, 4 * y_stride);
+  each([](auto tile, float*) __attribute__((always_inline)) { Tiles::Zero<tile()>(); });
+  // A tile is made while the one before is multiplied.
+  const char* made[2][kBlocks];
+  const auto make = [&](int64_t line, int64_t turn) __attribute__((always_inline)) {
+    for (int block = 0; block < kBlocks; ++block) {
+      const char* from = w + block * block_bytes + line * 64;
+      made[turn][block] = Lines::Tile(from, std::min(kLines, lines - line), scratch[turn][block]);
     }
-  });
+  };
+  make(0, 0);
   for (int64_t line = 0, turn = 0; line < lines; line += kLines, turn ^= 1, x += kTileInputs) {
-    const int64_t count = std::min(kLines, lines - line);
     ahead.Fetch();
+    if (line + kLines < lines) make(line + kLines, turn ^ 1);
     Tiles::Load<4>(x, 2 * x_stride);
     if constexpr (kRowTiles == 2) Tiles::Load<5>(x + kTileRows * x_stride, 2 * x_stride);
-    Tiles::Load<6>(Lines::Tile(w + line * 64, count, scratch[turn][0]), 64);
+    Tiles::Load<6>(made[turn][0], 64);
     Tiles::Multiply<0, 4, 6>();
     if constexpr (kRowTiles == 2) Tiles::Multiply<2, 5, 6>();
     if constexpr (kBlocks == 2) {
-      Tiles::Load<7>(Lines::Tile(w + block_bytes + line * 64, count, scratch[turn][1]), 64);
+      Tiles::Load<7>(made[turn][1], 64);
       Tiles::Multiply<1, 4, 7>();
       if constexpr (kRowTiles == 2) Tiles::Multiply<3, 5, 7>();
     }
@@ -149,8 +146,8 @@ void MultiplyTiles(const BFloat16* x, int64_t x_stride, const char* w, int64_t b
   each([&](auto tile, float* at) __attribute__((always_inline)) { Tiles::Store<tile()>(at, 4 * y_stride); });
 }
 
-// As `Rows` of tiles.h, but that rows of x are padded with zeros to whole tiles; added to `y` as it is unless `kFromZero`.
-template <typename Lines, bool kFromZero>
+// As `Rows` of tiles.h, from zero on; rows of x are padded with zeros to whole tiles.
+template <typename Lines>
 void RowsOfTiles(int64_t rows, const BFloat16* x, int64_t x_stride, const char* w, int64_t block_bytes, int64_t blocks,
                  int64_t lines, const char* next, float* y, int64_t y_stride) {
   constexpr int64_t kLines = kTileInputs / Lines::kInputs;
@@ -170,8 +167,8 @@ void RowsOfTiles(int64_t rows, const BFloat16* x, int64_t x_stride, const char* 
             Lines::Tile(w + block * block_bytes + line * 64, std::min(kLines, lines - line), &expanded[tile * kTileBytes]);
           }
         }
-        RowsOfTiles<BFloat16TileLines, kFromZero>(rows, x, x_stride, expanded.data(), tiles * kTileBytes, end - first,
-                                                  tiles * kTileBytes / 64, after, y + first * kBlockLanes, y_stride);
+        RowsOfTiles<BFloat16TileLines>(rows, x, x_stride, expanded.data(), tiles * kTileBytes, end - first,
+                                       tiles * kTileBytes / 64, after, y + first * kBlockLanes, y_stride);
         continue;
       }
     }
@@ -181,15 +178,15 @@ void RowsOfTiles(int64_t rows, const BFloat16* x, int64_t x_stride, const char* 
       registers.Shape(count);
       for (int64_t block = first; block < end; block += 2, after += tiles * share * 64) {
         float* to = y + row * y_stride + block * kBlockLanes;
-        const AheadOfTiles ahead{after, share, to, y_stride, (count + tiles - 1) / tiles};
+        const AheadOfTiles ahead{after, share};
         const auto run = [&](auto multiply) {
           multiply(x + row * x_stride, x_stride, w + block * block_bytes, block_bytes, lines, ahead, to, y_stride);
         };
         const bool is_pair = block + 1 < end;
         if (count <= kTileRows) {
-          is_pair ? run(MultiplyTiles<Lines, 1, 2, kFromZero>) : run(MultiplyTiles<Lines, 1, 1, kFromZero>);
+          is_pair ? run(MultiplyTiles<Lines, 1, 2>) : run(MultiplyTiles<Lines, 1, 1>);
         } else {
-          is_pair ? run(MultiplyTiles<Lines, 2, 2, kFromZero>) : run(MultiplyTiles<Lines, 2, 1, kFromZero>);
+          is_pair ? run(MultiplyTiles<Lines, 2, 2>) : run(MultiplyTiles<Lines, 2, 1>);
         }
       }
     }

@@ -79,6 +79,14 @@ inline void Store(void* to, V v) {
 // Byte kByte of each lane in the place of its highest, and zeros below.
 template <int kByte>
 inline I32 TopByte(I32 v) {
+#if defined(__AVX512BW__)
+  constexpr int8_t kZero = -1;
+  if constexpr (kByte != 3) {
+    const __m128i from = _mm_setr_epi8(kZero, kZero, kZero, kByte, kZero, kZero, kZero, kByte + 4, kZero, kZero, kZero,
+                                       kByte + 8, kZero, kZero, kZero, kByte + 12);
+    return (I32)_mm512_shuffle_epi8((__m512i)v, _mm512_broadcast_i32x4(from));
+  }
+#endif
   return (I32)(((U32)v << (24 - 8 * kByte)) & 0xff000000u);
 }
 inline void Wait(F32&, const float*&, const char*&) {}

@@ -301,7 +301,7 @@ void Rows(int64_t rows, const typename Lines::X* x, int64_t x_stride, const void
 #if JAXLLAMA_AMX
   if constexpr (kReadsPairs<Lines>) {
     static_assert(start == Start::kZero);
-    RowsOfTiles<Lines, true>(rows, x, x_stride, w, block_bytes, blocks, lines, next, y, y_stride);
+    RowsOfTiles<Lines>(rows, x, x_stride, w, block_bytes, blocks, lines, next, y, y_stride);
   } else
 #endif
     RowsOfVectors<Lines, start>(rows, x, x_stride, w, block_bytes, blocks, lines, next, y, y_stride, scale);
