@@ -1,4 +1,4 @@
-"""Paged attention by flywheel-tpu's Pallas kernels: one call a layer writes the new keys and values and attends.
+"""Paged attention by flywheel-tpu's Pallas kernels. A step's call a layer writes the new keys and values and attends.
 
 The kernels take bfloat16, heads of 128 or 256 and pages of a multiple of 128 tokens. Narrower heads lie side by side in
 the pool (`HeadLayout`), which the kernels take for fewer and wider ones. bench/LOG.md has the TPU compiler's figures.
@@ -10,11 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllama.errors import ConfigError, MissingExtraError
-from jaxllama.model.cache import HeadLayout, KVPool
+from jaxllama.model.cache import HeadLayout, KVPool, interleave_kv
 
 _MAX_TABLE_BYTES = 2**20
 _DECODE_VMEM_BYTES = 16 * 2**20
@@ -100,29 +103,19 @@ class TpuAttention:
         window: int | None = None,
     ) -> tuple[Float[Array, "tokens heads head_dim"], KVPool]:
         """As `Attention.prefill`. Zeros for the padding."""
-        out, pages = self.prefill_pages(q, kv, pool.pages, page_table, start, num_tokens, window)
+        # What flywheel's kernel would append must be keys apart from values, each token in a tile of its own, and those
+        # two copies take longer than attention (bench/LOG.md).
+        is_real = (jnp.arange(len(kv)) < num_tokens)[:, None, None]
+        # Masked before they alternate: in the tiles of pages it would take six times as long.
+        new = interleave_kv(*(jnp.where(is_real, part, 0) for part in _keys_and_values(kv)))
+        new = new if self.layout is None else self.layout.pack(new)
+        new = new.reshape(-1, pool.page_size, *new.shape[1:])
+        own = jax.lax.dynamic_slice_in_dim(page_table, start // pool.page_size, len(new))
+        pool = pool._replace(pages=_write(pool.pages, new, own, num_tokens, interpret=self.interpret))
+        where = {"cache_seqlens": (start + num_tokens)[None], "block_table": page_table[None]}
+        cu_seqlens = jnp.stack((jnp.zeros_like(num_tokens), num_tokens))
+        out, pages = self._run(q, kv, pool.pages, window, appends=False, **where, cu_seqlens_q=cu_seqlens)
         return out, pool._replace(pages=pages)
-
-    def prefill_pages(
-        self,
-        q: Float[Array, "tokens heads head_dim"],
-        kv: Float[Array, "tokens kv2 head_dim"],
-        pages: Float[Array, "pages page_size rows2 width"],
-        table: Int[Array, " max_pages"],
-        start: Int[Array, ""],
-        num_tokens: Int[Array, ""],
-        window: int | None,
-    ) -> tuple[Float[Array, "tokens heads head_dim"], Float[Array, "pages page_size rows2 width"]]:
-        """`prefill` of a pool's pages."""
-        return self._run(
-            q,
-            kv,
-            pages,
-            window,
-            cache_seqlens=start[None],
-            block_table=table[None],
-            cu_seqlens_q=jnp.stack((jnp.zeros_like(num_tokens), num_tokens)),
-        )
 
     def _run(
         self,
@@ -130,19 +123,18 @@ class TpuAttention:
         kv: Float[Array, "*batch kv2 head_dim"],
         pages: Float[Array, "pages page_size rows2 width"],
         window: int | None,
+        *,
+        appends: bool = True,
         **where: Any,
     ) -> tuple[Float[Array, "*batch heads head_dim"], Float[Array, "pages page_size rows2 width"]]:
         (heads, head_dim), kv_heads = q.shape[-2:], kv.shape[-2] // 2
         if self.layout is not None:
             q, kv = self.layout.pack_queries(q, kv_heads), self.layout.pack(kv)
-        # As what `interleave_kv` put together, which XLA sees through: strided slices are copies of a chunk's tokens.
-        pairs = kv.reshape(*kv.shape[:-2], -1, 2, kv.shape[-1])
         out, pages = _kernel()(
             q,
             pages,
             None,
-            pairs[..., 0, :],
-            pairs[..., 1, :],
+            *(_keys_and_values(kv) if appends else ()),
             softmax_scale=head_dim**-0.5,
             causal=True,
             window_size=_window_size(window),
@@ -150,6 +142,55 @@ class TpuAttention:
             **where,
         )
         return out if self.layout is None else self.layout.unpack(out, heads, kv_heads, head_dim), pages
+
+
+def _keys_and_values(
+    kv: Float[Array, "*batch kv2 head_dim"],
+) -> tuple[Float[Array, "*batch kv head_dim"], Float[Array, "*batch kv head_dim"]]:
+    """What `interleave_kv` put together, in a way that XLA sees through."""
+    pairs = kv.reshape(*kv.shape[:-2], -1, 2, kv.shape[-1])
+    return pairs[..., 0, :], pairs[..., 1, :]
+
+
+def _write(
+    pages: Float[Array, "pages page_size rows2 width"],
+    new: Float[Array, "some page_size rows2 width"],
+    targets: Int[Array, " some"],
+    num_tokens: Int[Array, ""],
+    *,
+    interpret: bool,
+) -> Float[Array, "pages page_size rows2 width"]:
+    """`pages` with the first of `new`, those that hold `num_tokens`, in place of `targets`.
+
+    XLA's scatter would copy the pool to other tiles.
+    """
+    page_size = new.shape[1]
+
+    def kernel(targets: Any, num_tokens: Any, new: Any, _pages: Any, pages: Any, sem: Any) -> None:
+        def copy(index: Any) -> Any:
+            return pltpu.make_async_copy(new.at[index], pages.at[targets[index]], sem)
+
+        num_pages = pl.cdiv(num_tokens[0], page_size)
+        jax.lax.fori_loop(0, num_pages, lambda index, _: copy(index).start(), None)
+        jax.lax.fori_loop(0, num_pages, lambda index, _: copy(index).wait(), None)
+
+    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    written: Array = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(1,),
+            in_specs=[in_hbm, in_hbm],
+            out_specs=in_hbm,
+            scratch_shapes=[pltpu.SemaphoreType.DMA],
+        ),
+        out_shape=jax.ShapeDtypeStruct(pages.shape, pages.dtype),
+        input_output_aliases={3: 0},  # Counted with the two prefetched arguments.
+        compiler_params=pltpu.CompilerParams(has_side_effects=True),
+        interpret=pltpu.InterpretParams() if interpret else False,
+        name="write_pages",
+    )(targets, num_tokens[None], new, pages)
+    return written
 
 
 def _window_size(window: int | None) -> tuple[int, int]:
