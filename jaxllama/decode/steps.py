@@ -114,6 +114,7 @@ gives is drawn from; log-probabilities stay those of the model. One function is 
     "state",
     static_argnames=("config", "num_rows", "steers", "logits_processor", "num_drafts"),
     result=lambda state: (state, None),
+    is_step=True,
 )
 def decode_steps(
     config: LlamaConfig,

@@ -45,7 +45,7 @@ class Platform:
     because a compiler may plan its copies well for a few layers and badly for 80; None: all in one piece.
     `has_layer_kernel`: a layer is one call of `native.run_layer`. `splits_tokens`: between products, each device of a
     mesh has its own tokens of a chunk, where chunk and model divide; else every device has all tokens.
-    `compiler_options` are XLA's, for every program that runs the layers.
+    `compiler_options` are XLA's, for every program that runs the layers, `step_options` more of them for decode steps.
     `head_layout` is how the kernel wants the cache's pages to hold KV heads; None: each by itself. `kernel_fault` is
     what a kernel does wrong on these devices, in whose place the reference runs (`self_check`).
 
@@ -73,6 +73,7 @@ class Platform:
     has_layer_kernel: bool = False
     splits_tokens: bool = False
     compiler_options: CompilerOptions = ()
+    step_options: CompilerOptions = ()
     head_layout: HeadLayout | None = None
     kernel_fault: str | None = None
     packs_weights: bool = False

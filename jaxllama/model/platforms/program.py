@@ -16,13 +16,20 @@ from jaxllama.model.platforms.platform import CompilerOptions, Platform
 class Program[T]:
     """A function with a keyword `platform`, jitted in place with that platform's compiler options.
 
-    `platform` is static; left out, it is `PLAIN`. The other arguments are those of `InPlace`.
+    `platform` is static; left out, it is `PLAIN`. `is_step`: its `step_options` are the program's too. The other
+    arguments are those of `InPlace`.
     """
 
     def __init__(
-        self, function: Callable[..., T], given: str, result: Callable[[Any], Any], static_argnames: tuple[str, ...]
+        self,
+        function: Callable[..., T],
+        given: str,
+        result: Callable[[Any], Any],
+        static_argnames: tuple[str, ...],
+        is_step: bool,
     ) -> None:
         functools.update_wrapper(self, function)
+        self._is_step = is_step
         options: dict[str, Any] = {"result": result, "static_argnames": (*static_argnames, "platform")}
 
         @functools.cache
@@ -45,11 +52,15 @@ class Program[T]:
 
     def _jitted(self, kwargs: dict[str, Any]) -> InPlace[T]:
         platform: Platform = kwargs.get("platform", PLAIN)
-        return self._jit(platform.compiler_options)
+        return self._jit(platform.compiler_options + (platform.step_options if self._is_step else ()))
 
 
 def program[T](
-    given: str, *, static_argnames: tuple[str, ...], result: Callable[[Any], Any] = lambda given: given
+    given: str,
+    *,
+    static_argnames: tuple[str, ...],
+    result: Callable[[Any], Any] = lambda given: given,
+    is_step: bool = False,
 ) -> Callable[[Callable[..., T]], Program[T]]:
     """Decorates a function with a keyword `platform`, which is static anyway; see `InPlace`."""
-    return lambda function: Program(function, given, result, static_argnames)
+    return lambda function: Program(function, given, result, static_argnames, is_step)

@@ -25,7 +25,7 @@ CHUNK_SIZES = (128, 512, 2048)
 MAX_PART_BYTES = 32 * 2**20
 """Of a matrix that the compiler prefetches whole into VMEM, 128 MiB on most TPUs (`weights/parts.py`)."""
 
-_COMPILER_OPTIONS: dict[str, CompilerOptions] = {
+_STEP_OPTIONS: dict[str, CompilerOptions] = {
     "v6e": (
         # A copy from HBM in one piece, started in the order in which it is needed, and up to 30 times as early as it
         # takes (8): its buffer is busy for longer, but more matrices come whole.
@@ -37,7 +37,8 @@ _COMPILER_OPTIONS: dict[str, CompilerOptions] = {
     )
 }
 """Of libtpu 0.0.50, by generation: which matrices are prefetched. A step of the 70B takes 16.4 ms without, by the
-compiler's schedule. Those of a v5e help it in bfloat16 and cost it 8 % in int8, so it has none (bench/LOG.md)."""
+compiler's schedule; a chunk of 80 layers waits longer with them. On a v5e they help in bfloat16 and cost 8 % in
+int8, so it has none (bench/LOG.md)."""
 
 
 def describe(case: Case) -> Platform:
@@ -48,16 +49,16 @@ def describe(case: Case) -> Platform:
     if layout is None:
         return Platform("tpu", case.reference(), max_part_bytes=MAX_PART_BYTES, shared_tokens=shared)
     kernel = _KERNELS[case.kv_dtype](case.config.num_layers, layout=layout)
-    options = compiler_options(case.mesh)
-    return replace(with_kernel(kernel, case.mesh), shared_tokens=shared, compiler_options=options)
+    options = step_options(case.mesh)
+    return replace(with_kernel(kernel, case.mesh), shared_tokens=shared, step_options=options)
 
 
-def compiler_options(mesh: Mesh) -> CompilerOptions:
-    """What programs for `mesh` are compiled with; nothing where its compiler does not know all of it."""
+def step_options(mesh: Mesh) -> CompilerOptions:
+    """What decode steps for `mesh` are compiled with; nothing where its compiler does not know all of it."""
     # Of several hosts each asks for a device of its own.
     devices = [*mesh.devices.flat]
     device = next((device for device in devices if device.process_index == jax.process_index()), devices[0])
-    options = _COMPILER_OPTIONS.get(DEVICE_KINDS.get(device.device_kind, ""), ())
+    options = _STEP_OPTIONS.get(DEVICE_KINDS.get(device.device_kind, ""), ())
     return options if are_known(options, device) else ()
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import pytest
 import tiny
 
 from jaxllama.model.mesh import make_mesh
 from jaxllama.model.platforms import tpu
-from jaxllama.model.platforms.cpu import COMPILER_OPTIONS
+from jaxllama.model.platforms.cpu import COMPILER_OPTIONS, PLAIN
+from jaxllama.model.platforms.platform import Platform
+from jaxllama.model.platforms.program import program
 
 
 def test_options_that_a_compiler_lacks_are_seen():
@@ -22,6 +27,22 @@ def test_what_a_compiler_does_not_know_it_is_not_given(monkeypatch: pytest.Monke
     mesh = make_mesh(tiny.config_of("tinyllama_like"), tp=1)
     kind = mesh.devices.flat[0].device_kind
     monkeypatch.setitem(tpu.DEVICE_KINDS, kind, "v6e")
-    assert tpu.compiler_options(mesh) == ()
-    monkeypatch.setitem(tpu._COMPILER_OPTIONS, "v6e", COMPILER_OPTIONS)
-    assert tpu.compiler_options(mesh) == COMPILER_OPTIONS
+    assert tpu.step_options(mesh) == ()
+    monkeypatch.setitem(tpu._STEP_OPTIONS, "v6e", COMPILER_OPTIONS)
+    assert tpu.step_options(mesh) == COMPILER_OPTIONS
+
+
+def test_steps_alone_are_compiled_with_step_options():
+    platform = dataclasses.replace(PLAIN, step_options=(("xla_tpu_no_such_option", 1),))
+
+    @program("x", static_argnames=(), is_step=True)
+    def step(x: jax.Array, *, platform: Platform = platform) -> jax.Array:
+        return x + 1
+
+    @program("x", static_argnames=())
+    def chunk(x: jax.Array, *, platform: Platform = platform) -> jax.Array:
+        return x + 1
+
+    assert chunk(jnp.zeros(()), platform=platform) == 1
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        step(jnp.zeros(()), platform=platform)
