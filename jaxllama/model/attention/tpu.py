@@ -57,8 +57,8 @@ class TpuAttention:
         """As `Attention.decode`. Rows that are not active write to page 0, which no row is given."""
         page_table, positions = self.without_inactive(page_table, positions, active, pool)
         kv = jnp.where(active[:, None, None], kv, 0)
-        where = {"cache_seqlens": positions, "block_table": page_table}
-        out, pages = self._run(q[:, None], kv[:, None], pool.pages, window, **where)
+        q, kv = q[:, None], kv[:, None]
+        out, pages = self._run(q, kv, pool.pages, window, cache_seqlens=positions, block_table=page_table)
         return out[:, 0], pool._replace(pages=pages)
 
     def verify(
@@ -112,9 +112,16 @@ class TpuAttention:
         new = new.reshape(-1, pool.page_size, *new.shape[1:])
         own = jax.lax.dynamic_slice_in_dim(page_table, start // pool.page_size, len(new))
         pool = pool._replace(pages=_write(pool.pages, new, own, num_tokens, interpret=self.interpret))
-        where = {"cache_seqlens": (start + num_tokens)[None], "block_table": page_table[None]}
-        cu_seqlens = jnp.stack((jnp.zeros_like(num_tokens), num_tokens))
-        out, pages = self._run(q, kv, pool.pages, window, appends=False, **where, cu_seqlens_q=cu_seqlens)
+        out, pages = self._run(
+            q,
+            kv,
+            pool.pages,
+            window,
+            appends=False,
+            cache_seqlens=(start + num_tokens)[None],
+            block_table=page_table[None],
+            cu_seqlens_q=jnp.stack((jnp.zeros_like(num_tokens), num_tokens)),
+        )
         return out, pool._replace(pages=pages)
 
     def _run(
