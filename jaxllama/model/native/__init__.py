@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from jaxllama.errors import ConfigError
 from jaxllama.model.cache import KVPool
 from jaxllama.model.native.library import begin_loading, is_available
 from jaxllama.model.native.packing import PackedWeight, pack, packed_rows, unpack
@@ -84,7 +85,10 @@ def run_layer(
     Of each row the first `written` tokens are computed and written; the rest of the result is zeros. `page_table` holds
     pages of layer 0, and this layer's begin at `first_page`. What enters a product is rounded to the norms' dtype. A
     token's bits depend on no other row, nor on how many tokens are computed beside it. `window` is as in `attend`.
+
+    Raises: ConfigError for matrices that are not packed, or whose shapes are not those of such a layer.
     """
+    _check_layer(weights, pool, hidden=x.shape[-1], heads=heads, ffn=ffn)
     norms = [weights[name] for name in ("input_layernorm", "post_attention_layernorm")]
     cache = jax.tree.leaves(pool)
     args = (x, page_table, first_page, positions, written, *angles)
@@ -96,3 +100,19 @@ def run_layer(
     attributes["is_float"] = norms[0].dtype == jnp.float32
     x, *cache = call(*args, *cache, *norms, *jax.tree.leaves([weights[name] for name in LAYER_WEIGHTS]), **attributes)
     return x, jax.tree.unflatten(jax.tree.structure(pool), cache)
+
+
+def _check_layer(weights: Mapping[str, Any], pool: KVPool, *, hidden: int, heads: int, ffn: int) -> None:
+    """Raises: ConfigError for what the kernel would read past its end."""
+    head_dim, kv_heads = pool.pages.shape[-1], pool.pages.shape[1 if pool.heads_first else 2] // 2
+    q, kv = (heads * head_dim, hidden), (kv_heads * head_dim, hidden)
+    shapes = (q, kv, kv, q[::-1], (ffn, hidden), (ffn, hidden), (hidden, ffn))
+    for name, shape in zip(LAYER_WEIGHTS, shapes, strict=True):
+        weight = weights[name]
+        if not isinstance(weight, PackedWeight):
+            raise ConfigError(
+                f"{name} is not packed, as the kernels of this CPU want it: "
+                "jaxllama.load packs what it loads, jaxllama.weights.forms.fit what is there"
+            )
+        if (weight.num_outputs, weight.num_inputs) != shape:
+            raise ConfigError(f"{name} has the shape {(weight.num_outputs, weight.num_inputs)}, expected {shape}")

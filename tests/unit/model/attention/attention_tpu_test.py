@@ -24,6 +24,7 @@ from jaxllama.model.int8 import quantize_rows
 from jaxllama.model.mesh import make_mesh
 from jaxllama.model.platforms import tpu
 from jaxllama.model.platforms.describe import describe_platform
+from jaxllama.weights.forms import pack
 
 pytestmark = pytest.mark.optimized
 
@@ -232,7 +233,6 @@ def test_what_the_kernels_cannot_do_is_refused_or_left_to_the_reference(monkeypa
     assert describe_platform(config, make_mesh(config, tp=1), dtype=jnp.bfloat16).kernel == ReferenceAttention()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kv_dtype", "head_dim"), [(None, 128), ("int8", 128), (None, 64), ("int8", 64)])
 def test_an_engine_on_the_kernels_generates_and_a_failed_row_poisons_nobody(kv_dtype, head_dim, monkeypatch):
     """Three pages in all: every request gets the pages of the one before it."""
@@ -243,7 +243,7 @@ def test_an_engine_on_the_kernels_generates_and_a_failed_row_poisons_nobody(kv_d
     }
     hf["tie_word_embeddings"] = False
     config = LlamaConfig.from_hf(hf)
-    weights, mesh = tiny.random_weights(hf, 1), make_mesh(config, tp=1)
+    weights, mesh = tiny.random_weights(hf, 2), make_mesh(config, tp=1)
     options = EngineOptions(
         max_rows=2, max_context=256, num_pages=4, page_size=128, chunk_sizes=(128,), kv_dtype=kv_dtype
     )
@@ -253,7 +253,8 @@ def test_an_engine_on_the_kernels_generates_and_a_failed_row_poisons_nobody(kv_d
     def outputs(model: Llama) -> list[tuple[int, ...]]:
         return [model.generate(ids, greedy).token_ids for ids in prompts]
 
-    with Llama(config, tiny.make_params(config, weights, mesh, jnp.bfloat16), mesh, options=options) as model:
+    params = tiny.make_params(config, weights, mesh, jnp.bfloat16)
+    with Llama(config, pack(params) if native.is_available() else params, mesh, options=options) as model:
         want = outputs(model)
     seen = {token_id for ids in (*want, *prompts) for token_id in ids}
     bad = next(token_id for token_id in range(config.vocab_size) if token_id not in seen)
@@ -261,7 +262,7 @@ def test_an_engine_on_the_kernels_generates_and_a_failed_row_poisons_nobody(kv_d
     kind, layout = TpuAttention if kv_dtype is None else Int8TpuAttention, HeadLayout.in_lanes(config, 1)
     kernel = kind(config.num_layers, interpret=True, layout=layout)
     platform = tpu.with_kernel(kernel, mesh)
-    monkeypatch.setattr("jaxllama.engine.engine.describe_platform", lambda *_, **__: platform)
+    monkeypatch.setattr("jaxllama.engine.engine.describe_checked", lambda *_, **__: platform)
     with Llama(config, tiny.make_params(config, weights, mesh, jnp.bfloat16), mesh, options=options) as model:
         assert outputs(model) == want
         with pytest.raises(NonFiniteLogitsError):

@@ -14,6 +14,7 @@ import tiny
 from jaxllama import make_mesh
 from jaxllama.decode.state import Chunk, Place, make_pool
 from jaxllama.decode.steps import prefill_logits
+from jaxllama.errors import ConfigError
 from jaxllama.model import native
 from jaxllama.model.cache import KVPool
 from jaxllama.model.native import PackedWeight
@@ -73,6 +74,20 @@ class Model:
 @pytest.fixture(params=CASES, ids=["-".join(map(str, case)) for case in CASES], scope="module")
 def model(request):
     return Model(*request.param)
+
+
+def test_what_is_not_packed_or_of_another_shape_is_refused(model):
+    x, positions = model.random(1, 1), jnp.zeros((1, 1), jnp.int32)
+    layer = model.params["layers"][0]
+    plain = jnp.zeros((layer["q_proj"].num_outputs, layer["q_proj"].num_inputs))
+    for name, weight, said in (
+        ("q_proj", plain, "q_proj is not packed"),
+        ("up_proj", layer["down_proj"], "up_proj has the shape"),
+    ):
+        model.params["layers"][0] = layer | {name: weight}
+        with pytest.raises(ConfigError, match=said):
+            model.layer(x, model.pool(), TABLE[:1], positions, jnp.ones(1, jnp.int32))
+        model.params["layers"][0] = layer
 
 
 TABLE = jnp.asarray(1 + np.arange(48).reshape(4, 12), jnp.int32)
