@@ -39,7 +39,12 @@ def multiply(
     """`x @ weight.T` in float32 of each of the weights; `x` is bfloat16 or float32. A row's bits depend on no other.
 
     Rows from `count` on are not multiplied; their results are zeros. None: all are.
+
+    Raises: ConfigError for rows that are not as long as the weights'.
     """
+    for weight in weights:
+        if weight.num_inputs != x.shape[-1]:  # the kernel would read past the end of either
+            raise ConfigError(f"rows of {x.shape[-1]} cannot be multiplied with weights of {weight.num_inputs} inputs")
     outs = [jax.ShapeDtypeStruct((*x.shape[:-1], weight.num_outputs), jnp.float32) for weight in weights]
     args = (x, *jax.tree.leaves(weights), *([] if count is None else [count]))
     return [*jax.ffi.ffi_call("jaxllama_multiply", outs)(*args)]

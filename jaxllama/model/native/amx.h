@@ -17,7 +17,7 @@ namespace jaxllama {
 
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileInputs = 32;
-constexpr int64_t kTileBytes = 1024;  // of weights
+constexpr int64_t kTileBytes = 16 * kLineBytes;  // of weights
 constexpr int64_t kRowsOfTiles = 2 * kTileRows;  // rows that are multiplied at once, at most
 constexpr int64_t kPanelBytes = 1 << 19;  // of weights that stay in the second-level cache
 
@@ -71,8 +71,8 @@ struct BFloat16TileLines {
 
   static const char* Tile(const char* lines, int64_t count, char* scratch) {
     if (count == kTileInputs / kInputs) return lines;
-    std::memcpy(scratch, lines, count * 64);
-    std::memset(scratch + count * 64, 0, kTileBytes - count * 64);
+    std::memcpy(scratch, lines, count * kLineBytes);
+    std::memset(scratch + count * kLineBytes, 0, kTileBytes - count * kLineBytes);
     return scratch;
   }
 };
@@ -83,15 +83,16 @@ struct Int8TileLines {
 
   static const char* Tile(const char* lines, int64_t count, char* scratch) {
     for (int64_t i = 0; i < count; ++i) {
-      const I32 line = jaxllama::Load<I32>(lines + i * 64);
+      const I32 line = jaxllama::Load<I32>(lines + i * kLineBytes);
       // Integers have as many bits as a bfloat16 is precise to: the lower half of the float32 is zeros.
       const F32 unit = Set1(0x1p-24f);
       const auto first = (U32)(Floats(TopByte<0>(line)) * unit), second = (U32)(Floats(TopByte<1>(line)) * unit);
       const auto third = (U32)(Floats(TopByte<2>(line)) * unit), fourth = (U32)(Floats(TopByte<3>(line)) * unit);
-      jaxllama::Store(scratch + 128 * i, first >> 16 | second);
-      jaxllama::Store(scratch + 128 * i + 64, third >> 16 | fourth);
+      jaxllama::Store(scratch + 2 * i * kLineBytes, first >> 16 | second);
+      jaxllama::Store(scratch + (2 * i + 1) * kLineBytes, third >> 16 | fourth);
     }
-    if (count < kTileInputs / kInputs) std::memset(scratch + 128 * count, 0, kTileBytes - 128 * count);
+    const int64_t made = 2 * count * kLineBytes;
+    if (made < kTileBytes) std::memset(scratch + made, 0, kTileBytes - made);
     return scratch;
   }
 };
@@ -102,7 +103,7 @@ struct AheadOfTiles {
   int64_t lines;
 
   void Fetch() {
-    for (int64_t i = 0; i < lines; ++i, next += 64) PrefetchToSecondLevel(next);
+    for (int64_t i = 0; i < lines; ++i, next += kLineBytes) PrefetchToSecondLevel(next);
   }
 };
 
@@ -124,7 +125,7 @@ void MultiplyTiles(const BFloat16* x, int64_t x_stride, const char* w, int64_t b
   const char* made[2][kBlocks];
   const auto make = [&](int64_t line, int64_t turn) __attribute__((always_inline)) {
     for (int block = 0; block < kBlocks; ++block) {
-      const char* from = w + block * block_bytes + line * 64;
+      const char* from = w + block * block_bytes + line * kLineBytes;
       made[turn][block] = Lines::Tile(from, std::min(kLines, lines - line), scratch[turn][block]);
     }
   };
@@ -134,11 +135,11 @@ void MultiplyTiles(const BFloat16* x, int64_t x_stride, const char* w, int64_t b
     if (line + kLines < lines) make(line + kLines, turn ^ 1);
     Tiles::Load<4>(x, 2 * x_stride);
     if constexpr (kRowTiles == 2) Tiles::Load<5>(x + kTileRows * x_stride, 2 * x_stride);
-    Tiles::Load<6>(made[turn][0], 64);
+    Tiles::Load<6>(made[turn][0], kLineBytes);
     Tiles::Multiply<0, 4, 6>();
     if constexpr (kRowTiles == 2) Tiles::Multiply<2, 5, 6>();
     if constexpr (kBlocks == 2) {
-      Tiles::Load<7>(made[turn][1], 64);
+      Tiles::Load<7>(made[turn][1], kLineBytes);
       Tiles::Multiply<1, 4, 7>();
       if constexpr (kRowTiles == 2) Tiles::Multiply<3, 5, 7>();
     }
@@ -164,11 +165,12 @@ void RowsOfTiles(int64_t rows, const BFloat16* x, int64_t x_stride, const char* 
         expanded.resize((end - first) * tiles * kTileBytes);
         for (int64_t block = first, tile = 0; block < end; ++block) {
           for (int64_t line = 0; line < lines; line += kLines, ++tile) {
-            Lines::Tile(w + block * block_bytes + line * 64, std::min(kLines, lines - line), &expanded[tile * kTileBytes]);
+            const char* from = w + block * block_bytes + line * kLineBytes;
+            Lines::Tile(from, std::min(kLines, lines - line), &expanded[tile * kTileBytes]);
           }
         }
         RowsOfTiles<BFloat16TileLines>(rows, x, x_stride, expanded.data(), tiles * kTileBytes, end - first,
-                                       tiles * kTileBytes / 64, after, y + first * kBlockLanes, y_stride);
+                                       tiles * kTileBytes / kLineBytes, after, y + first * kBlockLanes, y_stride);
         continue;
       }
     }
@@ -176,7 +178,7 @@ void RowsOfTiles(int64_t rows, const BFloat16* x, int64_t x_stride, const char* 
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t row = part * kRowsOfTiles, count = std::min(kRowsOfTiles, rows - row);
       registers.Shape(count);
-      for (int64_t block = first; block < end; block += 2, after += tiles * share * 64) {
+      for (int64_t block = first; block < end; block += 2, after += tiles * share * kLineBytes) {
         float* to = y + row * y_stride + block * kBlockLanes;
         const AheadOfTiles ahead{after, share};
         const auto run = [&](auto multiply) {

@@ -1,5 +1,6 @@
-// Vectors of the instruction set that this is compiled for: AVX-512F (AMX has it too), AVX2 with FMA, or NEON; the rest of the kernels is
-// the same for all. The compiler's own vector types (GCC, Clang) give arithmetic; what they lack is here.
+// Vectors of the instruction set that this is compiled for: AVX-512F (CPUs with AMX have it), AVX2 with FMA, or NEON; the
+// rest of the kernels is the same for all. The compiler's own vector types (GCC, Clang) give arithmetic; what they lack is
+// here.
 #pragma once
 
 #include <cstdint>
@@ -36,6 +37,8 @@
 
 namespace jaxllama {
 
+constexpr int64_t kLineBytes = 64;  // of packed matrices, and of the CPU's caches
+
 // An array that begins with a line of the caches.
 template <typename T>
 struct LineAllocator {
@@ -43,8 +46,8 @@ struct LineAllocator {
   LineAllocator() = default;
   template <typename U>
   LineAllocator(const LineAllocator<U>&) {}
-  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64})); }
-  void deallocate(T* at, size_t) { ::operator delete(at, std::align_val_t{64}); }
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{kLineBytes})); }
+  void deallocate(T* at, size_t) { ::operator delete(at, std::align_val_t{kLineBytes}); }
   template <typename U>
   bool operator==(const LineAllocator<U>&) const { return true; }
   template <typename U>
@@ -75,20 +78,25 @@ inline void Store(void* to, V v) {
   std::memcpy(to, &v, sizeof v);
 }
 
-#if !defined(__AVX2__) || defined(__AVX512F__)
 // Byte kByte of each lane in the place of its highest, and zeros below.
 template <int kByte>
 inline I32 TopByte(I32 v) {
-#if defined(__AVX512BW__)
-  constexpr int8_t kZero = -1;
-  if constexpr (kByte != 3) {
+#if defined(__AVX2__)
+  if constexpr (kByte == 1 || kByte == 2) {
+    constexpr int8_t kZero = -1;
     const __m128i from = _mm_setr_epi8(kZero, kZero, kZero, kByte, kZero, kZero, kZero, kByte + 4, kZero, kZero, kZero,
                                        kByte + 8, kZero, kZero, kZero, kByte + 12);
+#if defined(__AVX512F__)
     return (I32)_mm512_shuffle_epi8((__m512i)v, _mm512_broadcast_i32x4(from));
+#else
+    return (I32)_mm256_shuffle_epi8((__m256i)v, _mm256_broadcastsi128_si256(from));
+#endif
   }
 #endif
   return (I32)(((U32)v << (24 - 8 * kByte)) & 0xff000000u);
 }
+
+#if !defined(__AVX2__) || defined(__AVX512F__)
 inline void Wait(F32&, const float*&, const char*&) {}
 #endif
 
@@ -158,16 +166,6 @@ inline void Wait(F32& sum, const float*& x, const char*& line) {
 inline F32 Set1(float x) { return _mm256_set1_ps(x); }
 inline F32 Fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 inline void Pause() { _mm_pause(); }
-
-// Byte kByte of each lane in the place of its highest, and zeros below.
-template <int kByte>
-inline I32 TopByte(I32 v) {
-  if constexpr (kByte == 0 || kByte == 3) return (I32)(((U32)v << (24 - 8 * kByte)) & 0xff000000u);
-  constexpr int8_t kZero = -1;
-  const __m128i from = _mm_setr_epi8(kZero, kZero, kZero, kByte, kZero, kZero, kZero, kByte + 4, kZero, kZero, kZero,
-                                     kByte + 8, kZero, kZero, kZero, kByte + 12);
-  return (I32)_mm256_shuffle_epi8((__m256i)v, _mm256_broadcastsi128_si256(from));
-}
 
 // Rows of 8 to columns of 8.
 inline void Transpose(I32 rows[kLanes]) {

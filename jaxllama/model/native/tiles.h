@@ -16,7 +16,6 @@
 
 namespace jaxllama {
 
-constexpr int64_t kLineBytes = 64;
 constexpr int64_t kMaxRows = 6;  // rows of one tile, at most
 constexpr int64_t kAhead = 24;  // lines that are fetched before they are read
 

@@ -42,7 +42,8 @@ def describe_checked(config: LlamaConfig, mesh: Mesh, dtype: Any, kv_dtype: Any,
     platform = describe_platform(config, mesh, dtype=dtype, kv_dtype=kv_dtype)
     if platform.name not in CHECKED or type(platform.kernel) is ReferenceAttention:
         return platform
-    fault = _for_all(mesh, _known_or_found(config, mesh, jnp.dtype(dtype), jnp.dtype(kv_dtype), page_size))
+    shared = platform.most_chunks_in_group
+    fault = _for_all(mesh, _known_or_found(config, mesh, jnp.dtype(dtype), jnp.dtype(kv_dtype), page_size, shared))
     if fault is None:
         return platform
     logger.error("%s The reference runs in its place, slower. `jaxllama check` tells more; please report it", fault)
@@ -89,17 +90,21 @@ def fault_of(config: LlamaConfig, mesh: Mesh, *, dtype: Any, kv_dtype: Any, page
 
 
 def _known_or_found(
-    config: LlamaConfig, mesh: Mesh, dtype: np.dtype[Any], kv_dtype: np.dtype[Any], page_size: int | None
+    config: LlamaConfig,
+    mesh: Mesh,
+    dtype: np.dtype[Any],
+    kv_dtype: np.dtype[Any],
+    page_size: int | None,
+    chunks_in_group: int,
 ) -> str | None:
     sizes = (config.num_heads, config.num_kv_heads, config.head_dim, page_size, dtype.name, kv_dtype.name)
-    shared = describe_platform(config, mesh, dtype=dtype, kv_dtype=kv_dtype).most_chunks_in_group
     device = mesh.devices.flat[0]
     parts = [
         installed(),
         device.device_kind,
         dict(mesh.shape),
         *sizes,
-        shared,
+        chunks_in_group,
         _sources(),
         jax.config.jax_default_matmul_precision,
     ]

@@ -76,20 +76,6 @@ def model(request):
     return Model(*request.param)
 
 
-def test_what_is_not_packed_or_of_another_shape_is_refused(model):
-    x, positions = model.random(1, 1), jnp.zeros((1, 1), jnp.int32)
-    layer = model.params["layers"][0]
-    plain = jnp.zeros((layer["q_proj"].num_outputs, layer["q_proj"].num_inputs))
-    for name, weight, said in (
-        ("q_proj", plain, "q_proj is not packed"),
-        ("up_proj", layer["down_proj"], "up_proj has the shape"),
-    ):
-        model.params["layers"][0] = layer | {name: weight}
-        with pytest.raises(ConfigError, match=said):
-            model.layer(x, model.pool(), TABLE[:1], positions, jnp.ones(1, jnp.int32))
-        model.params["layers"][0] = layer
-
-
 TABLE = jnp.asarray(1 + np.arange(48).reshape(4, 12), jnp.int32)
 
 
@@ -109,6 +95,23 @@ def test_logits_are_those_of_the_pieces(model):
     tolerance = 1e-4 if model.platform.attention and model.params["norm"].dtype == jnp.float32 else 0.06
     for mine, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=tolerance * np.abs(theirs).max())
+
+
+def test_what_is_not_packed_or_of_another_shape_is_refused(model, monkeypatch):
+    """The kernel would read past its end."""
+    x, positions = model.random(1, 1), jnp.zeros((1, 1), jnp.int32)
+    layer = model.params["layers"][0]
+    plain = jnp.zeros((layer["q_proj"].num_outputs, layer["q_proj"].num_inputs))
+    for name, weight, said in (
+        ("q_proj", plain, "q_proj is not packed"),
+        ("up_proj", layer["down_proj"], "up_proj has the shape"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(layer, name, weight)
+            with pytest.raises(ConfigError, match=said):
+                model.layer(x, model.pool(), TABLE[:1], positions, jnp.ones(1, jnp.int32))
+    with pytest.raises(ConfigError, match="cannot be multiplied with weights of"):
+        native.multiply(x[..., 1:], layer["up_proj"])
 
 
 def test_a_layer_s_pages_begin_where_it_is_told(model):
