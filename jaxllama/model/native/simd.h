@@ -100,8 +100,16 @@ inline I32 TopByte(I32 v) {
 inline void Wait(F32&, const float*&, const char*&) {}
 #endif
 
-inline void Prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
-inline void PrefetchToSecondLevel(const void* p) { __builtin_prefetch(p, 0, 2); }
+// In assembly: GCC takes a function that does nothing but `__builtin_prefetch` for one without effects, and drops calls.
+#if defined(__x86_64__)
+inline void Prefetch(const void* p) { __asm__ volatile("prefetcht0 %0" ::"m"(*static_cast<const char*>(p))); }
+inline void PrefetchToSecondLevel(const void* p) {
+  __asm__ volatile("prefetcht1 %0" ::"m"(*static_cast<const char*>(p)));
+}
+#else
+inline void Prefetch(const void* p) { __asm__ volatile("prfm pldl1keep, [%0]" ::"r"(p)); }
+inline void PrefetchToSecondLevel(const void* p) { __asm__ volatile("prfm pldl2keep, [%0]" ::"r"(p)); }
+#endif
 
 inline F32 Floats(I32 v) { return __builtin_convertvector(v, F32); }
 

@@ -71,6 +71,17 @@ def test_every_instruction_set_of_this_cpu_is_exact(name, tmp_path):
     check("c++", ["-O1", *found[name].flags], tmp_path / name)
 
 
+@pytest.mark.skipif(not library.supported() or shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("source", ["products.cc", "attention.cc"])
+def test_the_compiler_keeps_what_fetches_memory_ahead(source):
+    """GCC dropped all of it once, which no result shows."""
+    flags = [*library.FLAGS, *library.supported()[-1].flags]
+    made = subprocess.run(
+        ["c++", *flags, "-S", str(NATIVE / source), "-o", "-"], check=True, capture_output=True, text=True, timeout=500
+    )
+    assert made.stdout.count("prefetch") + made.stdout.count("prfm") >= 20
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("avx2" not in library.cpu_features().split(), reason="compares with AVX2")
 @pytest.mark.skipif(
