@@ -6,6 +6,7 @@ the pool (`HeadLayout`), which the kernels take for fewer and wider ones. bench/
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -154,9 +155,12 @@ class TpuAttention:
 def _keys_and_values(
     kv: Float[Array, "*batch kv2 head_dim"],
 ) -> tuple[Float[Array, "*batch kv head_dim"], Float[Array, "*batch kv head_dim"]]:
-    """What `interleave_kv` put together, in a way that XLA sees through."""
-    pairs = kv.reshape(*kv.shape[:-2], -1, 2, kv.shape[-1])
-    return pairs[..., 0, :], pairs[..., 1, :]
+    """What `interleave_kv` put together, in a way that XLA sees through: the kernel puts it together again."""
+    *batch, _, head_dim = kv.shape
+    # XLA sees that two slices next to each other are the whole, but not where there are more dimensions.
+    pairs = kv.reshape(math.prod(batch), -1, 2, head_dim)
+    keys, values = (pairs[:, :, part].reshape(*batch, -1, head_dim) for part in range(2))
+    return keys, values
 
 
 def _write(
