@@ -164,7 +164,29 @@ def _ordered_bits(x: Float[Array, "rows vocab"]) -> UInt32[Array, "rows vocab"]:
 
 
 def argmax(logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
-    """The first of the largest; two plain reductions, which XLA vectorises where it does not `jnp.argmax`."""
+    """The first of the largest; some token where there is NaN."""
+    ids: Array = jax.lax.platform_dependent(logits, tpu=argmax_of_pairs, default=argmax_in_two)
+    return ids
+
+
+def argmax_of_pairs(logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
+    """`argmax` on a TPU, in one reduction that reads the logits once: of pairs of a logit and its token."""
+
+    def larger(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+        (x, i), (y, j) = a, b
+        is_first = (x > y) | ((x == y) & (i < j))
+        return jnp.where(is_first, x, y), jnp.where(is_first, i, j)
+
+    last = logits.shape[1] - 1
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    start = (jnp.array(-jnp.inf, logits.dtype), jnp.int32(last))
+    largest, first = jax.lax.reduce((logits, ids), start, larger, (1,))
+    # Were nobody to look at the largest, XLA would put it out in bfloat16.
+    return jnp.where(jnp.isnan(largest), last, first)
+
+
+def argmax_in_two(logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
+    """`argmax` elsewhere: two plain reductions, which a CPU's XLA vectorises where it does not `jnp.argmax`."""
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     is_largest = logits == logits.max(axis=1, keepdims=True)
     return jnp.min(jnp.where(is_largest, ids, logits.shape[1] - 1), axis=1)

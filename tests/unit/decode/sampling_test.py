@@ -18,7 +18,16 @@ import scipy.stats
 import tiny
 
 from jaxllama import SamplingParams
-from jaxllama.decode.sampling import argmax, keep_min_p, keep_top_k, keep_top_p, sample, top_logprobs
+from jaxllama.decode.sampling import (
+    argmax,
+    argmax_in_two,
+    argmax_of_pairs,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    sample,
+    top_logprobs,
+)
 from jaxllama.decode.state import row_state
 
 pytestmark = pytest.mark.optimized
@@ -217,6 +226,19 @@ def test_greedy_takes_the_first_of_the_largest():
     np.testing.assert_array_equal(argmax(logits), logits.argmax(axis=1))
     assert len(np.flatnonzero(logits[1] == logits[1].max())) == VOCAB
     assert drawn.tokens[1] == 0
+
+
+@pytest.mark.parametrize("find", [argmax_of_pairs, argmax_in_two])
+def test_the_argmax_of_every_platform_is_the_first_of_the_largest(find):
+    logits = adversarial_logits()
+    neighbours = np.zeros((2, VOCAB), np.float32)
+    neighbours[0, [5, 200]] = 1, np.nextafter(np.float32(1), np.float32(2))  # one in bfloat16
+    neighbours[1] = -np.inf
+    logits = np.concatenate((logits, neighbours))
+    np.testing.assert_array_equal(jax.jit(find)(logits), logits.argmax(axis=1))
+    logits[:, 7] = np.nan
+    assert np.all((found := np.asarray(jax.jit(find)(logits))) >= 0)
+    assert np.all(found < VOCAB)
 
 
 PENALTIES: dict[str, dict[str, Any]] = {
