@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -223,6 +224,21 @@ def state_shardings(
     return shardings
 
 
+def laid_out(shardings: DecodeState) -> DecodeState:
+    """Where a state of these shardings lies: on TPUs each row's `logit_bias` in one piece; None stays None.
+
+    Left to itself, the compiler has columns in one piece where there are 128 rows, and then every dispatch copies the
+    array, because the branch that adds it wants rows (bench/LOG.md).
+    """
+    sampling = shardings.rows.sampling
+    where: Any = sampling.logit_bias
+    if where is None or next(iter(where.device_set)).platform != "tpu":
+        return shardings
+    in_rows: Any = Format(Layout((0, 1)), where)
+    sampling = sampling._replace(logit_bias=in_rows)
+    return shardings._replace(rows=shardings.rows._replace(sampling=sampling))
+
+
 def _shardings(axes: Any, config: LlamaConfig, mesh: Mesh, num_rows: int | None = None) -> Any:
     return jax.tree.map(
         lambda names: NamedSharding(mesh, partition_spec(names, config, mesh, num_rows=num_rows)),
@@ -249,7 +265,8 @@ def make_pool(
 
 def make_state(shapes: DecodeState, shardings: DecodeState) -> DecodeState:
     """An empty state, made on the devices that hold it."""
-    zeros = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), out_shardings=shardings)
+    where = laid_out(shardings)
+    zeros = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), out_shardings=where)
     return zeros()
 
 
@@ -341,7 +358,7 @@ def any_row(config: LlamaConfig, history_size: int = 0, remaining: int = 1) -> R
     )
 
 
-@in_place("state")
+@in_place("state", result=laid_out)
 def insert(state: DecodeState, row: Int[Array, ""], new: RowState) -> DecodeState:
     """Puts a row in place. Its pages must be written (`prefill`) before the next `decode_steps`."""
     return state._replace(rows=jax.tree.map(lambda array, value: array.at[row].set(value), state.rows, new))

@@ -40,7 +40,17 @@ from jaxllama.decode.drafts import (
 )
 from jaxllama.decode.params import MAX_TOP_LOGPROBS
 from jaxllama.decode.sampling import sample, top_logprobs
-from jaxllama.decode.state import MAX_STEPS, NOT_FINITE, Chunk, DecodeState, Place, RowState, SteeringArrays, StepOutput
+from jaxllama.decode.state import (
+    MAX_STEPS,
+    NOT_FINITE,
+    Chunk,
+    DecodeState,
+    Place,
+    RowState,
+    SteeringArrays,
+    StepOutput,
+    laid_out,
+)
 from jaxllama.model.attention.reference import chunk_positions
 from jaxllama.model.cache import KVPool
 from jaxllama.model.config import LlamaConfig
@@ -113,7 +123,7 @@ gives is drawn from; log-probabilities stay those of the model. One function is 
 @program(
     "state",
     static_argnames=("config", "num_rows", "steers", "logits_processor", "num_drafts"),
-    result=lambda state: (state, None),
+    result=lambda state: (laid_out(state), None),
     is_step=True,
 )
 def decode_steps(

@@ -187,9 +187,11 @@ class InPlace[T]:
         return jax.jit(self._function, donate_argnames=self._given, out_shardings=shardings, **self._options)
 
 
-def in_place[T](given: str, *, static_argnames: tuple[str, ...] = ()) -> Callable[[Callable[..., T]], InPlace[T]]:
-    """Decorates a function whose whole result is the successor of its argument `given`."""
-    return lambda function: InPlace(function, given, static_argnames=static_argnames)
+def in_place[T](
+    given: str, *, static_argnames: tuple[str, ...] = (), result: Callable[[Any], Any] = lambda given: given
+) -> Callable[[Callable[..., T]], InPlace[T]]:
+    """Decorates a function whose whole result is the successor of its argument `given`; `result` as for `InPlace`."""
+    return lambda function: InPlace(function, given, static_argnames=static_argnames, result=result)
 
 
 def _place_of(leaf: Any) -> Sharding | None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from jaxllama.decode.state import DecodeState, state_shardings
+from jaxllama.decode.state import DecodeState, laid_out, state_shardings
 from jaxllama.engine.sizes import EngineSizes, size_engine
 from jaxllama.errors import PlanError
 from jaxllama.model import cache
@@ -147,7 +147,7 @@ class Setup:
         state: DecodeState = jax.tree.map(
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
             shapes,
-            state_shardings(self.config, mesh, shapes),
+            laid_out(state_shardings(self.config, mesh, shapes)),
         )
         return fit(build_params(self.config, leaf, self.quantize), platform), state
 
