@@ -23,7 +23,7 @@ from jaxllama.errors import ConfigError
 from jaxllama.model.cache import KVPool
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.forward import NewKV, Pages, Queries, Transformer
-from jaxllama.model.params import Params
+from jaxllama.model.params import Params, quantization
 from jaxllama.model.platforms.describe import describe_platform
 from jaxllama.model.platforms.platform import Platform
 
@@ -51,7 +51,8 @@ class DraftModel:
                 f"the mesh splits the KV heads over {parts} devices, and the draft model has {config.num_kv_heads}: "
                 f"give another draft, or a mesh whose tp has a smaller common divisor with the model's KV heads"
             )
-        platform = describe_platform(config, mesh, dtype=params["norm"].dtype, kv_dtype=kv_dtype)
+        dtype, quantize = params["norm"].dtype, quantization(params)
+        platform = describe_platform(config, mesh, dtype=dtype, kv_dtype=kv_dtype, quantize=quantize)
         return cls(config, params, platform)
 
 

@@ -36,7 +36,7 @@ from jaxllama.hosts.group import Group
 from jaxllama.hosts.lockstep import Leading, check_processes, follow
 from jaxllama.hosts.watch import DeviceWatch
 from jaxllama.model.config import LlamaConfig
-from jaxllama.model.params import Params
+from jaxllama.model.params import Params, quantization
 from jaxllama.model.platforms.self_check import describe_checked
 from jaxllama.system.memory import give_back
 
@@ -66,7 +66,8 @@ class Engine:
         self.group = group
         self.max_context = min(options.max_context or config.max_position_embeddings, config.max_position_embeddings)
         self.kv_dtype = jnp.dtype(options.kv_dtype or params["norm"].dtype)
-        platform = describe_checked(config, mesh, params["norm"].dtype, self.kv_dtype, options.page_size)
+        kept = (params["norm"].dtype, self.kv_dtype, quantization(params))
+        platform = describe_checked(config, mesh, *kept, options.page_size)
         self.platform = platform
         self.sizes = sizes = size_engine(
             max_rows=options.max_rows,

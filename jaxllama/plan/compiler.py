@@ -180,7 +180,8 @@ def _compile(setup: Setup, program: str) -> Compiled:
             f"expected {setup.topology.num_devices}"
         )
     mesh = make_mesh(setup.config, tp=setup.tp, data=setup.data, devices=described.devices)
-    platform = describe_platform(setup.config, mesh, dtype=jnp.bfloat16, kv_dtype=setup.kv_dtype)
+    kept = {"kv_dtype": setup.kv_dtype, "quantize": setup.quantize}
+    platform = describe_platform(setup.config, mesh, dtype=jnp.bfloat16, **kept)
     lowered = _lower(setup, program, mesh, platform)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="jaxllama-plan-") as folder:

@@ -18,14 +18,17 @@ from jaxllama.model.platforms.platform import Case, Platform
 _KINDS = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
 
 
-def describe_platform(config: LlamaConfig, mesh: Mesh, *, dtype: Any, kv_dtype: Any = None) -> Platform:
+def describe_platform(
+    config: LlamaConfig, mesh: Mesh, *, dtype: Any, kv_dtype: Any = None, quantize: str | None = None
+) -> Platform:
     """How `config`'s model runs on `mesh`, with products of `dtype` and a cache of `kv_dtype` (None: as `dtype`).
 
-    What concerns the weights does not depend on `kv_dtype`. Devices of a kind that is not known run plain JAX.
+    `quantize` is how matrices are kept (`params.quantization`). What concerns the weights depends neither on it nor on
+    `kv_dtype`. Devices of a kind that is not known run plain JAX.
     """
     dtype = jnp.dtype(dtype)
     kv_dtype = dtype if kv_dtype is None else jnp.dtype(kv_dtype)
-    case = Case(config, mesh, dtype.name, kv_dtype.name)
+    case = Case(config, mesh, dtype.name, kv_dtype.name, quantize)
     name = mesh.devices.flat[0].platform
     if name not in _KINDS:
         return Platform(name, case.reference())

@@ -22,13 +22,14 @@ type CompilerOptions = tuple[tuple[str, str | bool | int], ...]
 class Case:
     """What a description depends on: the model, its devices, and the dtypes of what enters a product and of the cache.
 
-    The dtypes are names such as "bfloat16".
+    The dtypes are names such as "bfloat16". `quantize` is "int8" where matrices are kept so, else None.
     """
 
     config: LlamaConfig
     mesh: Mesh
     dtype: str
     kv_dtype: str
+    quantize: str | None = None
 
     def reference(self) -> ShardedAttention:
         """Attention in plain JAX, on these devices."""

@@ -34,12 +34,14 @@ logger = logging.getLogger("jaxllama.model")
 CHECKED = ("tpu", "gpu")
 
 
-def describe_checked(config: LlamaConfig, mesh: Mesh, dtype: Any, kv_dtype: Any, page_size: int | None) -> Platform:
+def describe_checked(
+    config: LlamaConfig, mesh: Mesh, dtype: Any, kv_dtype: Any, quantize: str | None, page_size: int | None
+) -> Platform:
     """As `describe_platform`, with the reference in place of a kernel that does not agree with it.
 
     `page_size` None is the platform's own. Processes that share the mesh come to one verdict.
     """
-    platform = describe_platform(config, mesh, dtype=dtype, kv_dtype=kv_dtype)
+    platform = describe_platform(config, mesh, dtype=dtype, kv_dtype=kv_dtype, quantize=quantize)
     if platform.name not in CHECKED or type(platform.kernel) is ReferenceAttention:
         return platform
     shared = platform.most_chunks_in_group

@@ -25,40 +25,55 @@ CHUNK_SIZES = (128, 512, 2048)
 MAX_PART_BYTES = 32 * 2**20
 """Of a matrix that the compiler prefetches whole into VMEM, 128 MiB on most TPUs (`weights/parts.py`)."""
 
-_STEP_OPTIONS: dict[str, CompilerOptions] = {
-    "v6e": (
-        # A copy from HBM in one piece, started in the order in which it is needed, and up to 30 times as early as it
-        # takes (8): its buffer is busy for longer, but more matrices come whole.
-        ("xla_tpu_sliced_prefetch_max_slices", 1),
-        ("xla_tpu_enforce_prefetch_fifo_order", True),
-        ("xla_gf_vmem_max_overlap_to_mem_size_async_copy_ratio", 30),
-        # What an operation gains from VMEM, by its code instead of its bytes.
-        ("xla_msa_use_bundle_aware_cost_model", "ENABLED"),
-    )
+_WHOLE_AND_IN_ORDER: CompilerOptions = (
+    # A copy from HBM in one piece, started in the order in which it is needed.
+    ("xla_tpu_sliced_prefetch_max_slices", 1),
+    ("xla_tpu_enforce_prefetch_fifo_order", True),
+)
+_EARLY: CompilerOptions = (
+    *_WHOLE_AND_IN_ORDER,
+    # Started up to 30 times as early as it takes (8): its buffer is busy for longer, but more matrices come whole.
+    ("xla_gf_vmem_max_overlap_to_mem_size_async_copy_ratio", 30),
+    # What an operation gains from VMEM, by its code instead of its bytes.
+    ("xla_msa_use_bundle_aware_cost_model", "ENABLED"),
+)
+_STEP_OPTIONS: dict[tuple[str, str | None], CompilerOptions] = {
+    ("v6e", None): _EARLY,
+    ("v6e", "int8"): _EARLY,
+    ("v5e", None): _EARLY,
+    ("v5e", "int8"): _WHOLE_AND_IN_ORDER,
 }
-"""Of libtpu 0.0.50, by generation: which matrices are prefetched. A step of the 70B takes 16.4 ms without, by the
-compiler's schedule; a chunk of 80 layers waits longer with them. On a v5e they help in bfloat16 and cost 8 % in
-int8, so it has none (bench/LOG.md)."""
+"""Of libtpu 0.0.50, by generation and `Case.quantize`: which matrices are prefetched. A step of the 70B takes 16.4 ms
+without on v6e-8, by the compiler's schedule; a chunk of 80 layers waits longer with them. On a v5e with int8 products
+take as long as reading, and coming early costs 2 % (bench/LOG.md)."""
+
+_LAYERS_PER_LOOP: dict[tuple[str, str | None], int] = {("v5e", None): 10}
+"""As `_STEP_OPTIONS`, where it is not 20: with their options 10 take 4.21 ms where 20 in one piece take 4.41."""
 
 
 def describe(case: Case) -> Platform:
     """What the compiled 70B was measured to want (bench/LOG.md)."""
     layout = head_layout(case.config, case.kv_dtype, case.mesh.shape["kv"])
-    peaks = public_peaks(case.mesh.devices.flat[0].device_kind)
+    kind = case.mesh.devices.flat[0].device_kind
+    peaks = public_peaks(kind)
     shared = 0 if peaks is None else shared_tokens(peaks, tp=case.mesh.shape["kv"] * case.mesh.shape["rep"])
     if layout is None:
         return Platform("tpu", case.reference(), max_part_bytes=MAX_PART_BYTES, shared_tokens=shared)
     kernel = _KERNELS[case.kv_dtype](case.config.num_layers, layout=layout)
-    options = step_options(case.mesh)
-    return replace(with_kernel(kernel, case.mesh), shared_tokens=shared, step_options=options)
+    return replace(
+        with_kernel(kernel, case.mesh),
+        shared_tokens=shared,
+        step_options=step_options(case.mesh, case.quantize),
+        layers_per_loop=_LAYERS_PER_LOOP.get((DEVICE_KINDS.get(kind, ""), case.quantize), 20),
+    )
 
 
-def step_options(mesh: Mesh) -> CompilerOptions:
-    """What decode steps for `mesh` are compiled with; nothing where its compiler does not know all of it."""
+def step_options(mesh: Mesh, quantize: str | None = None) -> CompilerOptions:
+    """What decode steps for `mesh` and such weights are compiled with; nothing where its compiler lacks one of them."""
     # Of several hosts each asks for a device of its own.
     devices = [*mesh.devices.flat]
     device = next((device for device in devices if device.process_index == jax.process_index()), devices[0])
-    options = _STEP_OPTIONS.get(DEVICE_KINDS.get(device.device_kind, ""), ())
+    options = _STEP_OPTIONS.get((DEVICE_KINDS.get(device.device_kind, ""), quantize), ())
     return options if are_known(options, device) else ()
 
 

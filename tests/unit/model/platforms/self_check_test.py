@@ -200,7 +200,7 @@ def test_an_engine_whose_kernel_disagrees_says_so_and_takes_the_reference(monkey
         (kept,) = cache.glob("kernels-*.json")
         assert "BrokenAttention" in json.loads(kept.read_text())["fault"]
         monkeypatch.setattr(self_check, "fault_of", lambda *_, **__: "looked again")
-        how = (llama.mesh, "float32", "float32")
+        how = (llama.mesh, "float32", "float32", None)
         assert "BrokenAttention" in (
             self_check.describe_checked(llama.config, *how, options.page_size).kernel_fault or ""
         )

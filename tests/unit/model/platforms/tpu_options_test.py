@@ -28,8 +28,9 @@ def test_what_a_compiler_does_not_know_it_is_not_given(monkeypatch: pytest.Monke
     kind = mesh.devices.flat[0].device_kind
     monkeypatch.setitem(tpu.DEVICE_KINDS, kind, "v6e")
     assert tpu.step_options(mesh) == ()
-    monkeypatch.setitem(tpu._STEP_OPTIONS, "v6e", COMPILER_OPTIONS)
-    assert tpu.step_options(mesh) == COMPILER_OPTIONS
+    monkeypatch.setitem(tpu._STEP_OPTIONS, ("v6e", "int8"), COMPILER_OPTIONS)
+    assert tpu.step_options(mesh, "int8") == COMPILER_OPTIONS
+    assert tpu.step_options(mesh) == ()
 
 
 def test_steps_alone_are_compiled_with_step_options():
