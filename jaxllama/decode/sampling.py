@@ -172,7 +172,7 @@ def argmax(logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
 def argmax_of_pairs(logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
     """`argmax` on a TPU, in one reduction that reads the logits once: of pairs of a logit and its token."""
 
-    def larger(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    def larger(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
         (x, i), (y, j) = a, b
         is_first = (x > y) | ((x == y) & (i < j))
         return jnp.where(is_first, x, y), jnp.where(is_first, i, j)
