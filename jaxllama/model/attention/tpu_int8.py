@@ -145,7 +145,7 @@ def _decode(
             grid=(rows,),
             in_specs=[
                 row_block((1, kv2 // 2, group, head_dim), lambda row, *_: (row, 0, 0, 0)),
-                row_block((1, kv2, head_dim), lambda row, *_: (row, 0, 0)),
+                row_block((1, 1, kv2 * head_dim), lambda row, *_: (row, 0, 0)),
                 in_hbm,
                 in_hbm,
             ],
@@ -179,7 +179,8 @@ def _decode(
         positions,
         new.scales.reshape(-1),
         q.reshape(rows, kv2 // 2, group, head_dim),
-        new.pages.astype(jnp.int32),
+        # One after another: in tiles of two, as keys and values alternate, XLA would copy what they are made of.
+        new.pages.astype(jnp.int32).reshape(rows, 1, kv2 * head_dim),
         pool.pages,
         pool.scales,
     )
@@ -305,7 +306,8 @@ def _decode_kernel(
         is_new_scale = jax.lax.broadcasted_iota(jnp.int32, (1, page_size), 1) == offset
         for head in range(2 * kv_heads):
             old = page_buffers[slot, last_page, head].astype(jnp.int32)
-            page_buffers[slot, last_page, head] = jnp.where(is_new, new[0, head : head + 1], old).astype(jnp.int8)
+            token = new[0, :, head * head_dim : (head + 1) * head_dim]
+            page_buffers[slot, last_page, head] = jnp.where(is_new, token, old).astype(jnp.int8)
         num_scales = 2 * kv_heads * per_row
         for index in range(num_scales):
             own = pl.ds(index, 1)
