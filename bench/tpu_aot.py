@@ -65,15 +65,15 @@ class Case:
 
 
 CASES = (
-    Case("70b", "v6e:2x4", 64, bar_ms=15.7, bar_async=0.4),
+    Case("70b", "v6e:2x4", 64, bar_ms=15.2, bar_async=0.4),
     Case("70b", "v6e:2x4", 8, bar_ms=12.3, bar_async=0.4),
-    Case("70b", "v5e:4x4", 64, bar_ms=20.7),
+    Case("70b", "v5e:4x4", 64, bar_ms=15.7, bar_async=0.45),
     Case("70b", "v5p:2x2x1", 64, bar_ms=28.5),
     Case("70b", "v5e:2x4", 64, "int8", bar_ms=21.0, bar_async=0.6),
     Case("70b", "v5e:4x4", 8, "int8", bar_ms=7.1, bar_async=0.8),
     Case("70b", "v5e:4x4", 128, "int8", bar_ms=24.4, bar_async=0.8),
-    Case("70b", "v6e:2x4", 64, program="prefill", bar_ms=74.0),
-    Case("70b", "v5e:4x4", 64, program="prefill", bar_ms=141.0),
+    Case("70b", "v6e:2x4", 64, program="prefill", bar_ms=62.0),
+    Case("70b", "v5e:4x4", 64, program="prefill", bar_ms=120.0),
     Case("70b", "v5p:2x2x1", 64, program="prefill", bar_ms=192.0),
     Case("70b", "v5e:2x4", 64, "int8", "prefill", bar_ms=238.0),
     Case("8b", "v6e:1x1", 64),
