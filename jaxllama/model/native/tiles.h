@@ -18,6 +18,8 @@ namespace jaxllama {
 
 constexpr int64_t kMaxRows = 6;  // rows of one tile, at most
 constexpr int64_t kAhead = 24;  // lines that are fetched before they are read
+// Of many rows: what is read of some blocks and rows, and what of the blocks is fetched, fits the nearest cache.
+constexpr int64_t kInputsAtOnce = kLanes == 16 ? 64 : 128;
 
 // What weights and caches consist of.
 enum class Format { kFloat32, kBFloat16, kInt8 };
@@ -82,23 +84,29 @@ using BestInt8Lines = Int8Lines;
 template <typename Lines>
 constexpr bool kReadsPairs = std::is_same_v<typename Lines::X, BFloat16>;
 
-// How many rows a tile takes at most, and how many blocks one of so many rows takes: enough sums that none is waited
-// for, and no more than there are registers.
-#if defined(__AVX512F__)
+// Of the same numbers as float32, which several tiles of rows share.
 template <typename Lines>
-constexpr int64_t kRowsAtOnce = kMaxRows;
+constexpr bool kIsWidened = !kReadsPairs<Lines> && !std::is_same_v<Lines, FloatLines>;
+
+// Lines whose numbers are also stored as float32, one input a line.
+template <typename Lines>
+struct KeptLines : Lines {};
+template <typename Lines>
+constexpr bool kKeeps = false;
+template <typename Lines>
+constexpr bool kKeeps<KeptLines<Lines>> = true;
+
+// How many blocks a tile of so many rows takes: enough sums that none is waited for, and no more than there are
+// registers.
+#if defined(__AVX512F__)
 constexpr int BlocksAtOnce(int64_t) {
   return 4;
 }
 #elif defined(__AVX2__)
-template <typename Lines>
-constexpr int64_t kRowsAtOnce = Lines::kInputs == 2 ? 5 : kMaxRows;
 constexpr int BlocksAtOnce(int64_t rows) {
   return rows == 1 ? 4 : rows == 2 ? 2 : 1;
 }
 #else
-template <typename Lines>
-constexpr int64_t kRowsAtOnce = kMaxRows;
 constexpr int BlocksAtOnce(int64_t rows) {
   return rows == 1 ? 2 : 1;
 }
@@ -107,6 +115,7 @@ constexpr int BlocksAtOnce(int64_t rows) {
 template <typename Lines, int R, int C>
 struct Sums {
   F32 at[R][C * kVectors];
+  char* kept = nullptr;  // of KeptLines: of each of C blocks `kInputsAtOnce` lines
 
   template <int kInput>
   __attribute__((always_inline)) void AddInput(const float* x, int64_t x_stride, const char* line,
@@ -127,6 +136,9 @@ struct Sums {
     for (int i = 0; i < C * kVectors; ++i) {
       w[i] = Lines::template Expand<kInput, R>(
           Load<I32>(line + i / kVectors * block_bytes + i % kVectors * (4 * kLanes)));
+      if constexpr (kKeeps<Lines>) {
+        Store(kept + (i / kVectors * kInputsAtOnce + kInput) * kLineBytes + i % kVectors * (4 * kLanes), w[i]);
+      }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -172,42 +184,46 @@ struct Sums {
   // Adds lines first … end, and has the CPU fetch what is `ahead`, so many bytes further with every line.
   __attribute__((always_inline)) void AddLines(const typename Lines::X* x, int64_t x_stride, const char* w,
                                                int64_t block_bytes, int64_t first, int64_t end, const char* ahead,
-                                               int64_t ahead_bytes) {
+                                               int64_t ahead_bytes, int64_t ahead_block_bytes) {
     for (int64_t n = first; n < end; ++n) {
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) Prefetch(ahead + c * block_bytes + n * ahead_bytes);
+      for (int c = 0; c < C; ++c) Prefetch(ahead + c * ahead_block_bytes + n * ahead_bytes);
       AddLine(x + n * Lines::kInputs, x_stride, w + n * kLineBytes, block_bytes);
+      if constexpr (kKeeps<Lines>) kept += Lines::kInputs * kLineBytes;
     }
   }
 };
 
-enum class Start { kZero, kScaled };
+// What sums begin with: zero, what is in y, or that scaled.
+enum class Start { kZero, kAdded, kScaled };
 
 // What a tile has the CPU fetch while it multiplies: before line `turn` what is at `first`, then what is at `rest`, each
-// `bytes` further with every line.
+// `bytes` further with every line, and of every block.
 struct Ahead {
   const char* first;
   int64_t turn;
   const char* rest;
-  int64_t bytes;
+  int64_t bytes, block_bytes;
 };
 
 // A product of R rows and C blocks.
 template <typename Lines, int R, int C, Start start>
 __attribute__((noinline)) void Tile(const typename Lines::X* x, int64_t x_stride, const char* w, int64_t block_bytes,
                                     int64_t lines, const Ahead& ahead, float* y, int64_t y_stride,
-                                    const float* scale) {
+                                    const float* scale, char* kept = nullptr) {
   static_assert(start == Start::kZero || Lines::template kUnit<R> == 1.0f);
   Sums<Lines, R, C> sums;
+  sums.kept = kept;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
     for (int i = 0; i < C * kVectors; ++i) {
-      sums.at[r][i] = start == Start::kZero ? Set1(0.0f) : Load<F32>(y + r * y_stride + i * kLanes) * Set1(scale[r]);
+      sums.at[r][i] = start == Start::kZero ? Set1(0.0f) : Load<F32>(y + r * y_stride + i * kLanes);
+      if constexpr (start == Start::kScaled) sums.at[r][i] = sums.at[r][i] * Set1(scale[r]);
     }
   }
-  sums.AddLines(x, x_stride, w, block_bytes, 0, ahead.turn, ahead.first, ahead.bytes);
-  sums.AddLines(x, x_stride, w, block_bytes, ahead.turn, lines, ahead.rest, ahead.bytes);
+  sums.AddLines(x, x_stride, w, block_bytes, 0, ahead.turn, ahead.first, ahead.bytes, ahead.block_bytes);
+  sums.AddLines(x, x_stride, w, block_bytes, ahead.turn, lines, ahead.rest, ahead.bytes, ahead.block_bytes);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
@@ -227,43 +243,69 @@ void OneTile(const typename Lines::X* x, int64_t x_stride, const char* w, int64_
   for (int64_t left = blocks; left > 0;) {
     const int64_t count = left >= C ? C : 1;
     const char* after = left == count ? next : w + count * block_bytes;
-    const Ahead ahead{w + kAhead * kLineBytes, turn, after - turn * kLineBytes, kLineBytes};
+    const Ahead ahead{w + kAhead * kLineBytes, turn, after - turn * kLineBytes, kLineBytes, block_bytes};
     const auto tile = count == C ? &Tile<Lines, R, C, start> : &Tile<Lines, R, 1, start>;
-    tile(x, x_stride, w, block_bytes, lines, ahead, y, y_stride, scale);
+    tile(x, x_stride, w, block_bytes, lines, ahead, y, y_stride, scale, nullptr);
     left -= count;
     w += count * block_bytes;
     y += count * kBlockLanes;
   }
 }
 
-// Several tiles of 3 rows or more, block by block. Each has a share of what comes next fetched: so memory is read while
-// there is much to multiply, and a block is in a near cache when its turn comes.
-template <typename Lines, Start start>
-void ManyTiles(int64_t tiles, int64_t rows, const typename Lines::X* x, int64_t x_stride, const char* w,
-               int64_t block_bytes, int64_t blocks, int64_t lines, const char* next, float* y, int64_t y_stride,
-               const float* scale) {
-  constexpr int C = BlocksAtOnce(3);
-  for (int64_t left = blocks; left > 0;) {
-    const int64_t count = left >= C ? C : 1;
-    const char* after = left == count ? next : w + count * block_bytes;
-    for (int64_t n = 0, row = 0; n < tiles; ++n) {
+// Several tiles of 3 rows or more, and C blocks: all tiles go through some inputs, then through the next, so that what
+// they read stays in the nearest cache. The first tile keeps what it widens for the others. Each has a share of what comes
+// next fetched: so memory is read while there is much to multiply.
+template <typename Lines, int C>
+void TilesOfBlocks(int64_t tiles, int64_t rows, const typename Lines::X* x, int64_t x_stride, const char* w,
+                   int64_t block_bytes, int64_t lines, const char* next, float* y, int64_t y_stride) {
+  constexpr int64_t kLines = kReadsPairs<Lines> ? INT64_MAX : kInputsAtOnce / Lines::kInputs;
+  alignas(kLineBytes) char kept[kIsWidened<Lines> ? C * kInputsAtOnce * kLineBytes : 1];
+  for (int64_t first = 0; first < lines; first += kLines) {
+    const int64_t count = std::min(kLines, lines - first), end = first + count;
+    const char* after = end < lines ? w + end * kLineBytes : next;
+    const int64_t fetched = std::min(kLines, end < lines ? lines - end : lines) * kLineBytes / tiles;
+    for (int64_t n = 0, row = 0; n < tiles; ++n, after += fetched) {
       // Tiles of nearly the same size: those of few rows are slower.
-      const int64_t size = (rows - row + tiles - n - 1) / (tiles - n);
-      const Ahead ahead{after + n * block_bytes / tiles, lines, after, kLineBytes / tiles};
-      const auto run = [&](auto size_of) {
+      const int64_t size = (rows - row) / (tiles - n);
+      const auto run = [&](auto lines_of, auto size_of, const char* from, int64_t from_bytes, int64_t num_lines) {
+        using Read = decltype(lines_of);
         constexpr int R = size_of();
-        const auto tile = count == C ? &Tile<Lines, R, C, start> : &Tile<Lines, R, 1, start>;
-        tile(x + row * x_stride, x_stride, w, block_bytes, lines, ahead, y + row * y_stride, y_stride,
-             start == Start::kZero ? nullptr : scale + row);
+        const Ahead ahead{after, num_lines, nullptr, (fetched + num_lines - 1) / num_lines, block_bytes};
+        const auto tile = first > 0 ? &Tile<Read, R, C, Start::kAdded> : &Tile<Read, R, C, Start::kZero>;
+        tile(x + first * Lines::kInputs + row * x_stride, x_stride, from, from_bytes, num_lines, ahead,
+             y + row * y_stride, y_stride, nullptr, kept);
+      };
+      const auto read = [&](auto size_of) {
+        if constexpr (kIsWidened<Lines>) {
+          if (n > 0) {
+            return run(FloatLines(), size_of, kept, kInputsAtOnce * kLineBytes, count * Lines::kInputs);
+          }
+        }
+        using Read = std::conditional_t<kIsWidened<Lines>, KeptLines<Lines>, Lines>;
+        run(Read(), size_of, w + first * kLineBytes, block_bytes, count);
       };
       switch (size) {
-        case 3: run(std::integral_constant<int, 3>()); break;
-        case 4: run(std::integral_constant<int, 4>()); break;
-        case 5: run(std::integral_constant<int, 5>()); break;
-        default: run(std::integral_constant<int, kRowsAtOnce<Lines>>());
+        case 3: read(std::integral_constant<int, 3>()); break;
+        case 4: read(std::integral_constant<int, 4>()); break;
+        case 5: read(std::integral_constant<int, 5>()); break;
+        default: read(std::integral_constant<int, kMaxRows>());
       }
       row += size;
     }
+  }
+}
+
+// Several tiles of 3 rows or more, some blocks after the others.
+template <typename Lines>
+void ManyTiles(int64_t rows, const typename Lines::X* x, int64_t x_stride, const char* w, int64_t block_bytes,
+               int64_t blocks, int64_t lines, const char* next, float* y, int64_t y_stride) {
+  constexpr int C = BlocksAtOnce(3);
+  const int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;
+  for (int64_t left = blocks; left > 0;) {
+    const int64_t count = left >= C ? C : 1;
+    const char* after = left == count ? next : w + count * block_bytes;
+    const auto multiply = count == C ? &TilesOfBlocks<Lines, C> : &TilesOfBlocks<Lines, 1>;
+    multiply(tiles, rows, x, x_stride, w, block_bytes, lines, after, y, y_stride);
     left -= count;
     w += count * block_bytes;
     y += count * kBlockLanes;
@@ -277,8 +319,10 @@ void RowsOfVectors(int64_t rows, const typename Lines::X* x, int64_t x_stride, c
   const auto run = [&](auto rows_of) {
     rows_of(x, x_stride, w, block_bytes, blocks, lines, next, y, y_stride, scale);
   };
-  if (const int64_t tiles = (rows + kRowsAtOnce<Lines> - 1) / kRowsAtOnce<Lines>; tiles > 1) {
-    return ManyTiles<Lines, start>(tiles, rows, x, x_stride, w, block_bytes, blocks, lines, next, y, y_stride, scale);
+  if constexpr (start == Start::kZero) {
+    if (rows > kMaxRows) {
+      return ManyTiles<Lines>(rows, x, x_stride, w, block_bytes, blocks, lines, next, y, y_stride);
+    }
   }
   switch (rows) {
     case 1: return run(OneTile<Lines, 1, start>);
@@ -286,7 +330,7 @@ void RowsOfVectors(int64_t rows, const typename Lines::X* x, int64_t x_stride, c
     case 3: return run(OneTile<Lines, 3, start>);
     case 4: return run(OneTile<Lines, 4, start>);
     case 5: return run(OneTile<Lines, 5, start>);
-    default: return run(OneTile<Lines, kRowsAtOnce<Lines>, start>);
+    default: return run(OneTile<Lines, kMaxRows, start>);
   }
 }
 
