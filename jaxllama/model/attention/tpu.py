@@ -28,12 +28,15 @@ _DECODE_VMEM_BYTES = 16 * 2**20
 class TpuAttention:
     """`Attention` by those kernels. `interpret` runs them in Pallas's interpreter, on any backend.
 
-    `layout` is the pool's; None: each head by itself.
+    `layout` is the pool's; None: each head by itself. `keeps_pairs`: XLA is to see that a step's keys and values, which
+    are taken apart for flywheel, are put together there again: two copies a layer less. For rows that are a slice of
+    others; else the tiles of pairs go back to rotation, where they cost three (bench/LOG.md).
     """
 
     num_layers: int
     interpret: bool = False
     layout: HeadLayout | None = None
+    keeps_pairs: bool = False
 
     def validate(self, *, page_size: int, num_rows: int, table_width: int) -> None:
         """As `Attention.validate`: the kernels read the page table from the scalar memory."""
@@ -142,7 +145,7 @@ class TpuAttention:
             q,
             pages,
             None,
-            *(_keys_and_values(kv) if appends else ()),
+            *(_keys_and_values(kv, keeps_pairs=self.keeps_pairs) if appends else ()),
             softmax_scale=head_dim**-0.5,
             causal=True,
             window_size=_window_size(window),
@@ -153,13 +156,13 @@ class TpuAttention:
 
 
 def _keys_and_values(
-    kv: Float[Array, "*batch kv2 head_dim"],
+    kv: Float[Array, "*batch kv2 head_dim"], *, keeps_pairs: bool = False
 ) -> tuple[Float[Array, "*batch kv head_dim"], Float[Array, "*batch kv head_dim"]]:
-    """What `interleave_kv` put together, in a way that XLA sees through: the kernel puts it together again."""
+    """What `interleave_kv` put together, in a way that XLA sees through."""
     *batch, _, head_dim = kv.shape
-    # XLA sees that two slices next to each other are the whole, but not where there are more dimensions.
-    pairs = kv.reshape(math.prod(batch), -1, 2, head_dim)
-    keys, values = (pairs[:, :, part].reshape(*batch, -1, head_dim) for part in range(2))
+    # To XLA two slices next to each other are the whole, but not where there are more dimensions.
+    pairs = kv.reshape(*([math.prod(batch)] if keeps_pairs else batch), -1, 2, head_dim)
+    keys, values = (pairs[..., part, :].reshape(*batch, -1, head_dim) for part in range(2))
     return keys, values
 
 

@@ -59,7 +59,8 @@ def describe(case: Case) -> Platform:
     shared = 0 if peaks is None else shared_tokens(peaks, tp=case.mesh.shape["kv"] * case.mesh.shape["rep"])
     if layout is None:
         return Platform("tpu", case.reference(), max_part_bytes=MAX_PART_BYTES, shared_tokens=shared)
-    kernel = _KERNELS[case.kv_dtype](case.config.num_layers, layout=layout)
+    splits_rows = case.mesh.shape["rep"] > 1
+    kernel = _KERNELS[case.kv_dtype](case.config.num_layers, layout=layout, keeps_pairs=splits_rows)
     return replace(
         with_kernel(kernel, case.mesh),
         shared_tokens=shared,

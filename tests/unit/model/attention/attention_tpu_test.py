@@ -201,6 +201,19 @@ def test_prefill_writes_and_attends_as_the_reference(case, size, start, num_toke
             np.testing.assert_array_equal(got_part[at], want_part[at])
 
 
+def test_pairs_that_are_kept_write_and_attend_alike():
+    """`TpuAttention.keeps_pairs` is the same computation to XLA in other words."""
+    case = Case(4, 2, 128, (1, 130, 300))
+    config, inputs = config_of(case), Inputs(case, seed=5)
+    q, kv = inputs.array(3, 4, 128), inputs.array(3, 4, 128)
+    where = (jnp.asarray(inputs.table), jnp.asarray(case.lengths, jnp.int32) - 1, jnp.array([True, False, True]))
+    apart = kernel_of(case, config)
+    kept = dataclasses.replace(apart, keeps_pairs=True)
+    got, want = (jax.jit(kernel.decode)(q, kv, packed(case, inputs.pool), *where) for kernel in (kept, apart))
+    for part, want_part in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(np.asarray(part), np.asarray(want_part))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
 def test_rows_do_not_see_each_other(kv_dtype):
