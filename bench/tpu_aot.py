@@ -72,7 +72,7 @@ CASES = (
     Case("70b", "v5e:2x4", 64, "int8", bar_ms=21.0, bar_async=0.6),
     Case("70b", "v5e:4x4", 8, "int8", bar_ms=7.1, bar_async=0.8),
     Case("70b", "v5e:4x4", 128, "int8", bar_ms=24.4, bar_async=0.8),
-    Case("70b", "v6e:2x4", 64, program="prefill", bar_ms=62.0),
+    Case("70b", "v6e:2x4", 64, program="prefill", bar_ms=60.0),
     Case("70b", "v5e:4x4", 64, program="prefill", bar_ms=120.0),
     Case("70b", "v5p:2x2x1", 64, program="prefill", bar_ms=192.0),
     Case("70b", "v5e:2x4", 64, "int8", "prefill", bar_ms=238.0),
