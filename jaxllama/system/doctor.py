@@ -200,12 +200,13 @@ def _kernels() -> Iterator[Finding]:
     if any((library.SOURCES / each.file_name).exists() for each in sets):
         yield Finding("CPU kernels", "ok", f"{sets[0].name}, in the package")
         return
-    compiler = (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]
-    if path := shutil.which(compiler):
-        yield Finding("CPU kernels", "ok", f"{sets[0].name}, compiled by {path} when a model is first loaded")
+    try:
+        compiler = shlex.join(library.find_compiler())
+    except FileNotFoundError as error:
+        advice = "install g++, or pip install 'jaxllama[compiler]', or take a wheel for Linux on x86-64"
+        yield Finding("CPU kernels", "warning", f"{error}: models on the CPU run through XLA, slower", advice)
     else:
-        text = f"no C++ compiler ({compiler}): models on the CPU run through XLA, slower"
-        yield Finding("CPU kernels", "warning", text, "install g++, or take a wheel for Linux on x86-64")
+        yield Finding("CPU kernels", "ok", f"{sets[0].name}, compiled by {compiler} when a model is first loaded")
 
 
 def _default_cache() -> Path:

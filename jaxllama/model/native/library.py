@@ -2,7 +2,8 @@
 
 The sources here become one library for each instruction set, and a process loads the best that its CPU can run. A wheel
 for x86-64 brings them (`hatch_build.py`). Elsewhere one is compiled when a model is first loaded, which takes seconds,
-and kept beside JAX's compiled programs.
+and kept beside JAX's compiled programs. A machine without a compiler can have one as a package: `ziglang` is Clang with
+the sources of a C++ library, which its first run compiles for a minute.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import logging
 import os
 import platform
@@ -17,6 +19,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -36,7 +39,8 @@ FLAGS = (
     *("-std=c++17", "-O2", "-ftree-vectorize", "-fvect-cost-model", "-ffp-contract=off"),
     *("-fPIC", "-fvisibility=hidden", "-w"),
 )
-_COMPILE_TIMEOUT_S = 240
+_COMPILE_TIMEOUT_S = 600  # Zig's first run compiles the C++ library
+_ZIG = [sys.executable, "-m", "ziglang", "c++"]
 _loading = threading.Lock()
 
 
@@ -131,9 +135,7 @@ def compiled(instructions: InstructionSet) -> Path:
     Raises: FileNotFoundError without a compiler; OSError; RuntimeError without a home folder;
     subprocess.SubprocessError if the compiler fails or hangs.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    if shutil.which(compiler[0]) is None:
-        raise FileNotFoundError(f"no C++ compiler ({compiler[0]})")
+    compiler = find_compiler()
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=_COMPILE_TIMEOUT_S)
     files = [path.read_bytes() for path in source_files()]
     flags = " ".join((*FLAGS, *instructions.flags))
@@ -152,6 +154,20 @@ def compiled(instructions: InstructionSet) -> Path:
     return path
 
 
+def find_compiler() -> list[str]:
+    """The command: `$CXX`, or else `c++`, or else Zig's, if its package is installed.
+
+    Raises: FileNotFoundError.
+    """
+    named = shlex.split(os.environ.get("CXX", ""))
+    command = named or ["c++"]
+    if shutil.which(command[0]) is not None:
+        return command
+    if not named and importlib.util.find_spec("ziglang") is not None:
+        return _ZIG
+    raise FileNotFoundError(f"no C++ compiler ({command[0]})")
+
+
 def _folder() -> Path:
     """In that of JAX's compiled programs (`--compilation-cache`), if it is one of this machine's."""
     programs = jax.config.jax_compilation_cache_dir
@@ -165,7 +181,10 @@ def build(instructions: InstructionSet, to: Path, compiler: list[str], more: Seq
 
     Raises: OSError; subprocess.SubprocessError.
     """
-    flags = (*FLAGS, *instructions.flags, "-I", jax.ffi.include_dir())
+    own = instructions.flags
+    if compiler == _ZIG:
+        own = tuple(flag.replace("x86-64-v", "x86_64_v") for flag in own)  # as it spells CPUs
+    flags = (*FLAGS, *own, "-I", jax.ffi.include_dir())
 
     def run(*arguments: str) -> None:
         subprocess.run([*compiler, *flags, *arguments], capture_output=True, check=True, timeout=_COMPILE_TIMEOUT_S)

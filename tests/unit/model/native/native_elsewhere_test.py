@@ -1,7 +1,8 @@
-"""The kernels where they are not at home: from a wheel without a compiler, on an emulated ARM, under sanitizers."""
+"""The kernels where they are not at home: from a wheel, by another compiler, on an emulated ARM, under sanitizers."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -50,6 +51,17 @@ def test_a_wheel_s_kernels_load_without_a_compiler(tmp_path):
     assert run.returncode == 0, run.stderr
     assert ", brought" in run.stderr
     assert not (tmp_path / "home" / ".cache" / "jaxllama" / "native").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="the extra `compiler` is not installed")
+def test_the_compiler_of_the_extra_makes_them(tmp_path):
+    environment = {"PATH": "/nonexistent", "PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr
+    assert ", compiled" in run.stderr
 
 
 def check(compiler: str, flags: list[str], to: Path, *emulator: str) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,13 @@ needs_kernels = pytest.mark.skipif(not native.is_available(), reason="needs AVX2
 bfloat16 = jnp.bfloat16
 WEIGHTS = ("bfloat16", "float32", "int8")
 DTYPES = ("bfloat16", "float32")
+# Stands for the package: it takes Zig's names of CPUs, and has this machine's compiler do it.
+ZIG = """
+import pathlib, subprocess, sys
+assert sys.argv[1] == "c++"
+pathlib.Path({seen!r}).write_text(" ".join(sys.argv))
+sys.exit(subprocess.run([*{real!r}, *(each.replace("x86_64_v", "x86-64-v") for each in sys.argv[2:])]).returncode)
+"""
 
 
 def random_weight(rng: np.random.Generator, outputs: int, inputs: int, dtype: str) -> tuple[Any, np.ndarray]:
@@ -410,6 +419,27 @@ def test_without_a_compiler_the_log_says_so(compiler, said, monkeypatch, home, c
         assert library.load(library.INSTRUCTION_SETS) is None
     assert said in caplog.text
     assert "XLA" in caplog.text
+
+
+@needs_kernels
+def test_a_package_may_bring_the_compiler(monkeypatch, home):
+    package = home / "site" / "ziglang"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(ZIG.format(real=[*library.find_compiler()], seen=str(home / "seen")))
+    monkeypatch.syspath_prepend(str(home / "site"))
+    monkeypatch.setenv("PYTHONPATH", str(home / "site"))
+    monkeypatch.delenv("CXX", raising=False)
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "c++" else which(name))
+    monkeypatch.setattr(library, "SOURCES", home)
+    (home / "kernels.cc").write_text('extern "C" __attribute__((visibility("default"))) int one() { return 1; }')
+    avx2 = next(each for each in library.INSTRUCTION_SETS if each.name == "avx2")
+    assert ctypes.CDLL(str(library.compiled(avx2))).one() == 1
+    assert "-march=x86_64_v3" in (home / "seen").read_text().split()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(FileNotFoundError, match="no-such-compiler"):
+        library.compiled(avx2)
 
 
 @needs_kernels
