@@ -144,7 +144,8 @@ def compiled(instructions: InstructionSet) -> Path:
     folder = _folder()
     path = folder / f"kernels-{instructions.name}-{key[:16]}.so"
     if not path.exists():
-        logger.info("compiling kernels.cc for this CPU")
+        note = " (the first time Zig does, it takes a minute or two more)" if compiler == _ZIG else ""
+        logger.info("compiling kernels.cc for this CPU%s", note)
         folder.mkdir(parents=True, exist_ok=True)
         # Beside it, then renamed: processes that start together each write a whole file.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
