@@ -75,6 +75,12 @@ def test_every_status_of_an_error_is_described():
     assert "security" not in document()["paths"]["/v1/health"]["get"]
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_stream_is_described_by_each_of_its_events(path):
+    content = document()["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]
+    jsonschema.validate({"data": "[DONE]"}, {**content["schema"], "components": document()["components"]})
+
+
 @pytest.mark.parametrize("model", [ChatRequest, CompletionRequest])
 def test_the_schema_and_the_model_agree_on_every_field(model):
     schema = document()["components"]["schemas"][model.__name__]
