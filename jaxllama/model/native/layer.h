@@ -28,7 +28,7 @@ inline T Rounded(float x) {
 
 // What a layer writes between its steps. Kept for the next call: memory that is new costs a fault for every page.
 struct LayerScratch {
-  Aligned<float> x, q, k, v, y, gate, up;
+  Aligned<float> x, q, k, v, y;
   Aligned<char> queries, attended;
   Inputs normed, of_o, of_down;
   std::vector<int32_t> tables, positions;
@@ -109,8 +109,6 @@ struct Layer {
     scratch.q.resize(n * heads * head_dim);
     scratch.k.resize(n * kv_heads * head_dim);
     scratch.v.resize(n * kv_heads * head_dim);
-    scratch.gate.resize(n * ffn);
-    scratch.up.resize(n * ffn);
 
     ByRows(team, n, [&](int64_t i) {
       std::copy_n(x + source(i) * hidden, hidden, &scratch.x[i * hidden]);
@@ -267,27 +265,38 @@ struct Layer {
   // silu(gate) * up to what down_proj takes in; a task has the same outputs of both.
   void FeedForward(Team& team, int64_t n, LayerScratch& scratch, std::vector<Task>* tasks) const {
     tasks->clear();
-    Split(gate_proj, scratch.gate.data(), n, team.num_threads(), tasks);
+    Split(gate_proj, nullptr, n, team.num_threads(), tasks);
     const int64_t count = tasks->size();
-    Split(up_proj, scratch.up.data(), n, team.num_threads(), tasks);
+    Split(up_proj, nullptr, n, team.num_threads(), tasks);
     for (int64_t i = 0; i < count; ++i) {
       (*tasks)[i].next = (*tasks)[count + i].blocks;
       (*tasks)[count + i].next = (*tasks)[std::min(count - 1, i + team.num_threads())].blocks;
     }
     Inputs& to = scratch.of_down;
-    team.For(count, [&](int64_t task) {
-      const Task &gate = (*tasks)[task], &up = (*tasks)[count + task];
-      jaxllama::Run(gate, scratch.normed);
-      jaxllama::Run(up, scratch.normed);
-      const int64_t first = gate.y - scratch.gate.data(), end = first + gate.num_outputs;
+    team.For(count, [&](int64_t i) {
+      // The results of some rows at a time are taken while they are in a near cache.
+      thread_local Aligned<float> gates, ups;
+      Task gate = (*tasks)[i], up = (*tasks)[count + i];
+      const int64_t first = gate.first_output, end = first + gate.num_outputs;
+      const int64_t step = std::min(n, RowsInCache(scratch.normed));
+      gate.out = up.out = gate.num_blocks * kBlockLanes;
+      gates.resize(step * gate.out);
+      ups.resize(step * gate.out);
+      gate.y = gates.data();
+      up.y = ups.data();
       // The last also writes the zeros after the outputs.
       const int64_t padded_end = end == ffn ? to.stride : end;
-      for (int64_t i = 0; i < n; ++i) {
-        const float *g = &scratch.gate[i * ffn], *u = &scratch.up[i * ffn];
-        for (int64_t d = first; d < padded_end; d += kBlockLanes) {
-          float product[kBlockLanes];
-          Activate(g + d, u + d, std::clamp<int64_t>(end - d, 0, kBlockLanes), product);
-          Enter(product, i * to.stride + d, std::min<int64_t>(kBlockLanes, padded_end - d), &to);
+      for (int64_t row = 0; row < n; row += step) {
+        const int64_t rows_now = std::min(step, n - row);
+        jaxllama::Run(gate, scratch.normed, row, rows_now);
+        jaxllama::Run(up, scratch.normed, row, rows_now);
+        for (int64_t r = 0; r < rows_now; ++r) {
+          const float *g = &gates[r * gate.out], *u = &ups[r * gate.out];
+          for (int64_t d = first; d < padded_end; d += kBlockLanes) {
+            float product[kBlockLanes];
+            Activate(g + d - first, u + d - first, std::clamp<int64_t>(end - d, 0, kBlockLanes), product);
+            Enter(product, (row + r) * to.stride + d, std::min<int64_t>(kBlockLanes, padded_end - d), &to);
+          }
         }
       }
     });
@@ -306,23 +315,36 @@ struct Layer {
       typedef BFloat16 Halves __attribute__((vector_size(2 * kLanes)));
       BFloat16 halves[kBlockLanes];
       for (int i = 0; i < kVectors; ++i) Store(halves + i * kLanes, __builtin_convertvector(bits[i] >> 16, Halves));
-      std::memcpy(&to->padded[at], halves, count * sizeof(BFloat16));
+      Copy(halves, count, &to->padded[at]);
     } else {
-      std::memcpy(&to->floats[at], floats, count * sizeof(float));
+      Copy(floats, count, &to->floats[at]);
+    }
+  }
+
+  // Up to 16.
+  template <typename T>
+  static void Copy(const T* from, int64_t count, T* to) {
+    if (count == kBlockLanes) {
+      std::memcpy(to, from, sizeof(T[kBlockLanes]));
+    } else {
+      std::memcpy(to, from, count * sizeof(T));
     }
   }
 
   // silu(gate) * up of up to 16.
   static void Activate(const float* gate, const float* up, int64_t count, float* to) {
-    float g[kBlockLanes] = {}, u[kBlockLanes] = {};
-    std::memcpy(g, gate, count * sizeof(float));
-    std::memcpy(u, up, count * sizeof(float));
+    if (count < kBlockLanes) {
+      float g[kBlockLanes] = {}, u[kBlockLanes] = {};
+      std::memcpy(g, gate, count * sizeof(float));
+      std::memcpy(u, up, count * sizeof(float));
+      return Activate(g, u, kBlockLanes, to);
+    }
     for (int i = 0; i < kBlockLanes; i += kLanes) {
-      const F32 x = Load<F32>(g + i);
+      const F32 x = Load<F32>(gate + i);
       // Of the negative magnitude: the other way an exponential would overflow.
       const F32 e = Exp2((F32)((U32)x | 0x80000000u) * Set1(1.44269504088896340736f));
       const F32 sigmoid = (x < Set1(0.0f) ? e : Set1(1.0f)) / (Set1(1.0f) + e);
-      Store(to + i, x * sigmoid * Load<F32>(u + i));
+      Store(to + i, x * sigmoid * Load<F32>(up + i));
     }
   }
 };

@@ -31,7 +31,7 @@ struct Task {
   const float* scales;  // one an output, or null
   const char* next;  // what is likely to be read after these blocks
   float* y;  // of the first block
-  int64_t out, num_outputs;  // a row's outputs in all, and of these blocks
+  int64_t out, first_output, num_outputs;  // a row's outputs in all, and those of these blocks
 };
 
 // Appends the tasks of y = x * w, of groups of blocks that get smaller and smaller, so that threads end together.
@@ -47,8 +47,9 @@ inline void Split(const Matrix& w, float* y, int64_t rows, int64_t num_threads, 
     task.blocks = w.blocks + block * task.block_bytes;
     task.next = task.blocks + task.num_blocks * task.block_bytes;
     task.scales = w.scales == nullptr ? nullptr : w.scales + block * kBlockLanes;
-    task.y = y + block * kBlockLanes;
+    task.y = y == nullptr ? nullptr : y + block * kBlockLanes;
     task.out = w.out;
+    task.first_output = block * kBlockLanes;
     task.num_outputs = std::min(task.num_blocks * kBlockLanes, w.out - block * kBlockLanes);
     tasks->push_back(task);
     block += task.num_blocks;
@@ -71,8 +72,12 @@ struct Inputs {
   static int64_t Stride(int64_t in) { return (in + 31) / 32 * 32; }
 };
 
-// y of a task.
-void Run(const Task& task, const Inputs& x);
+// So many rows stay in the second-level cache while a task reads them for every block.
+int64_t RowsInCache(const Inputs& x);
+
+// y of a task: of some rows, which begin at `task.y`, or of all.
+void Run(const Task& task, const Inputs& x, int64_t first_row, int64_t rows);
+inline void Run(const Task& task, const Inputs& x) { Run(task, x, 0, x.rows); }
 
 // x [rows, in] to `to->floats`.
 template <typename X>
