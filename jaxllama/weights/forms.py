@@ -26,7 +26,7 @@ def fit(params: Params, platform: Platform) -> Params:
 
 
 def pack(params: Params) -> Params:
-    """`params`, on one CPU, with the matrices packed."""
+    """`params`, on CPUs, with the matrices packed."""
     for weights in (params, *params["layers"]):
         for name, weight in weights.items():
             values = weight.values if isinstance(weight, QuantizedWeight) else weight

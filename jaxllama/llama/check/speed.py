@@ -36,8 +36,8 @@ def check_speed(mesh: Mesh, reached: dict[str, float]) -> Iterator[Result]:
     is_host = device.platform == "cpu"
     reached["bytes_per_s"] = memory_rate(mesh, (2**26 if is_host else _memory_bytes(device)) // 4)
     size = 1024 if is_host else 8192
-    uses_own = is_host and mesh.size == 1 and native.is_available()
-    reached["flops_per_s"] = own_product_rate(size) if uses_own else product_rate(mesh, size)
+    uses_own = is_host and native.is_available()
+    reached["flops_per_s"] = own_product_rate(mesh, size) if uses_own else product_rate(mesh, size)
     for name, what, unit in (("bytes_per_s", "memory", 1e9), ("flops_per_s", "products, bfloat16", 1e12)):
         public = None if peak is None else getattr(peak, "hbm_bytes_per_s" if name == "bytes_per_s" else name)
         found = f"{reached[name] / unit:,.4g} {'GB/s' if unit == 1e9 else 'TFLOP/s'}"
@@ -83,16 +83,20 @@ def product_rate(mesh: Mesh, size: int) -> float:
     return 2 * size**3 / seconds
 
 
-def own_product_rate(size: int) -> float:
+def own_product_rate(mesh: Mesh, size: int) -> float:
     """The same by a CPU's own kernels, with which models run there."""
 
     def run(
-        x: Float[Array, "size size"], rounds: Int[Array, ""], weight: native.PackedWeight
-    ) -> Float[Array, "size size"]:
+        x: Float[Array, "rows size"], rounds: Int[Array, ""], weight: native.PackedWeight
+    ) -> Float[Array, "rows size"]:
         return jax.lax.fori_loop(0, rounds, lambda _, x: native.multiply(x, weight)[0].astype(x.dtype), x)
 
-    weight = native.pack(jnp.full((size, size), 1 / size, jnp.bfloat16))
-    seconds = a_round(jax.jit(run, donate_argnums=0), jnp.ones((size, size), jnp.bfloat16), weight)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    weight = native.pack(jax.device_put(jnp.full((size, size), 1 / size, jnp.bfloat16), everywhere))
+    x = jnp.ones((mesh.shape["data"] * size, size), jnp.bfloat16)  # a group multiplies its own rows
+    seconds = a_round(
+        jax.jit(run, donate_argnums=0), jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))), weight
+    )
     return 2 * size**3 / seconds
 
 

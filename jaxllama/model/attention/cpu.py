@@ -13,7 +13,9 @@ from jaxllama.model.cache import KVPool
 
 @dataclass(frozen=True)
 class CpuAttention(KernelAttention):
-    """`Attention` for one CPU."""
+    """`Attention` for one CPU device, of `num_callers` in this process that attend at once."""
+
+    num_callers: int = 1
 
     def _attend(
         self,
@@ -23,7 +25,7 @@ class CpuAttention(KernelAttention):
         positions: Int[Array, "rows tokens"],
         window: int | None,
     ) -> Float[Array, "rows tokens heads head_dim"]:
-        return native.attend(q, pool, page_table, positions, window)
+        return native.attend(q, pool, page_table, positions, window, self.num_callers)
 
     def _idle_position(
         self, positions: Int[Array, " rows"], active: Bool[Array, " rows"], window: int | None

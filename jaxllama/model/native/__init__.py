@@ -7,18 +7,21 @@ it comes in. Where there are no kernels (`library.py`) everything runs through X
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from jaxllama.errors import ConfigError
 from jaxllama.model.cache import KVPool
 from jaxllama.model.native.library import begin_loading, is_available
-from jaxllama.model.native.packing import PackedWeight, pack, packed_rows, unpack
+from jaxllama.model.native.packing import PackedWeight, on_parts, pack, packed_rows, row_axes, unpack
 
 __all__ = [
     "PackedWeight",
@@ -38,16 +41,50 @@ def multiply(
 ) -> list[Float[Array, "*batch outputs"]]:
     """`x @ weight.T` in float32 of each of the weights; `x` is bfloat16 or float32. A row's bits depend on no other.
 
-    Rows from `count` on are not multiplied; their results are zeros. None: all are.
+    Rows from `count` on are not multiplied; their results are zeros. None: all are. On a mesh every device multiplies
+    with what it has: inputs that are split make parts, which are added up; outputs that are split stay so, and all
+    weights have their inputs split alike.
 
     Raises: ConfigError for rows that are not as long as the weights'.
     """
     for weight in weights:
         if weight.num_inputs != x.shape[-1]:  # the kernel would read past the end of either
             raise ConfigError(f"rows of {x.shape[-1]} cannot be multiplied with weights of {weight.num_inputs} inputs")
-    outs = [jax.ShapeDtypeStruct((*x.shape[:-1], weight.num_outputs), jnp.float32) for weight in weights]
+    mesh, (_, inputs) = weights[0].mesh, weights[0].split_axes
+    if mesh is None:
+        return _multiply_part(x, weights, count)
+    rows = row_axes(x.shape[:-1], mesh)
+    batch = [rows, *[None] * (x.ndim - 2)][: x.ndim - 1]
+
+    def run(
+        x: Float[Array, "*own own_inputs"], weights: Sequence[PackedWeight], count: Int32[Array, ""] | None
+    ) -> list[Float[Array, "*own own_outputs"]]:
+        if count is not None and rows is not None:
+            count = count - jax.lax.axis_index(rows) * math.prod(x.shape[:-1])
+        products = _multiply_part(x, weights, count, len(mesh.local_devices))
+        return products if inputs is None else [_sum_in_order(y, inputs) for y in products]
+
+    specs = (PartitionSpec(*batch, inputs), [weight.specs for weight in weights], PartitionSpec())
+    outs = [PartitionSpec(*batch, weight.split_axes[0]) for weight in weights]
+    return [*on_parts(run, mesh, specs, outs)(x, [*weights], count)]
+
+
+def _multiply_part(
+    x: Float[Array, "*batch inputs"],
+    weights: Sequence[PackedWeight],
+    count: Int32[Array, ""] | None,
+    num_callers: int = 1,
+) -> list[Float[Array, "*batch outputs"]]:
+    """With what one device has."""
+    outs = [jax.ShapeDtypeStruct((*x.shape[:-1], weight.part_shape[0]), jnp.float32) for weight in weights]
     args = (x, *jax.tree.leaves(weights), *([] if count is None else [count]))
-    return [*jax.ffi.ffi_call("jaxllama_multiply", outs)(*args)]
+    return [*jax.ffi.ffi_call("jaxllama_multiply", outs)(*args, num_callers=np.int64(num_callers))]
+
+
+def _sum_in_order(part: Float[Array, "*batch outputs"], axes: tuple[str, ...]) -> Float[Array, "*batch outputs"]:
+    """The sum over the devices along `axes`, in their order, whatever the size: a reduction of XLA's promises none."""
+    parts = jax.lax.all_gather(part, axes)
+    return functools.reduce(jnp.add, [parts[i] for i in range(len(parts))])
 
 
 def attend(
@@ -56,14 +93,18 @@ def attend(
     page_table: Int32[Array, "rows max_pages"],
     positions: Int32[Array, "rows tokens"],
     window: int | None = None,
+    num_callers: int = 1,
 ) -> Float[Array, "rows tokens heads head_dim"]:
     """As `attention.reference.paged_attention`, for heads of an even size. A query's bits depend on no other.
 
     Keys before a window are read, and must be finite, where they share a block of 128 with one that is seen.
+    `num_callers` devices of this process call at once and share its threads.
     """
     out = jax.ShapeDtypeStruct(q.shape, q.dtype)
     args = (q, pool.pages, page_table, positions, *([] if pool.scales is None else [pool.scales]))
-    result: Array = jax.ffi.ffi_call("jaxllama_attend", out)(*args, window=np.int64(window or 0))
+    result: Array = jax.ffi.ffi_call("jaxllama_attend", out)(
+        *args, window=np.int64(window or 0), num_callers=np.int64(num_callers)
+    )
     return result
 
 

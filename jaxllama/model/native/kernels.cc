@@ -41,7 +41,8 @@ ffi::ErrorOr<Matrix> ReadMatrix(const ffi::RemainingArgs& args, int64_t out, siz
 
 // x [..., in], bfloat16 or float32, with weights to as many y [..., out] of float32. If there is one more argument, only
 // so many rows, the first, are multiplied, and the others' results are zeros.
-ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs weights, ffi::RemainingRets ys) {
+ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs weights, ffi::RemainingRets ys,
+                    int64_t num_callers) {
   const int64_t in = x.dimensions().back(), all_rows = x.element_count() / in;
   std::vector<std::pair<Matrix, float*>> products;
   const bool is_bfloat16 = x.element_type() == ffi::BF16;
@@ -75,7 +76,7 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs w
       inputs.pairs = inputs.padded.data();
     }
   }
-  Team team(pool);
+  Team team(pool, num_callers);
   if (needs_floats && is_bfloat16) {
     Convert(team, static_cast<const BFloat16*>(x.untyped_data()), in, &inputs);
   } else if (needs_floats) {
@@ -94,7 +95,7 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs w
 // "Flash-Decoding"). What a query does not see leaves its sums as they are.
 ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer pages, ffi::Buffer<ffi::S32> page_table,
                   ffi::Buffer<ffi::S32> positions, ffi::RemainingArgs scales, ffi::Result<ffi::AnyBuffer> out,
-                  int64_t window) {
+                  int64_t window, int64_t num_callers) {
   const auto shape = q.dimensions(), pages_shape = pages.dimensions();
   const bool is_int8 = pages.element_type() == ffi::S8;
   AttentionCall call{q.untyped_data(), FormatOf(pages.element_type()), pages.untyped_data(), nullptr,
@@ -108,7 +109,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer pages, 
     call.scales = buffer->typed_data();
   }
   if (const std::string complaint = call.Complaint(); !complaint.empty()) return ffi::Error::InvalidArgument(complaint);
-  Team team(pool);
+  Team team(pool, num_callers);
   call.Run(team);
   return ffi::Error::Success();
 }
@@ -199,7 +200,8 @@ extern "C" const char* jaxllama_instruction_set() { return jaxllama::kInstructio
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllama_multiply, Multiply,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().RemainingArgs()
-                                  .RemainingRets());
+                                  .RemainingRets()
+                                  .Attr<int64_t>("num_callers"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllama_attend, Attend,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -209,7 +211,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllama_attend, Attend,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("window"));
+                                  .Attr<int64_t>("window")
+                                  .Attr<int64_t>("num_callers"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxllama_layer, LayerOf,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -14,9 +14,10 @@ namespace jaxllama {
 // Threads of a pool that stay together for several jobs, so that only the first one wakes them.
 class Team {
  public:
-  // `pool` has num_threads() and Schedule(work).
+  // `pool` has num_threads() and Schedule(work), and shares its threads among so many callers.
   template <typename Pool>
-  explicit Team(Pool& pool) : num_threads_(std::max<int64_t>(1, pool.num_threads())), jobs_(std::make_shared<Jobs>()) {
+  explicit Team(Pool& pool, int64_t num_callers = 1)
+      : num_threads_(std::max<int64_t>(1, pool.num_threads() / num_callers)), jobs_(std::make_shared<Jobs>()) {
     for (int64_t i = 1; i < num_threads_; ++i) pool.Schedule([jobs = jobs_] { jobs->HelpUntilClosed(); });
   }
   ~Team() { jobs_->is_closed.store(true, std::memory_order_release); }

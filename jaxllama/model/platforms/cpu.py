@@ -1,4 +1,4 @@
-"""CPUs: our own kernels on one of them; plain JAX otherwise."""
+"""CPUs: our own kernels; plain JAX where there are none."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ order than its own loops, which it uses for small ones; the library's products d
 
 
 def describe(case: Case) -> Platform:
-    """Kernels for all dtypes and heads, where the CPU has the instructions: of attention on each device of a mesh, of
-    products and whole layers on one."""
+    """Kernels for all dtypes and heads, where the CPU has the instructions: of products and attention on each device of
+    a mesh, of whole layers on one."""
     has_kernels, is_alone = native.is_available(), case.mesh.size == 1
-    attention = ShardedAttention(CpuAttention(), None if is_alone else case.mesh) if has_kernels else case.reference()
+    kernel = CpuAttention(num_callers=len(case.mesh.local_devices))
+    attention = ShardedAttention(kernel, None if is_alone else case.mesh) if has_kernels else case.reference()
     return Platform(
         "cpu",
         attention,
         has_layer_kernel=has_kernels and is_alone and _is_plain(case.config),
         compiler_options=COMPILER_OPTIONS,
-        packs_weights=has_kernels and is_alone,
+        packs_weights=has_kernels,
         has_row_buckets=attention.num_shards == 1,
-        min_rows=1 if has_kernels and is_alone else 2,
+        min_rows=1 if has_kernels else 2,
         # Our kernels take every sum in one order. Through XLA it is so in bfloat16, on one device or more, as measured
         # (bench/LOG.md; a test repeats it); in float32 it is not, and with `data` above 1 nobody has looked.
         max_drafts=7,
         max_verified_tokens=32,
-        programs_agree=(has_kernels and is_alone) or (case.dtype == "bfloat16" and case.mesh.shape["data"] == 1),
+        programs_agree=has_kernels or (case.dtype == "bfloat16" and case.mesh.shape["data"] == 1),
     )
 
 

@@ -203,7 +203,7 @@ def test_each_program_is_compiled_once(tp, data, has_kernels, compiled, monkeypa
     sizes["vocab_size"] = 288
     weights = random_weights(tiny.MODELS["divisible"] | sizes, 0)
     with tiny.make_llama(tp=tp, data=data, weights=weights, **sizes) as llama:
-        assert llama.engine.platform.packs_weights == (has_kernels and tp == 1)
+        assert llama.engine.platform.packs_weights == has_kernels
         llama.engine.warm_up()
         num_buckets, num_sizes = len(llama.engine._row_buckets), len(llama.engine._plan.program_sizes)
         expected = {"decode_steps": num_buckets, "prefill": num_sizes, "prefill_scores": num_sizes}

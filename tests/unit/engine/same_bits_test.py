@@ -29,6 +29,7 @@ pytestmark = pytest.mark.optimized
 
 MODEL = Path(__file__).parents[3] / "models" / "SmolLM2-135M-Instruct"
 NUM_REQUESTS = 40
+needs_kernels = pytest.mark.skipif(not native.is_available(), reason="through XLA these programs differ in bits")
 TIMEOUT_S = 600.0
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0},
@@ -187,6 +188,27 @@ def test_a_request_s_bits_are_its_own(name, dtype, kv_dtype, quantize, monkeypat
 
 
 @pytest.mark.slow
+@needs_kernels
+@pytest.mark.parametrize(
+    ("name", "dtype", "kv_dtype", "quantize", "data", "tp"),
+    [
+        ("divisible", "float32", None, None, 2, 2),
+        ("smollm2_like", "bfloat16", "int8", "int8", 2, 1),
+        ("divisible", "float32", "int8", None, 1, 8),
+    ],
+)
+def test_a_request_s_bits_are_its_own_on_a_mesh(name, dtype, kv_dtype, quantize, data, tp, monkeypatch):
+    requests = varied_requests(tiny.config_of(name).vocab_size, 96)
+    models = []
+    for options in (TINY, TINY_AND_FEW_PAGES):
+        options = dataclasses.replace(options, kv_dtype=kv_dtype)
+        models.append(make_model(name, dtype, options, tp=tp, data=data, quantize=quantize))
+    with models[0], models[1]:
+        assert models[0].engine.platform.programs_agree
+        assert_all_mixtures_agree(models[0], models[1], requests, monkeypatch)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), [("smollm2_like", "bfloat16"), ("divisible", "float32")])
 def test_a_request_s_bits_are_its_own_without_the_cpu_s_kernels(name, dtype, monkeypatch):
     monkeypatch.setattr(native, "is_available", lambda: False)
@@ -251,11 +273,18 @@ def test_the_default_model_s_bits_are_the_request_s_own(monkeypatch):
 # ---- What the prefix cache rests on ----
 
 
-@pytest.fixture(params=[("smollm2_like", 1), ("divisible", 2), ("divisible", 8)])
-def bfloat16(request: pytest.FixtureRequest) -> Iterator[Llama]:
+@pytest.fixture(
+    params=[
+        ("smollm2_like", "bfloat16", 1),
+        ("divisible", "bfloat16", 2),
+        ("divisible", "bfloat16", 8),
+        pytest.param(("divisible", "float32", 8), marks=needs_kernels),
+    ]
+)
+def agreeing(request: pytest.FixtureRequest) -> Iterator[Llama]:
     options = dataclasses.replace(TINY, max_rows=4, num_pages=200, chunk_sizes=(8, 32, 96))
-    name, tp = request.param
-    with make_model(name, "bfloat16", options, tp=tp) as llama:
+    name, dtype, tp = request.param
+    with make_model(name, dtype, options, tp=tp) as llama:
         assert llama.engine.platform.programs_agree
         yield llama
 
@@ -269,9 +298,9 @@ def kv_of(llama: Llama, pages: list[int], num_tokens: int) -> list[np.ndarray]:
     return [layer.reshape(-1, *kv.shape[2:])[:num_tokens] for layer in np.split(kv, llama.config.num_layers)]
 
 
-def test_programs_agree_where_they_are_said_to(bfloat16: Llama):
+def test_programs_agree_where_they_are_said_to(agreeing: Llama):
     """Keys and values of 120 tokens: decoded, in chunks of every size, from other starts. All to the last bit."""
-    llama, config = bfloat16, bfloat16.config
+    llama, config = agreeing, agreeing.config
     device, first = llama.engine._device, tiny.prompt_of("divisible", 20)
     sampled = SamplingParams(temperature=1, seed=1, ignore_eos=True, max_tokens=101)
     generated = submit(llama, (first, sampled), "").wait(TIMEOUT_S).tokens
@@ -306,20 +335,20 @@ def turn(llama: Llama, prompt: list[int], scope: str = "", num_tokens: int = 30)
     return submit(llama, (prompt, params), scope).wait(TIMEOUT_S)
 
 
-def test_a_second_turn_prefills_only_what_is_new(bfloat16: Llama):
-    first = turn(bfloat16, tiny.prompt_of("divisible", 41))
+def test_a_second_turn_prefills_only_what_is_new(agreeing: Llama):
+    first = turn(agreeing, tiny.prompt_of("divisible", 41))
     conversation = [*tiny.prompt_of("divisible", 41), *first.tokens]
-    second = turn(bfloat16, [*conversation, 1, 2, 3])
+    second = turn(agreeing, [*conversation, 1, 2, 3])
     # All but the last token of the answer went through the model; whole pages of four can be found.
     assert second.request.num_cached_tokens == (len(conversation) - 1) // 4 * 4
-    stats = bfloat16.engine.stats()
+    stats = agreeing.engine.stats()
     assert stats.num_prompt_tokens == 41 + len(conversation) + 3
     assert stats.num_prompt_tokens_cached == second.request.num_cached_tokens
     assert stats.num_cached_pages > 0
     assert stats.num_pages_used == 0
 
 
-def test_another_scope_finds_nothing(bfloat16: Llama):
+def test_another_scope_finds_nothing(agreeing: Llama):
     prompt = tiny.prompt_of("divisible", 60)
     for scope, cached in (("a", 0), ("b", 0), ("a", 56), ("", 0)):
-        assert turn(bfloat16, prompt, scope).request.num_cached_tokens == cached
+        assert turn(agreeing, prompt, scope).request.num_cached_tokens == cached

@@ -157,6 +157,7 @@ def test_a_mesh_exports_what_its_checkpoint_would(tmp_path, tp, data, quantize, 
 def test_weights_in_parts_are_exported_whole(tmp_path, monkeypatch):
     model = tiny.write_checkpoint(tmp_path / "model", "divisible")
     export(model, tmp_path / "want")
+    monkeypatch.setattr("jaxllama.model.platforms.cpu.native.is_available", lambda: False)
     monkeypatch.setattr("jaxllama.weights.forms.num_ffn_parts", lambda *_: 3)
     with load(model, tp=4) as llama:
         llama.export(tmp_path / "back")

@@ -85,6 +85,7 @@ def test_only_tpus_get_parts(tmp_path, monkeypatch):
     for quantize in (None, "int8"):
         assert "ffn_parts" not in load_params(checkpoint, mesh, jnp.float32, quantize)["layers"][0]
     # What a TPU would get, when it would want two.
+    monkeypatch.setattr("jaxllama.model.platforms.cpu.native.is_available", lambda: False)
     monkeypatch.setattr("jaxllama.weights.forms.num_ffn_parts", lambda *_: 2)
     for quantize in (None, "int8"):
         params: Any = load_params(checkpoint, mesh, jnp.float32, quantize)

@@ -96,6 +96,7 @@ def test_weights_in_parts_are_saved_whole(tmp_path, model, quantize, monkeypatch
     with load(model, tp=4, quantize=quantize) as llama:
         want = bits(llama)
     with monkeypatch.context() as on_tpu:
+        on_tpu.setattr("jaxllama.model.platforms.cpu.native.is_available", lambda: False)
         on_tpu.setattr("jaxllama.weights.forms.num_ffn_parts", lambda *_: 3)
         with load(model, tp=4, quantize=quantize) as llama:
             assert len(llama.params["layers"][0]["ffn_parts"]) == 3

@@ -253,7 +253,8 @@ def test_a_cpu_s_kernels_have_the_bits_of_one_device_on_a_mesh(case):
         Inputs(case).mesh,
         dtype=jnp.bfloat16,
     )
-    assert platform.kernel == CpuAttention()
-    assert_decode(case, CpuAttention(), CpuAttention(), 0)
-    assert_prefill(case, CpuAttention(), CpuAttention(), 0)
-    assert_prefill_together(case, CpuAttention(), CpuAttention(), 0)
+    kernel = platform.kernel
+    assert kernel == CpuAttention(num_callers=Inputs(case).mesh.size)
+    assert_decode(case, kernel, CpuAttention(), 0)
+    assert_prefill(case, kernel, CpuAttention(), 0)
+    assert_prefill_together(case, kernel, CpuAttention(), 0)
