@@ -336,32 +336,94 @@ struct Attention {
   template <int R>
   void AddValuesOf(const Block<KV>& block, int64_t row, const float* probs, const float* decays,
                    float* weighted) const {
-    for (int64_t d = 0; d < head_dim; d += kBlockLanes) {
-      __m256 even[R], odd[R];
+    int64_t d = 0;
+#if defined(__AVX512F__)
+    for (; d + 4 * kBlockLanes <= head_dim; d += 4 * kBlockLanes) {
+      AddElements<R, 2, __m512>(block, row, d, probs, decays, weighted + d);
+    }
+    for (; d + 2 * kBlockLanes <= head_dim; d += 2 * kBlockLanes) {
+      AddElements<R, 1, __m512>(block, row, d, probs, decays, weighted + d);
+    }
+#endif
+    for (; d < head_dim; d += kBlockLanes) AddElements<R, 1, __m256>(block, row, d, probs, decays, weighted + d);
+  }
+
+  // Of kCount vectors of elements from `d` on.
+  template <int R, int kCount, typename V>
+  void AddElements(const Block<KV>& block, int64_t row, int64_t d, const float* probs, const float* decays,
+                   float* weighted) const {
+    typedef uint32_t Words __attribute__((vector_size(sizeof(V))));
+    constexpr int64_t kElements = sizeof(V) / sizeof(BFloat16);
+    V even[R][kCount], odd[R][kCount];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const __m256 decay = _mm256_set1_ps(decays[r]);
-        even[r] = _mm256_loadu_ps(weighted + r * padded_dim + d) * decay;
-        odd[r] = _mm256_loadu_ps(weighted + r * padded_dim + d + 8) * decay;
-      }
-      const auto add = [&](int64_t k, EightWords pair) __attribute__((always_inline)) {
-        const auto first = (__m256)(pair << 16), second = (__m256)(pair & 0xffff0000u);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          const __m256 p = _mm256_set1_ps(probs[r * kBlock + k]);
-          even[r] = _mm256_fmadd_ps(p, first, even[r]);
-          odd[r] = _mm256_fmadd_ps(p, second, odd[r]);
-        }
-      };
-      for (int64_t k = 0; k < block.count; ++k) add(k, Load<EightWords>(block.Row(k, row) + d));
-      // Packed, the last of an odd count has a 0 beside it.
-      if (block.count % 2 != 0) add(block.count, EightWords{});
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        _mm256_storeu_ps(weighted + r * padded_dim + d, even[r]);
-        _mm256_storeu_ps(weighted + r * padded_dim + d + 8, odd[r]);
+    for (int r = 0; r < R; ++r) {
+      const V decay = Broadcast<V>(decays[r]);
+#pragma GCC unroll 2
+      for (int i = 0; i < kCount; ++i) {
+        const float* sums = weighted + r * padded_dim + i * kElements;
+        even[r][i] = LoadHalves<V>(sums) * decay;
+        odd[r][i] = LoadHalves<V>(sums + 8) * decay;
       }
     }
+    const auto add = [&](int64_t k, const Words* pairs) __attribute__((always_inline)) {
+      V first[kCount], second[kCount];
+#pragma GCC unroll 2
+      for (int i = 0; i < kCount; ++i) first[i] = (V)(pairs[i] << 16), second[i] = (V)(pairs[i] & 0xffff0000u);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const V p = Broadcast<V>(probs[r * kBlock + k]);
+#pragma GCC unroll 2
+        for (int i = 0; i < kCount; ++i) {
+          even[r][i] = MultiplyAdd(p, first[i], even[r][i]);
+          odd[r][i] = MultiplyAdd(p, second[i], odd[r][i]);
+        }
+      }
+    };
+    Words pairs[kCount] = {};
+    for (int64_t k = 0; k < block.count; ++k) {
+      const KV* from = block.Row(k, row) + d;
+#pragma GCC unroll 2
+      for (int i = 0; i < kCount; ++i) pairs[i] = Load<Words>(from + i * kElements);
+      add(k, pairs);
+    }
+    // Packed, the last of an odd count has a 0 beside it.
+    if (block.count % 2 != 0) {
+      for (Words& pair : pairs) pair = Words{};
+      add(block.count, pairs);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int i = 0; i < kCount; ++i) {
+        float* sums = weighted + r * padded_dim + i * kElements;
+        StoreHalves(sums, even[r][i]);
+        StoreHalves(sums + 8, odd[r][i]);
+      }
+    }
+  }
+
+  // Sums of elements at even places, or at odd ones, of each 16 eight.
+  template <typename V>
+  static V LoadHalves(const float* from) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64) {
+      return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(from)), _mm256_loadu_ps(from + 16), 1);
+    }
+#endif
+    if constexpr (sizeof(V) == 32) return _mm256_loadu_ps(from);
+  }
+  static void StoreHalves(float* to, __m256 sums) { _mm256_storeu_ps(to, sums); }
+  static __m256 MultiplyAdd(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+#if defined(__AVX512F__)
+  static void StoreHalves(float* to, __m512 sums) {
+    _mm256_storeu_ps(to, _mm512_castps512_ps256(sums));
+    _mm256_storeu_ps(to + 16, _mm512_extractf32x8_ps(sums, 1));
+  }
+  static __m512 MultiplyAdd(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+#endif
+  template <typename V>
+  static V Broadcast(float x) {
+    return x - V{};
   }
 #endif
 

@@ -131,8 +131,8 @@ inline F32 DotPairs(int32_t pair, I32 b, F32 c) {
 }
 #endif
 
-// Rows of 16 to columns of 16.
-inline void Transpose(I32 rows[kLanes]) {
+// Rows of 16 to columns of 16. Called, it would take them from memory, and give them back there.
+__attribute__((always_inline)) inline void Transpose(I32 rows[kLanes]) {
   __m512i v[16], t[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) v[i] = (__m512i)rows[i];
@@ -176,7 +176,7 @@ inline F32 Fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 inline void Pause() { _mm_pause(); }
 
 // Rows of 8 to columns of 8.
-inline void Transpose(I32 rows[kLanes]) {
+__attribute__((always_inline)) inline void Transpose(I32 rows[kLanes]) {
   __m256i v[8], t[8];
 #pragma GCC unroll 16
   for (int i = 0; i < 8; ++i) v[i] = (__m256i)rows[i];
@@ -208,7 +208,7 @@ inline F32 Fma(F32 a, F32 b, F32 c) { return (F32)vfmaq_f32((float32x4_t)c, (flo
 inline void Pause() { __asm__ volatile("yield"); }
 
 // Rows of 4 to columns of 4.
-inline void Transpose(I32 rows[kLanes]) {
+__attribute__((always_inline)) inline void Transpose(I32 rows[kLanes]) {
   const int32x4x2_t a = vtrnq_s32((int32x4_t)rows[0], (int32x4_t)rows[1]);
   const int32x4x2_t b = vtrnq_s32((int32x4_t)rows[2], (int32x4_t)rows[3]);
 #pragma GCC unroll 16
