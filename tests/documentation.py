@@ -17,6 +17,8 @@ PAGES = tuple(
 
 NEEDS = {
     "tpu": "a TPU VM",
+    "gpu": "an NVIDIA GPU",
+    "profiles": "a server with keys and --profile-dir",
     "libtpu": "the TPU compiler, and minutes for each plan",
     "network": "the network beyond a package index",
     "models": "models that are not here",
