@@ -59,6 +59,7 @@ class Team {
     std::atomic<int64_t> count{0}, ended{0};
     std::atomic<uint64_t> next{0};  // the job's number, and in the lower half which part of it is to be done next
     std::atomic<bool> is_closed{false};
+    const std::thread::id owner = std::this_thread::get_id();
 
     // Does a part of the present job; false if none is left. Who takes a part has read what belongs to it: the next job
     // is written only when all parts of this one have ended.
@@ -76,7 +77,10 @@ class Team {
       }
     }
 
+    // A pool whose queue is full (Eigen's) runs work at once, in the thread that came to schedule it: that one would wait
+    // here for itself.
     void HelpUntilClosed() {
+      if (std::this_thread::get_id() == owner) return;
       for (int spins = 0; !is_closed.load(std::memory_order_acquire);) {
         if (Help()) {
           spins = 0;

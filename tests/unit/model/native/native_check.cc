@@ -19,15 +19,16 @@ using namespace jaxllama;
 
 namespace {
 
-struct OneThread {
-  int64_t num_threads() const { return 1; }
+// As Eigen's is when its queue is full: who schedules work does it.
+struct FullPool {
+  int64_t num_threads() const { return 2; }
   template <typename Work>
   void Schedule(Work&& work) {
     work();
   }
 };
 
-OneThread pool;
+FullPool pool;
 Team team(pool);
 std::mt19937 bits(0);
 
