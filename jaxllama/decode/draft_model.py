@@ -23,7 +23,8 @@ from jaxllama.errors import ConfigError
 from jaxllama.model.cache import KVPool
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.forward import NewKV, Pages, Queries, Transformer
-from jaxllama.model.params import Params, quantization
+from jaxllama.model.int8 import quantization
+from jaxllama.model.params import Params
 from jaxllama.model.platforms.describe import describe_platform
 from jaxllama.model.platforms.platform import Platform
 

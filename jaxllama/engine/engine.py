@@ -36,7 +36,8 @@ from jaxllama.hosts.group import Group
 from jaxllama.hosts.lockstep import Leading, check_processes, follow
 from jaxllama.hosts.watch import DeviceWatch
 from jaxllama.model.config import LlamaConfig
-from jaxllama.model.params import Params, quantization
+from jaxllama.model.int8 import quantization
+from jaxllama.model.params import Params
 from jaxllama.model.platforms.self_check import describe_checked
 from jaxllama.system.memory import give_back
 
@@ -67,8 +68,7 @@ class Engine:
         self.max_context = min(options.max_context or config.max_position_embeddings, config.max_position_embeddings)
         self.kv_dtype = jnp.dtype(options.kv_dtype or params["norm"].dtype)
         kept = (params["norm"].dtype, self.kv_dtype, quantization(params))
-        platform = describe_checked(config, mesh, *kept, options.page_size)
-        self.platform = platform
+        self.platform = platform = describe_checked(config, mesh, *kept, options.page_size)
         self.sizes = sizes = size_engine(
             max_rows=options.max_rows,
             max_context=self.max_context,

@@ -17,9 +17,8 @@ from jaxllama.errors import CheckpointError, ContextLengthError, RequestError, q
 from jaxllama.model import dense
 from jaxllama.model.config import LlamaConfig
 from jaxllama.model.dense import POINTS, Patch
-from jaxllama.model.int8 import quantize_rows
+from jaxllama.model.int8 import quantization, quantize_rows
 from jaxllama.model.mesh import param_shardings
-from jaxllama.model.native import PackedWeight
 from jaxllama.model.params import Params, QuantizedWeight, build_params, get_param, param_specs
 from jaxllama.weights.forms import fit
 
@@ -153,23 +152,16 @@ class Laboratory:
         self.params_version += 1
 
     def _fitted(self, params: Params) -> Params:
-        leaves = jax.tree.leaves(
-            self.params["layers"], is_leaf=lambda leaf: isinstance(leaf, PackedWeight | QuantizedWeight)
-        )
-        is_int8 = any(
-            isinstance(leaf, QuantizedWeight) or (isinstance(leaf, PackedWeight) and leaf.scale is not None)
-            for leaf in leaves
-        )
-        dtype = self.params["norm"].dtype
+        quantize, dtype = quantization(self.params), self.params["norm"].dtype
 
         def own(spec: Any) -> Any:
             array = jnp.asarray(get_param(params, spec))
-            if is_int8 and array.ndim == 2:
+            if quantize and array.ndim == 2:
                 return QuantizedWeight(*_quantize(array))
             return array.astype(dtype)
 
         arrays = build_params(self.config, own)
-        shardings = param_shardings(self.config, self.mesh, "int8" if is_int8 else None)
+        shardings = param_shardings(self.config, self.mesh, quantize)
         return fit(jax.device_put(arrays, shardings), self.engine.platform)
 
     def _dense(

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from typing import Any, overload
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float, Int8
+
+from jaxllama.model.params import Params
 
 _LARGEST = 127
 # Below, 127 / largest would overflow float32.
@@ -37,3 +40,9 @@ def quantize_rows(
     per_step = _LARGEST / xp.where(largest > _SMALLEST, largest, xp.float32(1))
     values = xp.clip(xp.round(x * per_step), -_LARGEST, _LARGEST).astype(xp.int8)
     return values, scale[..., 0].astype(xp.float32)
+
+
+def quantization(params: Params) -> str | None:
+    """As `Case.quantize`: "int8" if the matrices of `params` are kept so, packed or not, else None."""
+    values, *_ = jax.tree.leaves(params["embed_tokens"])
+    return "int8" if values.dtype == "int8" else None

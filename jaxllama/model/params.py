@@ -139,11 +139,6 @@ def build_params(config: LlamaConfig, leaf: Callable[[ParamSpec], Any], quantize
     return params
 
 
-def quantization(params: Params) -> str | None:
-    """As `Case.quantize`: how the matrices of `params` are kept. Of packed ones nobody asks it."""
-    return "int8" if isinstance(params["embed_tokens"], QuantizedWeight) else None
-
-
 def get_param(params: Mapping[str, Any], spec: ParamSpec) -> Any:
     """The leaf that `spec` describes. Of an int8 matrix in any form a spec may describe the `values` or the `scale`."""
     node: Any = params

@@ -107,8 +107,8 @@ def _content(route: Route) -> dict[str, Any]:
         content[route.media_type] = {"schema": {"type": "string"}}
     if route.chunk is not None:
         about = "With stream: true. Events `data: …`, each one chunk or an Error, then `data: [DONE]`."
-        json = {"contentMediaType": "application/json", "contentSchema": {"anyOf": [_ref(route.chunk), _ref(Error)]}}
-        data = {"type": "string", "anyOf": [{"const": "[DONE]"}, json]}
+        message = {"contentMediaType": "application/json", "contentSchema": {"anyOf": [_ref(route.chunk), _ref(Error)]}}
+        data = {"type": "string", "anyOf": [{"const": "[DONE]"}, message]}
         # OpenAPI 3.1 does not say how a stream is described; tools read the schema as that of each event.
         event = {"type": "object", "required": ["data"], "properties": {"data": data}, "description": about}
         content["text/event-stream"] = {"schema": event}

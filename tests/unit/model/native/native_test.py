@@ -23,7 +23,7 @@ from jaxllama import Checkpoint, EngineOptions, Llama, make_mesh
 from jaxllama.model import native
 from jaxllama.model.attention.cpu import CpuAttention
 from jaxllama.model.cache import KVPool
-from jaxllama.model.int8 import quantize_rows
+from jaxllama.model.int8 import quantization, quantize_rows
 from jaxllama.model.linear import Linear
 from jaxllama.model.mesh import param_shardings
 from jaxllama.model.native import PackedWeight, library, pack, packing
@@ -481,6 +481,13 @@ def test_rows_that_do_not_count_are_left_out(weights):
         for got, want in zip(native.multiply(x, *several, count=jnp.int32(count)), whole, strict=True):
             np.testing.assert_array_equal(got[:count], want[:count])
             np.testing.assert_array_equal(got[count:], 0)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_how_matrices_are_kept_is_seen_in_every_form(weights):
+    packed = random_packed(np.random.default_rng(0), 20, 40, weights)
+    for embed_tokens in (packed, packing.unpack(packed)):
+        assert quantization({"embed_tokens": embed_tokens}) == ("int8" if weights == "int8" else None)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
