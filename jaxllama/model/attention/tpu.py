@@ -169,11 +169,10 @@ def _words(kv: Float[Array, "tokens rows2 width"], num_tokens: Int[Array, ""]) -
     In the tiles of a page those are the bytes of keys and values that alternate, and XLA makes them in a seventh of the
     time.
     """
-    # With one row's dimension before, as `interleave_kv` had it, for XLA to see through both.
-    pairs = kv.reshape(1, len(kv), -1, 2, kv.shape[-1])
     # In the tiles of pages any of this would take five times as long: the barrier keeps XLA from it.
     is_real = (jnp.arange(len(kv)) < num_tokens)[:, None, None]
-    keys, values = (jnp.where(is_real, pairs[..., part, :], 0) for part in range(2))
+    # With one row's dimension before, as `interleave_kv` had it, for XLA to see through both.
+    keys, values = (jnp.where(is_real, part, 0) for part in _keys_and_values(kv[None]))
     low, high = (jax.lax.bitcast_convert_type(part, jnp.uint16).astype(jnp.uint32) for part in (keys, values))
     words: Array = jax.lax.optimization_barrier((low | (high << 16))[0])
     return words
